@@ -135,8 +135,8 @@ def _initialize_plain(model: nn.Module) -> nn.Module:
 def _initialize_normalized(model: nn.Module) -> None:
     """The initialization of the published ResNet, WRN and DenseNet code.
 
-    Convolutions are He normal with fan-out; the classifier keeps torch's default weights and gets a zero bias; BatchNorm
-    starts as the identity, which is torch's default.
+    Convolutions are He normal with fan-out; the classifier keeps torch's default weights and gets a zero bias;
+    BatchNorm starts as the identity, which is torch's default.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

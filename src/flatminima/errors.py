@@ -13,3 +13,51 @@ class FlatminimaError(ValueError):
 
 class FlatminimaWarning(UserWarning):
     """A result that is right but may not mean what its reader thinks."""
+
+
+class NonFiniteError(FlatminimaError):
+    """NaN or infinity in weights, logits, losses or gradients."""
+
+
+class RankDeficientError(FlatminimaError):
+    """ξ = JJᵀ is singular: ln det ξ is −∞. The message names the samples (duplicates, zero gradients) and the rank."""
+
+
+class WrongGradientError(FlatminimaError):
+    """The spot check found rows of J that differ from plain autograd: samples interact, or their order is not kept."""
+
+
+class GenericPathWarning(FlatminimaWarning):
+    """Some parameters have no layer rule; their gradients are formed one sample at a time: exact, but slower."""
+
+
+class NotAMinimumWarning(FlatminimaWarning):
+    """The training loss is too high to call this a minimum; the measures are defined at minima only."""
+
+
+class UnequalLossWarning(FlatminimaWarning):
+    """Compared models differ in training loss, which confounds γ̂."""
+
+
+class SingularTrialWarning(FlatminimaWarning):
+    """Trials with a singular ξ were left out of ln det ξ, as asked for."""
+
+
+class ShuffledLoaderWarning(FlatminimaWarning):
+    """A loader's own order or sampler was ignored; subsets are drawn by index from its data set."""
+
+
+class DamagedFileError(FlatminimaError):
+    """A file of a run is truncated, altered or not what its name says; what was trained can be trained again."""
+
+
+class DamagedRunWarning(FlatminimaWarning):
+    """Part of a run folder was unusable and has been thrown away; the run goes on from what was whole."""
+
+
+class ResumedElsewhereWarning(FlatminimaWarning):
+    """A run goes on in another environment than it began in: it is valid, but its bits are not reproducible."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):  # noqa: N818  it is no error, and `except Exception` must not swallow it
+    """Ctrl-C stopped a run between two updates, with its resume point saved; the message says how to go on."""

@@ -46,7 +46,7 @@ _CACHE_VERSION = "1"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     """Labelled images, held as uint8 and handed out normalized.
 
@@ -86,6 +86,10 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
                 "normalized; drop that channel"
             )
         _check_labels(self.labels, self.num_classes)
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.images.shape[1:]))
+        return f"ImageSet({len(self)} images {shape}, {self.num_classes} classes, on {self.images.device})"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -131,12 +135,12 @@ def _check_images(images: Tensor) -> None:
         )
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def _check_labels(labels: Tensor, num_classes: int, where: str = "") -> None:
     bad = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()
     if len(bad):
         row = int(bad[0])
         raise FlatminimaError(
-            f"label {int(labels[row])} in row {row} is outside 0..{num_classes - 1} ({len(bad)} such rows); "
+            f"{where}label {int(labels[row])} in row {row} is outside 0..{num_classes - 1} ({len(bad)} such rows); "
             "correct or drop them"
         )
 
@@ -160,7 +164,7 @@ def load_data(source: str, *, cache_dir: Path | None = None) -> tuple[ImageSet, 
 
     Raises:
         FlatminimaError: No such data set or folder, a split or column is missing, the hub cannot be reached, an image
-            cannot be decoded or differs in shape, or a label is out of range.
+            cannot be decoded or differs in shape, a label is out of range, or the cache cannot be written.
     """
     if source == "digits":
         return _digits()
@@ -168,7 +172,6 @@ def load_data(source: str, *, cache_dir: Path | None = None) -> tuple[ImageSet, 
     cache_file = (cache_dir or default_cache_dir()) / f"{key}.safetensors"
     decoded = _read_cache(cache_file)
     if decoded is None:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
         decoded = _decode(read(), source)
         _write_cache(cache_file, decoded)
     return _image_sets(decoded)
@@ -268,7 +271,7 @@ def _read_hub(name: str) -> Any:
     # What an unreachable hub raises depends on the versions of three packages below this call.
     except Exception as error:
         raise FlatminimaError(
-            f"cannot load {name} from the Hugging Face hub ({_first_line(error)}); connect to the network once, "
+            f"cannot load {name} from the Hugging Face hub ({_root_cause(error)}); connect to the network once, "
             "or give a folder of parquet files instead"
         ) from error
 
@@ -288,11 +291,11 @@ def _read_parquet(files: dict[str, list[Path]], source: str) -> Any:
             )
         # pyarrow and datasets each have their own families of errors for a damaged file.
         except Exception as error:
-            raise FlatminimaError(f"cannot read the parquet files of {source} ({_first_line(error)})") from error
+            raise FlatminimaError(f"cannot read the parquet files of {source} ({_root_cause(error)})") from error
 
 
-def _first_line(error: BaseException) -> str:
-    """The root cause in one line: `datasets` wraps what went wrong in a general statement."""
+def _root_cause(error: BaseException) -> str:
+    """What went wrong first, in one line: `datasets` wraps it in general statements."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -305,25 +308,23 @@ def _first_line(error: BaseException) -> str:
 
 
 def _decode(splits: Any, source: str) -> _Decoded:
-    tensors: dict[str, Tensor] = {}
-    num_classes = 0
+    """Both splits of a ``datasets.DatasetDict``, checked."""
     for split in _SPLITS:
         if split not in splits:
-            raise FlatminimaError(f"{source} has no {split} split, only {', '.join(splits)}")
-        where = f"{source}, {split} split"
-        rows = splits[split]
-        if len(rows) == 0:
-            raise FlatminimaError(f"{where}: it is empty")
-        labels = _decode_labels(rows, where)
-        if split == "train":
-            num_classes = _num_classes(rows, labels)
-        _check_decoded_labels(labels, num_classes, where)
-        tensors[f"{split}_labels"] = labels
-        tensors[f"{split}_images"] = _decode_images(rows, where)
-    if tensors["train_images"].shape[1:] != tensors["test_images"].shape[1:]:
+            raise FlatminimaError(f"{source} has no {split} split, only {', '.join(splits)}; both are needed")
+        if len(splits[split]) == 0:
+            raise FlatminimaError(f"{source}: the {split} split is empty; both splits are needed")
+    tensors: dict[str, Tensor] = {}
+    for split in _SPLITS:
+        tensors[f"{split}_labels"] = _decode_labels(splits[split], f"{source}, {split} split")
+    num_classes = _num_classes(splits["train"], tensors["train_labels"])
+    for split in _SPLITS:
+        _check_labels(tensors[f"{split}_labels"], num_classes, f"{source}, {split} split: ")
+        tensors[f"{split}_images"] = _decode_images(splits[split], f"{source}, {split} split")
+    shapes = [tuple(tensors[f"{split}_images"].shape[1:]) for split in _SPLITS]
+    if shapes[0] != shapes[1]:
         raise FlatminimaError(
-            f"{source}: training images have shape {tuple(tensors['train_images'].shape[1:])}, "
-            f"test images {tuple(tensors['test_images'].shape[1:])}; they must agree"
+            f"{source}: training images have shape {shapes[0]}, test images {shapes[1]}; bring them to one shape"
         )
     return _Decoded(tensors, num_classes)
 
@@ -338,73 +339,72 @@ def _find_column(rows: Any, names: tuple[str, ...], where: str) -> str:
 
 
 def _decode_labels(rows: Any, where: str) -> Tensor:
+    """The labels of a split, ``(N,)`` int64, not yet checked for their range."""
     name = _find_column(rows, _LABEL_COLUMNS, where)
-    labels = rows.with_format("arrow")[:].column(name)
-    if labels.null_count or not np.issubdtype(labels.to_numpy().dtype, np.integer):
-        raise FlatminimaError(f"{where}: column {name} must hold an integer in every row, it has type {labels.type}")
-    return torch.from_numpy(labels.to_numpy().astype(np.int64))
+    column = rows.select_columns(name).with_format("arrow")[:].column(name)
+    if column.null_count or not np.issubdtype(column.to_numpy().dtype, np.integer):
+        raise FlatminimaError(
+            f"{where}: column {name} must hold an integer in every row; it has type {column.type} "
+            f"and {column.null_count} empty rows"
+        )
+    return torch.from_numpy(column.to_numpy().astype(np.int64))
 
 
 def _num_classes(rows: Any, labels: Tensor) -> int:
-    """What the column itself declares, else one more than the highest training label."""
-    declared = getattr(rows.features[_find_column(rows, _LABEL_COLUMNS, "")], "num_classes", None)
-    return int(declared) if declared is not None else int(labels.max()) + 1
-
-
-def _check_decoded_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    try:
-        _check_labels(labels, num_classes)
-    except FlatminimaError as error:
-        raise FlatminimaError(f"{where}: {error}") from None
+    """What the label column declares (``datasets.ClassLabel``), else one more than the highest training label."""
+    feature = rows.features[_find_column(rows, _LABEL_COLUMNS, "train split")]
+    return int(getattr(feature, "num_classes", labels.max() + 1))
 
 
 def _decode_images(rows: Any, where: str) -> Tensor:
-    """All images of a split, ``(N, C, H, W)`` uint8."""
-    decoded: np.ndarray[Any, np.dtype[np.uint8]] | None = None
-    for i, image in enumerate(_iterate_images(rows, where)):
-        if decoded is None:
-            decoded = np.empty((len(rows), *image.shape), dtype=np.uint8)
-        if image.shape != decoded.shape[1:]:
-            raise FlatminimaError(
-                f"{where}: image {i} has shape {image.shape}, the first one {decoded.shape[1:]}; all must agree"
-            )
-        decoded[i] = image
-    assert decoded is not None  # an empty split was refused
-    return torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous()
-
-
-def _iterate_images(rows: Any, where: str) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """Each image as ``(H, W, C)``, behind a progress bar."""
-    import datasets
+    """The images of a split, ``(N, C, H, W)`` uint8."""
     from PIL import Image
-
-    name = _find_column(rows, _IMAGE_COLUMNS, where)
-    try:
-        encoded = rows.cast_column(name, datasets.Image(decode=False)).with_format("arrow")
-    except (TypeError, ValueError) as error:  # pyarrow's own errors are among these
-        raise FlatminimaError(f"{where}: column {name} does not hold encoded images ({_first_line(error)})") from error
 
     Image.init()
     formats = list(Image.ID)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    for i, encoded in enumerate(_encoded_images(rows, where)):
+        try:
+            image = Image.open(io.BytesIO(encoded), formats=formats)
+            pixels = np.atleast_3d(np.asarray(image))
+        # Pillow raises OSError, SyntaxError, ValueError and more, by format.
+        except Exception as error:
+            raise FlatminimaError(
+                f"{where}: cannot decode image {i} ({_root_cause(error)}); replace or drop it"
+            ) from error
+        if image.mode not in ("L", "RGB"):
+            raise FlatminimaError(f"{where}: image {i} has mode {image.mode}; convert all images to RGB or L (grey)")
+        if not images:
+            # Pillow tries its formats in this order: with the right one first, decoding takes two thirds of the time.
+            formats = [str(image.format), *(known for known in formats if known != image.format)]
+        elif pixels.shape != images[0].shape:
+            raise FlatminimaError(
+                f"{where}: image {i} has (height, width, channels) {pixels.shape}, the first one {images[0].shape}; "
+                "bring them to one shape"
+            )
+        images.append(pixels)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _encoded_images(rows: Any, where: str) -> Iterator[bytes]:
+    """Each image's file, empty where there is none, behind a progress bar."""
+    import datasets
+
+    name = _find_column(rows, _IMAGE_COLUMNS, where)
+    try:
+        encoded = rows.select_columns(name).cast_column(name, datasets.Image(decode=False)).with_format("arrow")
+    except (TypeError, ValueError) as error:  # pyarrow's errors for a wrong type derive from these
+        raise FlatminimaError(
+            f"{where}: column {name} does not hold encoded images ({_root_cause(error)}); "
+            "store them as the datasets library's Image feature does"
+        ) from error
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"decoding {where}", total=len(rows))
-        i = 0
         for batch in encoded.iter(batch_size=1000):
             for cell in batch.column(name).to_pylist():
-                try:
-                    image = Image.open(io.BytesIO(cell["bytes"]), formats=formats)
-                    pixels = np.asarray(image)
-                # Pillow raises OSError, SyntaxError, ValueError, ... by format; an empty cell is a TypeError.
-                except Exception as error:
-                    raise FlatminimaError(f"{where}: cannot decode image {i} ({_first_line(error)})") from error
-                if image.mode not in ("L", "RGB"):
-                    raise FlatminimaError(f"{where}: image {i} has mode {image.mode}; convert all to RGB or L (grey)")
-                if image.format != formats[0]:
-                    # Pillow tries its formats one after the other; the last one met is the one to try first.
-                    formats = [str(image.format), *(known for known in formats if known != image.format)]
-                yield np.atleast_3d(pixels)
-                i += 1
-            progress.update(task, completed=i)
+                yield (cell and cell["bytes"]) or b""
+            progress.advance(task, len(batch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,19 +421,26 @@ def _read_cache(path: Path) -> _Decoded | None:
             metadata = file.metadata()
             decoded = _Decoded({name: file.get_tensor(name) for name in _CACHED}, int(metadata["num_classes"]))
             return decoded if metadata["checksum"] == _checksum(decoded.tensors) else None
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
 def _write_cache(path: Path, decoded: _Decoded) -> None:
     """Write aside, then rename: another process sees the whole file or none."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    metadata = {"num_classes": str(decoded.num_classes), "checksum": _checksum(decoded.tensors)}
     aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
     try:
-        metadata = {"num_classes": str(decoded.num_classes), "checksum": _checksum(decoded.tensors)}
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(decoded.tensors, aside, metadata=metadata)
         aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise FlatminimaError(
+            f"cannot keep decoded images in {path.parent} ({_root_cause(error)}); "
+            "let the environment variable FLATMINIMA_CACHE name a folder with room that you can write to"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -164,8 +164,9 @@ Shortcut = Literal["pad", "projection"]
 class PreActResNet(nn.Module):
     """A residual network of basic blocks with pre-activation (He et al., 2016b), for small images.
 
-    Three stages of 3×3 convolutions; the second and the third halve the image. Each stage's first block activates its
-    input before the fork, so that its shortcut sees the activated input as well; the other blocks have the identity.
+    Three stages of 3×3 convolutions; the second and the third halve the image. A stage's first block activates its input
+    before the fork, so that the shortcut sees the activated input as well (as in the published code of pre-activation
+    ResNets and of WRNs); in the other blocks the shortcut is the identity.
 
     Args:
         widths: Channels of the three stages.
@@ -258,11 +259,16 @@ class DenseNetBC(nn.Module):
         compression: Fraction of the channels that a transition keeps.
         num_classes: Number of logits.
         in_channels: Channels of the images.
+
+    Raises:
+        FlatminimaError: The depth is not 6n + 4 with n >= 1.
     """
 
     def __init__(self, *, depth: int, growth_rate: int, compression: float, num_classes: int, in_channels: int) -> None:
         super().__init__()
-        layers_per_block = (depth - 4) // 6
+        layers_per_block, rest = divmod(depth - 4, 6)
+        if layers_per_block < 1 or rest:
+            raise FlatminimaError(f"a DenseNet-BC has depth 10, 16, 22, ..., 100, ...; got {depth}")
         channels = 2 * growth_rate
         layers: list[nn.Module] = [_conv(in_channels, channels, 3)]
         for block in range(3):

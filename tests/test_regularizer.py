@@ -1,0 +1,617 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.regularizer import FisherTraceRegularizer
+
+SEED = 5
+
+
+class Tied(nn.Module):
+    """One matrix used three times, twice of them as a registered module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.again(torch.tanh(self.first(x))))
+        return self.head(x @ self.first.weight)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head(torch.tanh(self.left(left) + scale * self.right(right)))
+
+
+class UnusedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+class HandWrittenBatchNorm(nn.Module):
+    """Running statistics in a class that torch does not know; F.batch_norm writes them without a version bump."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("variance", torch.ones(5))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.variance, training=True)
+
+
+class CountingNoise(nn.Module):
+    """A forward that depends on a buffer it changes: every pass of a step must start from the same count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x * self.count
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def partly_frozen() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def convolutional(norm: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 5, 3, padding=1), norm(), nn.ReLU(), nn.Flatten(), nn.Linear(30, 3)
+    )
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), norm, nn.Tanh(), nn.Linear(5, 3))
+
+
+@dataclass
+class Case:
+    build: Callable[[], nn.Module]
+    train: bool = True
+    shape_inputs: Callable[[Tensor], Any] = lambda x: x
+    loss_fn: Callable[[Any, Any], Tensor] = field(default=F.cross_entropy)
+    shape_targets: Callable[[Tensor], Any] = lambda y: y
+
+
+CASES = {
+    "mlp": Case(mlp),
+    "relu": Case(lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))),
+    "batchnorm": Case(lambda: with_norm(nn.BatchNorm1d(5))),
+    "batchnorm-eval": Case(lambda: with_norm(nn.BatchNorm1d(5)), train=False),
+    "batchnorm-cumulative": Case(lambda: with_norm(nn.BatchNorm1d(5, momentum=None))),
+    "batchnorm-2d": Case(lambda: convolutional(lambda: nn.BatchNorm2d(5))),
+    "sync-batchnorm": Case(lambda: with_norm(nn.SyncBatchNorm(5))),
+    "instancenorm": Case(lambda: convolutional(lambda: nn.InstanceNorm2d(5, affine=True, track_running_stats=True))),
+    "hand-written-batchnorm": Case(lambda: with_norm(HandWrittenBatchNorm())),
+    "tied": Case(Tied),
+    "frozen": Case(partly_frozen),
+    "unused": Case(UnusedLayer),
+    "sparse-embedding": Case(
+        lambda: nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(24, 3)),
+        shape_inputs=lambda x: (x.abs() * 4).long().clamp(max=9),
+    ),
+    "tuple": Case(TwoInputs, shape_inputs=lambda x: (x, x.flip(0))),
+    "dict": Case(TwoInputs, shape_inputs=lambda x: {"right": x, "left": x.flip(0), "scale": 0.5}),
+    "dict-targets": Case(
+        mlp,
+        loss_fn=lambda output, targets: (
+            targets["weight"] * F.cross_entropy(output, targets["y"], reduction="none")
+        ).mean(),
+        shape_targets=lambda y: {"y": y, "weight": 1.0 + y},
+    ),
+    "labels-in-inputs": Case(
+        lambda: mlp(), shape_targets=lambda y: None, loss_fn=lambda output, _: output.logsumexp(1).mean()
+    ),
+    "not-a-mean-over-samples": Case(
+        mlp, loss_fn=lambda output, y: F.cross_entropy(output, y, torch.tensor([1.0, 5.0, 0.2]).double())
+    ),
+}
+by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def make(case: Case, *, samples: int = 24) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(SEED)
+    model = case.build().double().train(case.train)
+    x, y = torch.randn(samples, 6).double(), torch.randint(3, (samples,))
+    return model, case.shape_inputs(x), case.shape_targets(y)
+
+
+def select(batch: Any, indices: Tensor) -> Any:
+    if isinstance(batch, dict):
+        return {key: select(value, indices) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(select(value, indices) for value in batch)
+    return batch[indices] if isinstance(batch, Tensor) else batch
+
+
+def literal_algorithm_1(
+    model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, *, alpha: float, beta: float, num_sub_batches: int
+) -> tuple[dict[str, Tensor | None], Tensor, Tensor]:
+    """Gradient of L + βR by one backward pass through R itself, R, and mean ‖g_i‖²; on a copy of the model."""
+    model = copy.deepcopy(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss_at(weights: dict[str, Tensor], x: Any, y: Any) -> Tensor:
+        args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+        return loss_fn(functional_call(model, weights, args, kwargs), y)
+
+    samples = len(
+        next(t for t in (inputs, *(inputs.values() if isinstance(inputs, dict) else inputs)) if isinstance(t, Tensor))
+    )
+    splits = torch.randperm(samples).tensor_split(min(num_sub_batches, samples))
+    penalty, trace = torch.zeros(()).double(), torch.zeros(()).double()
+    for indices in splits:
+        x, y = select(inputs, indices), select(targets, indices)
+        generator_state = torch.get_rng_state()
+        here = loss_at(parameters, x, y)
+        gradients = torch.autograd.grad(here, parameters.values(), retain_graph=True, allow_unused=True)
+        g = {
+            name: torch.zeros_like(p) if gradient is None else gradient.detach().to_dense()
+            for (name, p), gradient in zip(parameters.items(), gradients, strict=True)
+        }
+        torch.set_rng_state(generator_state)
+        there = loss_at({name: p - alpha * g[name] for name, p in parameters.items()}, x, y)
+        penalty = penalty + (here - there) / len(splits)
+        trace = trace + sum(v.square().sum() for v in g.values()) / len(splits)
+    objective = loss_at(parameters, inputs, targets) + beta * penalty
+    gradients = torch.autograd.grad(objective, parameters.values(), allow_unused=True)
+    return dict(zip(parameters, gradients, strict=True)), penalty.detach(), trace
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same_gradients(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert actual[name] is None, name
+        else:
+            torch.testing.assert_close(
+                actual[name], gradient.to_dense(), rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+@by_case
+@pytest.mark.parametrize("num_sub_batches", [1, 4, 5])
+def test_gradient_is_that_of_algorithm_1(case: Case, num_sub_batches: int) -> None:
+    model, inputs, targets = make(case)
+    options: dict[str, Any] = {"alpha": 0.05, "beta": 3.0, "num_sub_batches": num_sub_batches}
+    torch.manual_seed(SEED)
+    expected, penalty, trace = literal_algorithm_1(model, case.loss_fn, inputs, targets, **options)
+
+    torch.manual_seed(SEED)
+    regularizer = FisherTraceRegularizer(model, **options)
+    regularizer.backward(case.loss_fn, inputs, targets)
+
+    assert_same_gradients(gradients_of(model), expected)
+    assert regularizer.last_step is not None
+    torch.testing.assert_close(regularizer.last_step.penalty, penalty, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(regularizer.last_step.trace, trace, rtol=1e-9, atol=1e-12)
+
+
+@by_case
+def test_only_the_main_pass_changes_buffers_and_nothing_changes_weights(case: Case) -> None:
+    model, inputs, targets = make(case)
+    plain = copy.deepcopy(model)
+    args, kwargs = (
+        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    )
+    plain(*args, **kwargs)
+
+    own_buffers = [id(buffer) for buffer in model.buffers()]
+    FisherTraceRegularizer(model, num_sub_batches=4).backward(case.loss_fn, inputs, targets)
+
+    assert_same_bits(snapshot(model), snapshot(plain))
+    assert [id(buffer) for buffer in model.buffers()] == own_buffers
+
+
+@by_case
+def test_without_beta_the_step_is_the_plain_step_to_the_bit(case: Case) -> None:
+    model, inputs, targets = make(case)
+    plain = copy.deepcopy(model)
+    args, kwargs = (
+        ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    )
+    plain_loss = case.loss_fn(plain(*args, **kwargs), targets)
+    plain_loss.backward()
+
+    loss = FisherTraceRegularizer(model, beta=0.0).backward(case.loss_fn, inputs, targets)
+
+    assert torch.equal(loss, plain_loss.detach())
+    assert not loss.requires_grad
+    for name, gradient in gradients_of(plain).items():
+        ours = gradients_of(model)[name]
+        assert (ours is None) == (gradient is None)
+        assert gradient is None or torch.equal(ours, gradient.to_dense())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    samples=st.integers(1, 20),
+    num_sub_batches=st.integers(1, 24),
+    alpha=st.floats(1e-6, 1.0),
+    beta=st.floats(0.0, 100.0),
+    seed=st.integers(0, 2**31),
+)
+def test_any_batch_and_split(samples: int, num_sub_batches: int, alpha: float, beta: float, seed: int) -> None:
+    """Sub-batches of unequal size weigh the same (Eq. 6 averages over i); short batches fall into single samples."""
+    model, inputs, targets = make(CASES["mlp"], samples=samples)
+    weights = snapshot(model)
+    options: dict[str, Any] = {"alpha": alpha, "beta": beta, "num_sub_batches": num_sub_batches}
+    torch.manual_seed(seed)
+    expected, _, _ = literal_algorithm_1(model, F.cross_entropy, inputs, targets, **options)
+    torch.manual_seed(seed)
+    FisherTraceRegularizer(model, **options).backward(F.cross_entropy, inputs, targets)
+    assert_same_gradients(gradients_of(model), expected)
+    assert_same_bits(snapshot(model), weights)
+
+
+@pytest.mark.parametrize(
+    ("samples", "num_sub_batches", "sizes"), [(10, 4, [3, 3, 2, 2]), (3, 8, [1, 1, 1]), (1, 1, [1])]
+)
+def test_split_is_a_random_partition_into_near_equal_parts(
+    samples: int, num_sub_batches: int, sizes: list[int]
+) -> None:
+    model, inputs, _ = make(CASES["mlp"], samples=samples)
+    seen: list[list[int]] = []
+
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets.tolist())
+        return output.square().mean()
+
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=num_sub_batches)
+    regularizer.backward(loss_fn, inputs, torch.arange(samples))
+    *penalty_batches, main_batch = seen
+    assert penalty_batches[::2] == penalty_batches[1::2]
+    assert [len(batch) for batch in penalty_batches[::2]] == sizes
+    assert sorted(itertools.chain(*penalty_batches[::2])) == main_batch == list(range(samples))
+    if samples == 10:
+        regularizer.backward(loss_fn, inputs, torch.arange(samples))
+        assert seen[len(sizes) * 2 + 1 :: 2][: len(sizes)] != penalty_batches[::2]
+
+
+def test_small_alpha_gives_the_hessian_vector_product() -> None:
+    """∇R_α / α → mean_i H_i g_i, and R_α / α → mean_i ‖g_i‖² (exact double backward)."""
+    model, inputs, targets = make(CASES["mlp"])
+    parameters = list(model.parameters())
+    alpha = 1e-6
+    torch.manual_seed(SEED)
+    limit = [torch.zeros_like(p) for p in parameters]
+    for indices in torch.randperm(len(inputs)).tensor_split(4):
+        loss = F.cross_entropy(model(inputs[indices]), targets[indices])
+        g = torch.autograd.grad(loss, parameters, create_graph=True)
+        half_norm = sum(v.square().sum() for v in g) / 2  # its gradient is H g
+        for total, product in zip(limit, torch.autograd.grad(half_norm, parameters), strict=True):
+            total += product / 4
+    main = torch.autograd.grad(F.cross_entropy(model(inputs), targets), parameters)
+
+    torch.manual_seed(SEED)
+    regularizer = FisherTraceRegularizer(model, alpha=alpha, beta=1 / alpha, num_sub_batches=4)
+    regularizer.backward(F.cross_entropy, inputs, targets)
+
+    for parameter, gradient, product in zip(parameters, main, limit, strict=True):
+        torch.testing.assert_close(parameter.grad - gradient, product, rtol=1e-4, atol=1e-8)
+    assert regularizer.last_step is not None
+    torch.testing.assert_close(regularizer.last_step.penalty / alpha, regularizer.last_step.trace, rtol=1e-4, atol=0)
+
+
+def test_dropout_uses_one_mask_for_both_passes_of_a_sub_batch() -> None:
+    dropout = Case(
+        lambda: nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3), nn.Dropout(0.2))
+    )
+    model, inputs, targets = make(dropout)
+    options: dict[str, Any] = {"alpha": 1e-3, "beta": 100.0, "num_sub_batches": 4}
+    torch.manual_seed(SEED)
+    expected, penalty, _ = literal_algorithm_1(model, F.cross_entropy, inputs, targets, **options)
+    torch.manual_seed(SEED)
+    regularizer = FisherTraceRegularizer(model, **options)
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    assert_same_gradients(gradients_of(model), expected)
+    assert regularizer.last_step is not None
+    torch.testing.assert_close(regularizer.last_step.penalty, penalty)
+    torch.testing.assert_close(penalty, 1e-3 * regularizer.last_step.trace, rtol=0.02, atol=0)
+
+
+def test_dropout_masks_differ_from_step_to_step() -> None:
+    model = nn.Dropout(0.5)
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))
+    masks: list[Tensor] = []
+
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        masks.append(output.detach() != 0)
+        return (model.scale * output).mean()
+
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=1)
+    for _ in range(2):
+        regularizer.backward(loss_fn, torch.ones(64, 4), torch.zeros(64))
+    first, first_moved, _, second, second_moved, _ = masks
+    assert torch.equal(first, first_moved)
+    assert torch.equal(second, second_moved)
+    assert not torch.equal(first, second)
+
+
+def test_a_buffer_that_the_forward_reads_and_writes_is_the_same_for_every_penalty_pass() -> None:
+    model, inputs, targets = make(Case(lambda: nn.Sequential(CountingNoise(), nn.Linear(6, 3))))
+    torch.manual_seed(SEED)
+    scaled, _, _ = literal_algorithm_1(
+        nn.Sequential(nn.Identity(), copy.deepcopy(model[1])), F.cross_entropy, 2 * inputs, targets,
+        alpha=0.1, beta=2.0, num_sub_batches=4,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    FisherTraceRegularizer(model, alpha=0.1, beta=2.0, num_sub_batches=4).backward(F.cross_entropy, inputs, targets)
+    assert_same_gradients(gradients_of(model), scaled)
+    assert model[0].count == 2
+
+
+def test_recurrent_network_moves_all_its_weights() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x.view(-1, 3, 2))[0][:, -1])
+
+    model, inputs, targets = make(Case(Recurrent))
+    regularizer = FisherTraceRegularizer(model, alpha=1e-6, beta=1.0, num_sub_batches=1)
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    assert regularizer.last_step is not None
+    torch.testing.assert_close(regularizer.last_step.penalty / 1e-6, regularizer.last_step.trace, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("failing_call", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
+def test_everything_is_put_back_after_an_exception(failing_call: int, exception: type[BaseException]) -> None:
+    model, inputs, targets = make(CASES["batchnorm"])
+    before, own_buffers = snapshot(model), [id(buffer) for buffer in model.buffers()]
+    calls = 0
+
+    def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing_call:
+            raise exception("stop")
+        return F.cross_entropy(output, targets)
+
+    with pytest.raises(exception, match="stop"):
+        FisherTraceRegularizer(model, alpha=0.3, num_sub_batches=4).backward(loss_fn, inputs, targets)
+
+    after = snapshot(model)
+    if failing_call == 9:  # the main pass: a plain step would have updated the statistics as well
+        before, after = ({k: v for k, v in s.items() if "running" not in k and "num" not in k} for s in (before, after))
+    assert_same_bits(after, before)
+    assert [id(buffer) for buffer in model.buffers()] == own_buffers
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_gradients_accumulate() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    regularizer = FisherTraceRegularizer(model, alpha=0.05)
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        regularizer.backward(F.cross_entropy, inputs, targets)
+        total = {name: total[name] + gradient for name, gradient in gradients_of(model).items()}
+    model.zero_grad()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        regularizer.backward(F.cross_entropy, inputs, targets)
+    assert_same_gradients(gradients_of(model), total)
+
+
+def test_clips_the_global_norm_and_reports_the_norm_before() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    torch.manual_seed(SEED)
+    free = FisherTraceRegularizer(model)
+    free.backward(F.cross_entropy, inputs, targets)
+    unclipped = {name: gradient.clone() for name, gradient in gradients_of(model).items() if gradient is not None}
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in unclipped.values()))
+
+    for limit in (norm / 7, norm * 2):
+        model.zero_grad()
+        torch.manual_seed(SEED)
+        clipping = FisherTraceRegularizer(model, max_grad_norm=limit)
+        clipping.backward(F.cross_entropy, inputs, targets)
+        factor = min(1.0, limit / norm)
+        for name, gradient in gradients_of(model).items():
+            torch.testing.assert_close(gradient, factor * unclipped[name], rtol=1e-5, atol=1e-12)
+        assert free.last_step is not None
+        assert clipping.last_step is not None
+        assert (
+            float(clipping.last_step.grad_norm) == pytest.approx(norm) == pytest.approx(float(free.last_step.grad_norm))
+        )
+
+
+def test_penalty_is_float32_whatever_the_main_pass_uses() -> None:
+    torch.manual_seed(SEED)
+    model, inputs, targets = mlp(), torch.randn(24, 6), torch.randint(3, (24,))
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=4)
+
+    def step(images: Tensor, autocast: bool) -> tuple[Any, Tensor]:
+        torch.manual_seed(SEED)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = regularizer.backward(F.cross_entropy, images, targets)
+            assert torch.is_autocast_enabled("cpu") == autocast
+        assert regularizer.last_step is not None
+        return regularizer.last_step, loss
+
+    full, full_loss = step(inputs, autocast=False)
+    mixed, mixed_loss = step(inputs, autocast=True)
+    assert torch.equal(full.penalty, mixed.penalty)
+    assert torch.equal(full.trace, mixed.trace)
+    assert full_loss != mixed_loss, "the main pass keeps the caller's autocast"
+
+    rounded, _ = step(inputs.bfloat16().float(), autocast=True)
+    half_inputs, _ = step(inputs.bfloat16(), autocast=True)
+    assert torch.equal(rounded.penalty, half_inputs.penalty)
+
+
+def test_autocast_inside_the_forward_is_refused() -> None:
+    class Autocasting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        @torch.autocast("cpu", dtype=torch.bfloat16)
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    with pytest.raises(FlatminimaError, match="switches autocast on inside its forward"):
+        FisherTraceRegularizer(Autocasting()).backward(F.cross_entropy, torch.randn(8, 6), torch.randint(3, (8,)))
+
+
+def test_training_with_the_penalty_ends_at_a_lower_trace_and_a_similar_loss() -> None:
+    """The same start, data and number of steps; the trace is that of the last 20 steps."""
+    traces, losses = {}, {}
+    for beta in (0.0, 50.0):
+        model, inputs, _ = make(CASES["mlp"], samples=64)
+        targets = inputs[:, :3].argmax(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        regularizer = FisherTraceRegularizer(model, alpha=1e-2, beta=beta, max_grad_norm=5.0)
+        steps = []
+        for _ in range(100):
+            optimizer.zero_grad()
+            losses[beta] = float(regularizer.backward(F.cross_entropy, inputs, targets))
+            optimizer.step()
+            steps.append(regularizer.last_step)
+        traces[beta] = sum(float(step.trace) for step in steps[-20:] if step is not None) / 20
+    assert losses[50.0] == pytest.approx(losses[0.0], rel=0.05)
+    assert traces[50.0] < 0.9 * traces[0.0]
+
+
+def test_freezing_between_steps_is_seen() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    regularizer = FisherTraceRegularizer(model)
+    model[0].requires_grad_(False)
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    assert [parameter.grad is None for parameter in model.parameters()] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.0}, "alpha must be"),
+        ({"alpha": math.inf}, "alpha must be"),
+        ({"alpha": math.nan}, "alpha must be"),
+        ({"beta": -1.0}, "beta must be"),
+        ({"beta": math.nan}, "beta must be"),
+        ({"num_sub_batches": 0}, "num_sub_batches must be"),
+        ({"num_sub_batches": 2.5}, "num_sub_batches must be"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be"),
+    ],
+)
+def test_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        FisherTraceRegularizer(mlp(), **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (mlp().requires_grad_(False), "no trainable parameters"),
+        (nn.Flatten(), "no trainable parameters"),
+        (mlp().bfloat16(), "parameter 0.weight is torch.bfloat16: keep trainable parameters in float32"),
+        (nn.DataParallel(mlp()), "wrapped for several devices"),
+        (nn.Sequential(nn.DataParallel(mlp())), "wrapped for several devices"),
+    ],
+)
+def test_refuses_models(model: nn.Module, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        FisherTraceRegularizer(model)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "inputs", "targets", "message"),
+    [
+        (F.cross_entropy, torch.zeros(0, 6), torch.zeros(0).long(), "the batch is empty"),
+        (F.cross_entropy, torch.zeros(4, 6), torch.zeros(5).long(), "share their first dimension"),
+        (
+            lambda o, y: F.cross_entropy(o, y, reduction="none"),
+            torch.zeros(8, 6),
+            torch.zeros(8).long(),
+            r"scalar.*\(1,\)",
+        ),
+        (lambda o, y: 1.0, torch.zeros(4, 6), torch.zeros(4).long(), "scalar tensor.*float"),
+        (lambda o, y: o.detach().mean(), torch.zeros(4, 6), torch.zeros(4).long(), "does not depend on a trainable"),
+    ],
+)
+def test_refuses_batches_and_losses(loss_fn: Any, inputs: Tensor, targets: Tensor, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        FisherTraceRegularizer(mlp()).backward(loss_fn, inputs, targets)
+
+
+def test_batchnorm_on_single_samples_says_what_to_do() -> None:
+    model = with_norm(nn.BatchNorm1d(5))
+    with pytest.raises(FlatminimaError, match=r"sub-batch of 1 sample\(s\): lower num_sub_batches"):
+        FisherTraceRegularizer(model, num_sub_batches=8).backward(
+            F.cross_entropy, torch.randn(8, 6), torch.zeros(8).long()
+        )
+
+
+def test_non_finite_loss_is_an_error_and_leaves_gradients_alone() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    inputs[3, 2] = math.nan
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        FisherTraceRegularizer(model).backward(F.cross_entropy, inputs, targets)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_non_finite_loss_of_the_moved_weights_alone_is_an_error() -> None:
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, 1e-3)
+    with pytest.raises(NonFiniteError, match=r"the penalty is nan though the loss is -6.9.*lower alpha"):
+        FisherTraceRegularizer(model, alpha=1e-3).backward(
+            lambda output, _: output.log().mean(), torch.ones(8, 1).double(), torch.zeros(8)
+        )
+    assert model.weight.grad is None
+    assert model.weight.item() == 1e-3

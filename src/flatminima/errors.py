@@ -59,5 +59,8 @@ class ResumedElsewhereWarning(FlatminimaWarning):
     """A run goes on in another environment than it began in: it is valid, but its bits are not reproducible."""
 
 
-class TrainingInterrupted(KeyboardInterrupt):  # noqa: N818  it is no error, and `except Exception` must not swallow it
-    """Ctrl-C stopped a run between two updates, with its resume point saved; the message says how to go on."""
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C stopped a run between two updates, with its resume point saved; the message says how to go on.
+
+    It is no error, and ``except Exception`` around one run of many must not swallow it.
+    """

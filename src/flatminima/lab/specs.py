@@ -1,0 +1,312 @@
+"""What a run is: the frozen description that names its folder, and the paper's recipes (Jia & Su, Sec. 7, App. E)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from flatminima.errors import FlatminimaError
+from flatminima.lab.data import AUGMENTATIONS
+from flatminima.lab.models import MODEL_NAMES
+
+__all__ = ["RECIPES", "MultiStep", "Plateau", "Precision", "RegularizerSpec", "RunSpec"]
+
+Precision = Literal["32-true", "bf16-mixed"]
+
+_KEY_LENGTH = 12  # hexadecimal digits: 48 bits, so 10,000 runs under one root collide with probability 2e-7
+
+
+@dataclass(frozen=True)
+class MultiStep:
+    """Multiply the learning rate at fixed points of the run; without milestones it stays constant.
+
+    Milestones are fractions of the run, so that a shortened run keeps the shape of its schedule: the usual "÷10 at
+    epochs 100 and 150 of 200", "at 32k and 48k of 64k iterations" and "at 50 % and 75 %" are all ``(0.5, 0.75)``.
+    """
+
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Where the learning rate changes, as fractions of the run, increasing (none: it stays constant)."""
+    factor: float = 0.1
+    """What the learning rate is multiplied by at every milestone."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
+        increasing = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 1.0), strict=True))
+        _require(increasing, f"schedule.milestones must increase between 0 and 1, got {self.milestones}")
+
+    def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
+        """The learning rate at ``iteration`` (counted from 0) relative to the initial one."""
+        passed = sum(iteration >= round(milestone * total_iterations) for milestone in self.milestones)
+        return self.factor**passed
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Multiply the learning rate when the training loss of an epoch stops improving.
+
+    Names and meaning are those of :class:`torch.optim.lr_scheduler.ReduceLROnPlateau` in its relative mode.
+    """
+
+    factor: float = 0.1
+    """What the learning rate is multiplied by on a plateau."""
+    patience: int = 10
+    """Epochs without improvement that are tolerated; the next one multiplies the learning rate."""
+    threshold: float = 1e-4
+    """Relative decrease of the training loss below its best that counts as an improvement."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
+        _require(self.patience >= 0, f"schedule.patience must not be negative, got {self.patience}")
+        _require(0 <= self.threshold < 1, f"schedule.threshold must be in [0, 1), got {self.threshold}")
+
+    def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
+        """The learning rate after epochs with these training losses, relative to the initial one."""
+        best, stale, passed = math.inf, 0, 0
+        for loss in epoch_losses:
+            if loss < best * (1 - self.threshold):
+                best, stale = loss, 0
+            else:
+                stale += 1
+            if stale > self.patience:
+                passed, stale = passed + 1, 0
+        return self.factor**passed
+
+
+@dataclass(frozen=True)
+class RegularizerSpec:
+    """Hyper-parameters of Algorithm 1 (Jia & Su, Sec. 6)."""
+
+    alpha: float = 1e-4
+    """α, the length of the finite-difference step along a sub-batch's gradient."""
+    beta: float = 10.0
+    """β, the weight of the penalty."""
+    num_sub_batches: int = 8
+    """M, the number of equal sub-batches a mini-batch is split into."""
+    max_grad_norm: float | None = None
+    """τ, the global norm the gradient is clipped to (none: not clipped)."""
+    start_epoch: int = 0
+    """Epochs trained without the penalty before it is switched on."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.alpha > 0, f"regularizer.alpha must be positive, got {self.alpha}")
+        _require(self.beta >= 0, f"regularizer.beta must not be negative, got {self.beta}")
+        _require(self.num_sub_batches >= 1, f"regularizer.num_sub_batches must be >= 1, got {self.num_sub_batches}")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"regularizer.max_grad_norm must be positive or None, got {self.max_grad_norm}",
+        )
+        _require(self.start_epoch >= 0, f"regularizer.start_epoch must not be negative, got {self.start_epoch}")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run: everything that decides its bits on a given machine.
+
+    Two equal specs are the same run; :attr:`key` names its folder. The optimizer is stochastic gradient descent, as
+    in all of the paper's recipes. An epoch is ``N // batch_size`` full mini-batches of a fresh permutation of the N
+    training images; the remainder sits that epoch out.
+
+    Raises:
+        FlatminimaError: A field is out of its range or of the wrong type; the message names it.
+
+    Example:
+        >>> spec = RunSpec(model="mlp", data="digits", augmentation="no-aug", epochs=3)
+        >>> RunSpec.from_json(spec.to_json()) == spec
+        True
+    """
+
+    model: str = "resnet20"
+    """Network: cnn, resnet20, wrn28-2, densenet-bc-100, or for the digits small-cnn, mlp."""
+    data: str = "cifar10"
+    """Data set: digits, cifar10, cifar100, or a folder of parquet files train-*.parquet and test-*.parquet."""
+    train_size: int | None = None
+    """Train on this many images with their own labels, drawn at random (none: on all that are not confused)."""
+    confusion: int = 0
+    """Add this many other training images with random labels (the confusion set of Sec. 7.1, scenario I)."""
+    augmentation: str = "4-crop-f"
+    """Augmentation of the training images: no-aug, flip-only, 1-crop-f, 4-crop-f (Sec. 7.1, scenario II)."""
+    batch_size: int = 128
+    """Images in a mini-batch."""
+    epochs: int | None = 200
+    """Stop after this many epochs (none: only `iterations` limits the run)."""
+    iterations: int | None = None
+    """Stop after this many updates (none: only `epochs` limits the run); the earlier limit counts."""
+    lr: float = 0.1
+    """Initial learning rate."""
+    schedule: MultiStep | Plateau = field(default_factory=MultiStep)
+    """How the learning rate decreases: at fixed fractions of the run, or on a plateau of the training loss."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 1e-4
+    """Weight decay (L2) on all parameters."""
+    label_smoothing: float = 0.0
+    """Probability moved from the label to the uniform distribution."""
+    regularizer: RegularizerSpec | None = None
+    """The Fisher trace regularizer (none: plain training)."""
+    precision: Precision = "32-true"
+    """Arithmetic of the training passes; penalties and evaluation are float32 in any case."""
+    seed: int = 0
+    """Decides the initial weights, the training subset, the confusion set, the batches and the augmentation."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require_one_of("model", self.model, MODEL_NAMES)
+        _require_one_of("augmentation", self.augmentation, AUGMENTATIONS)
+        _require(self.data != "", "data must name a data set or a folder, got an empty string")
+        _require(self.train_size is None or self.train_size >= 1, f"train_size must be >= 1, got {self.train_size}")
+        _require(self.confusion >= 0, f"confusion must not be negative, got {self.confusion}")
+        _require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
+        _require(
+            self.epochs is not None or self.iterations is not None,
+            "epochs and iterations are both None: give at least one, or the run would never end",
+        )
+        _require(self.epochs is None or self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
+        _require(self.iterations is None or self.iterations >= 1, f"iterations must be >= 1, got {self.iterations}")
+        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        _require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
+        _require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")
+        _require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        _require(0 <= self.seed < 2**63, f"seed must be in [0, 2**63), got {self.seed}")
+
+    @property
+    def key(self) -> str:
+        """The run's name: the first 12 hexadecimal digits of the SHA-256 of :meth:`to_json`."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:_KEY_LENGTH]
+
+    def iterations_per_epoch(self, num_samples: int) -> int:
+        """Full mini-batches in ``num_samples`` training images.
+
+        Raises:
+            FlatminimaError: There is not even one.
+        """
+        _require(
+            num_samples >= self.batch_size,
+            f"batch_size {self.batch_size} is larger than the training set of {num_samples} images; lower batch_size",
+        )
+        return num_samples // self.batch_size
+
+    def total_iterations(self, num_samples: int) -> int:
+        """Updates in the whole run on ``num_samples`` training images: the earlier of the two limits."""
+        limits = [self.iterations] if self.iterations is not None else []
+        if self.epochs is not None:
+            limits.append(self.epochs * self.iterations_per_epoch(num_samples))
+        return min(limits)
+
+    def to_json(self) -> str:
+        """The canonical text: one line, fields sorted, floats in their shortest exact form."""
+        values = dataclasses.asdict(self)
+        values["schedule"]["kind"] = type(self.schedule).__name__
+        return json.dumps(values, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunSpec:
+        """The spec written by :meth:`to_json`.
+
+        Raises:
+            FlatminimaError: The text is not JSON, or not that of a RunSpec.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FlatminimaError(f"not a run specification: {error}") from None
+        _require(isinstance(values, dict), f"not a run specification: {text[:60]!r}")
+        if isinstance(values.get("regularizer"), dict):
+            values["regularizer"] = _build(RegularizerSpec, values["regularizer"])
+        if isinstance(values.get("schedule"), dict):
+            schedule = dict(values["schedule"])
+            kinds = {kind.__name__: kind for kind in (MultiStep, Plateau)}
+            kind = schedule.pop("kind", None)
+            _require_one_of("schedule.kind", kind, tuple(kinds))
+            values["schedule"] = _build(kinds[kind], schedule)
+        spec: RunSpec = _build(cls, values)
+        return spec
+
+
+def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    unknown = set(values) - {field.name for field in dataclasses.fields(kind)}
+    _require(
+        not unknown, f"{kind.__name__} has no field {', '.join(sorted(unknown))}; was it written by another version?"
+    )
+    return kind(**values)
+
+
+def _check_types(spec: Any) -> None:
+    """Refuse values of the wrong type, and turn an int (or a list) into the float (or tuple) the field declares.
+
+    A spec may come from a file that somebody edited; and ``lr=1`` and ``lr=1.0`` have to be one run, with one key.
+    """
+    for name, hint in get_type_hints(type(spec)).items():
+        value = getattr(spec, name)
+        try:
+            object.__setattr__(spec, name, _as_declared(value, hint))
+        except TypeError:
+            declared = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise FlatminimaError(f"{type(spec).__name__}.{name} must be {declared}, got {value!r}") from None
+
+
+def _as_declared(value: Any, hint: Any) -> Any:
+    """``value`` as the declared type; TypeError where it is of another."""
+    kind, options = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        if value in options:
+            return value
+    elif kind is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_as_declared(item, options[0]) for item in value)
+    elif options:  # a union
+        for option in options:
+            with contextlib.suppress(TypeError):
+                return _as_declared(value, option)
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    elif type(value) is hint:  # not isinstance: True is an int
+        return value
+    raise TypeError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise FlatminimaError(message)
+
+
+def _require_one_of(what: str, value: Any, names: Sequence[str]) -> None:
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    _require(value in names, f"unknown {what} {value!r}{hint}; use one of {', '.join(names)}")
+
+
+_RESNET20 = RunSpec(model="resnet20", lr=0.1, batch_size=128, momentum=0.9, weight_decay=1e-4)
+
+RECIPES: dict[str, RunSpec] = {
+    # App. E; initialization as in He et al. (2016a)
+    "cnn": RunSpec(model="cnn", lr=0.01, schedule=MultiStep((0.5, 0.75)), epochs=200, nesterov=True),
+    # He et al. (2016a): ÷10 at 32k and 48k of 64k iterations
+    "resnet20": dataclasses.replace(_RESNET20, schedule=MultiStep((0.5, 0.75)), epochs=None, iterations=64_000),
+    # Zagoruyko & Komodakis (2016): ×0.2 at epochs 60, 120 and 160 of 200
+    "wrn28-2": RunSpec(
+        model="wrn28-2", schedule=MultiStep((0.3, 0.6, 0.8), factor=0.2), epochs=200, weight_decay=5e-4, nesterov=True
+    ),
+    # Huang et al. (2017)
+    "densenet-bc-100": RunSpec(model="densenet-bc-100", batch_size=64, epochs=300, nesterov=True),
+    # Sec. 7.1: ÷10 whenever the training loss plateaus
+    "scenario": dataclasses.replace(_RESNET20, schedule=Plateau(), epochs=200),
+    # Ours, for a first look: seconds on one core
+    "digits": RunSpec(
+        model="small-cnn", data="digits", augmentation="no-aug", batch_size=64, epochs=40, lr=0.05, nesterov=True
+    ),
+}
+"""The training of every network in the paper, by name; change single fields with :func:`dataclasses.replace`."""

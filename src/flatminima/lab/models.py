@@ -164,9 +164,9 @@ Shortcut = Literal["pad", "projection"]
 class PreActResNet(nn.Module):
     """A residual network of basic blocks with pre-activation (He et al., 2016b), for small images.
 
-    Three stages of 3×3 convolutions; the second and the third halve the image. A stage's first block activates its input
-    before the fork, so that the shortcut sees the activated input as well (as in the published code of pre-activation
-    ResNets and of WRNs); in the other blocks the shortcut is the identity.
+    Three stages of 3×3 convolutions; the second and the third halve the image. A stage's first block activates its
+    input before the fork, so that the shortcut sees the activated input as well (as in the published code of
+    pre-activation ResNets and of WRNs); in the other blocks the shortcut is the identity.
 
     Args:
         widths: Channels of the three stages.

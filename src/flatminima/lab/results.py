@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,7 +405,9 @@ def assign_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, source: P
 
 def _read_torch_file(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol, before the error that names it
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever a broken or hostile file makes torch raise, it is many lines long and means this
         raise FlatminimaError(
             f"{path} is unreadable or holds pickled code, which is never run; save model.state_dict() as .safetensors"
@@ -444,25 +447,29 @@ def _record(kind: Callable[..., Record], text: str, **extra: Any) -> Record | No
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {_NOTE: json.dumps({**note, "digest": _digest(stored)})}
+    text = json.dumps(note)
+    metadata = {_NOTE: json.dumps({"digest": _digest(stored, text), "note": text})}
     _write(path, safetensors.torch.save(stored, metadata=metadata))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and note; the digest is checked where there is one (not in files that others wrote)."""
+    """Tensors and note; the digest is checked, except in files that others wrote, which have none."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            note = json.loads((file.metadata() or {}).get(_NOTE, "{}"))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+            metadata = (file.metadata() or {}).get(_NOTE)
+        signed = json.loads(metadata) if metadata is not None else {"digest": None, "note": "{}"}
+        digest, text = signed["digest"], signed["note"]
+        note: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise _damaged(path, f"it is missing, truncated or not a safetensors file: {_one_line(error)}") from None
-    if note.pop("digest", None) not in (None, _digest(tensors)):
+    if digest is not None and digest != _digest(tensors, text):
         raise _damaged(path, "it was altered after it was written: its digest does not match")
     return tensors, note
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], note: str) -> str:
+    digest = hashlib.sha256(note.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(_bytes(tensors[name]))

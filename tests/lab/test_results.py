@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from flatminima.errors import DamagedFileError, FlatminimaError
+from flatminima.lab import results
+from flatminima.lab.models import build_model
+from flatminima.lab.results import (
+    EpochRecord,
+    EpochSums,
+    ResumePoint,
+    RunFolder,
+    RunResult,
+    load_run,
+    load_sets,
+    load_weights,
+)
+from flatminima.lab.training import RunSpec, evaluate, train
+
+SPEC = RunSpec(
+    model="mlp", data="digits", train_size=200, confusion=40, augmentation="no-aug", batch_size=40, epochs=2, seed=3
+)
+RECORDS = [
+    EpochRecord(1, 6, 0.1, 2.25, 0.5, None, 0.1, 0.3),
+    EpochRecord(2, 12, 0.1 + 0.2, 1 / 3, 0.75, 12.5, 0.05, 0.3),
+]
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def one_line(caught: pytest.ExceptionInfo[FlatminimaError]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights from files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.pth"])
+def test_weights_are_loaded_with_their_buffers(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    saved, loaded = network(), network()
+    saved(torch.randn(8, 3))  # moves the running statistics
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(saved.state_dict(), path)
+    else:
+        torch.save(saved.state_dict(), path)
+    load_weights(loaded, path)
+    for key, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+class Exploit:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("name", ["evil.pt", "evil.pth", "evil.safetensors"])
+@pytest.mark.parametrize("how", ["torch", "old torch", "bare pickle", "hidden in a state dict"])
+def test_code_in_a_checkpoint_is_refused_and_never_run(tmp_path: Path, name: str, how: str) -> None:
+    marker, path = tmp_path / "was-run", tmp_path / name
+    if how == "bare pickle":
+        path.write_bytes(pickle.dumps(Exploit(marker)))
+    elif how == "hidden in a state dict":
+        torch.save({**network().state_dict(), "extra": Exploit(marker)}, path)
+    else:
+        torch.save(Exploit(marker), path, _use_new_zipfile_serialization=how == "torch")
+    with pytest.raises(FlatminimaError) as caught:
+        load_weights(network(), path)
+    assert str(path) in one_line(caught)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Exploit(marker)))  # the exploit is a real one
+    assert marker.exists()
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
+    torch.save(network(), tmp_path / "model.pt")
+    with pytest.raises(FlatminimaError, match=r"holds pickled code, which is never run; save model\.state_dict\(\)"):
+        load_weights(network(), tmp_path / "model.pt")
+
+
+def test_a_training_checkpoint_that_wraps_the_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": network().state_dict(), "epoch": 3}, tmp_path / "training.pt")
+    with pytest.raises(FlatminimaError, match="does not hold a plain state dict"):
+        load_weights(network(), tmp_path / "training.pt")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\xff" * 100], ids=["empty", "text", "noise"])
+def test_an_unreadable_checkpoint_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(FlatminimaError) as caught:
+        load_weights(network(), path)
+    assert str(path) in one_line(caught)
+
+
+def test_missing_and_unknown_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FlatminimaError, match="there is no checkpoint"):
+        load_weights(network(), tmp_path / "nowhere.safetensors")
+    (tmp_path / "weights.h5").write_bytes(b"")
+    with pytest.raises(FlatminimaError, match=r"save it as \.safetensors"):
+        load_weights(network(), tmp_path / "weights.h5")
+
+
+def test_another_models_names_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({f"module.{k}": v for k, v in network().state_dict().items()}, path)
+    with pytest.raises(FlatminimaError) as caught:
+        load_weights(network(), path)
+    assert "missing 0.bias, 0.weight, 1.bias and 6 more; unexpected module.0.bias" in one_line(caught)
+
+
+def test_another_class_count_is_refused_and_the_model_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(build_model("mlp", num_classes=100, in_channels=1).state_dict(), path)
+    model = build_model("mlp", num_classes=10, in_channels=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(FlatminimaError) as caught:
+        load_weights(model, path)
+    assert "(100, " in one_line(caught)
+    assert "is its number of classes" in one_line(caught)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resume_point() -> ResumePoint:
+    return ResumePoint(
+        tensors={"weights/a": torch.randn(3, 2), "weights/count": torch.tensor(7), "momentum/a": torch.randn(3, 2)},
+        iteration=14,
+        sums=EpochSums(loss=0.1 + 0.2, correct=5, trace=1e-17, seconds=0.25),
+        history=tuple(RECORDS),
+        data_digest="d",
+        environment={"torch": "2", "threads": 1},
+    )
+
+
+def result(folder: Path) -> RunResult:
+    return RunResult(folder, 2, 12, 1 / 3, 0.9, 0.1, 0.6, "d", {"torch": "2"})
+
+
+def test_a_folder_is_named_by_its_spec(tmp_path: Path) -> None:
+    folder = RunFolder.of(tmp_path, SPEC)
+    assert folder.path == tmp_path / f"mlp-{SPEC.key}"
+    assert folder.path != RunFolder.of(tmp_path, replace(SPEC, seed=4)).path
+    assert not folder.path.exists()
+    assert folder.status == "new"
+
+
+def test_spec_history_and_measures_round_trip(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_spec(SPEC)
+    folder.write_history(RECORDS)
+    assert folder.read_measures() is None
+    folder.write_measures('{"γ̂": 1}')
+    assert (folder.read_spec(), folder.read_history(), folder.read_measures()) == (SPEC, RECORDS, '{"γ̂": 1}')
+    assert folder.status == "unfinished"
+
+
+def test_a_resume_point_round_trips_to_the_same_bits(tmp_path: Path) -> None:
+    folder, point = RunFolder(tmp_path), resume_point()
+    assert folder.read_resume_point() is None
+    folder.write_resume_point(point)
+    again = folder.read_resume_point()
+    assert again is not None
+    assert again.tensors.keys() == point.tensors.keys()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in point.tensors.items())
+    assert replace(again, tensors={}) == replace(point, tensors={})
+    assert folder.read_history() == RECORDS
+
+
+def test_finishing_removes_the_resume_point(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_resume_point(resume_point())
+    folder.write_result(result(tmp_path), {"a": torch.ones(2)}, RECORDS)
+    assert folder.status == "finished"
+    assert folder.read_result() == result(tmp_path)
+    assert folder.read_resume_point() is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.safetensors",
+        "history.jsonl",
+        "result.json",
+    ]
+
+
+def test_files_have_the_same_bytes_every_time(tmp_path: Path) -> None:
+    folder, point = RunFolder(tmp_path), resume_point()
+    folder.write_resume_point(point)
+    first = (tmp_path / "state.safetensors").read_bytes()
+    folder.write_resume_point(point)
+    assert (tmp_path / "state.safetensors").read_bytes() == first
+
+
+def test_a_failed_run_says_why(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_resume_point(resume_point())
+    folder.write_failure("the loss is nan", RECORDS)
+    assert folder.status == "failed"
+    assert folder.read_resume_point() is None
+    with pytest.raises(FlatminimaError, match="this run failed before: the loss is nan"):
+        folder.read_result()
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.safetensors"])
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_truncated_tensors_are_noticed(tmp_path: Path, name: str, size: int) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_result(result(tmp_path), {"a": torch.ones(2)}, RECORDS)
+    folder.write_resume_point(resume_point())
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DamagedFileError) as caught:
+        folder.read_resume_point() if name == "state.safetensors" else folder.read_result()
+    assert str(path) in one_line(caught)
+
+
+def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_result(result(tmp_path), {"a": torch.ones(2)}, RECORDS)
+    path = tmp_path / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match="its digest does not match"):
+        folder.read_checkpoint()
+
+
+def test_one_altered_counter_is_noticed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_resume_point(resume_point())
+    path = tmp_path / "state.safetensors"
+    content = path.read_bytes()
+    assert content.count(b'iteration\\\\\\": 14') == 1
+    path.write_bytes(content.replace(b'iteration\\\\\\": 14', b'iteration\\\\\\": 15'))
+    with pytest.raises(DamagedFileError, match="its digest does not match"):
+        folder.read_resume_point()
+
+
+def test_a_result_without_its_checkpoint_is_damaged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_result(result(tmp_path), {"a": torch.ones(2)}, RECORDS)
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(DamagedFileError, match=r"checkpoint\.safetensors is damaged"):
+        folder.read_result()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"epochs": 3}', "\x00\xff"])
+def test_a_result_that_is_none_is_damaged(tmp_path: Path, text: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_result(result(tmp_path), {"a": torch.ones(2)}, RECORDS)
+    (tmp_path / "result.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DamagedFileError) as caught:
+        folder.read_result()
+    assert "result.json is damaged" in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [
+        (lambda lines: [*lines, lines[-1][:20]], 3),  # half a line
+        (lambda lines: [lines[0], lines[0]], 2),  # an epoch twice
+        (lambda lines: lines[1:], 1),  # an epoch missing
+    ],
+)
+def test_a_damaged_history_is_noticed(tmp_path: Path, edit: object, line: int) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_history(RECORDS)
+    path = tmp_path / "history.jsonl"
+    path.write_text("\n".join(edit(path.read_text().splitlines())))  # type: ignore[operator]
+    with pytest.raises(DamagedFileError) as caught:
+        folder.read_history()
+    assert f"line {line} is not the record of epoch {line}" in one_line(caught)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FlatminimaError, match=r"is not a run folder: it has no spec\.json"):
+        load_run(tmp_path)
+
+
+def test_a_file_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_measures("old")
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(FlatminimaError) as caught:
+        folder.write_measures("new")
+    assert "No space left on device" in one_line(caught)
+    assert folder.read_measures() == "old"
+    folder.remove_leftovers()
+    assert [path.name for path in tmp_path.iterdir()] == ["measures.json"]
+
+
+def test_the_lock_excludes_others_and_is_freed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with (
+        folder.lock(),
+        pytest.raises(FlatminimaError, match="another process is training"),
+        RunFolder(folder.path).lock(),
+    ):
+        pass
+    with RunFolder(folder.path).lock():
+        pass
+
+
+def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(FlatminimaError) as caught, RunFolder(tmp_path / "runs" / "run").lock():
+        pass
+    assert "choose another folder" in one_line(caught)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return train(SPEC, tmp_path_factory.mktemp("runs"), progress=False)
+
+
+def test_a_run_is_loaded_as_it_was_trained(finished: RunResult) -> None:
+    spec, model, clean, test = load_run(finished.folder)
+    assert spec == SPEC
+    assert not model.training
+    assert (len(clean), len(test)) == (200, 500)
+    assert evaluate(model, test).error == finished.test_error
+    everything = evaluate(model, load_sets(SPEC).train)
+    assert (everything.loss, everything.accuracy) == (finished.train_loss, finished.train_accuracy)
+
+
+def test_measures_see_the_clean_part_only() -> None:
+    sets = load_sets(SPEC)
+    assert (len(sets.clean), len(sets.train)) == (200, 240)
+    assert torch.equal(sets.train.images[:200], sets.clean.images)
+    assert torch.equal(sets.train.labels[:200], sets.clean.labels)
+
+
+def test_the_whole_set_keeps_its_order_whatever_the_seed() -> None:
+    sets = [load_sets(RunSpec(data="digits", augmentation="no-aug", seed=seed)) for seed in (0, 1)]
+    assert torch.equal(sets[0].train.images, sets[1].train.images)
+    assert sets[0].clean is sets[0].train
+
+
+def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_spec(SPEC)
+    with pytest.raises(FlatminimaError, match="is not finished; train it to the end first"):
+        load_run(tmp_path)
+
+
+def test_a_run_on_other_data_cannot_be_loaded(finished: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    def altered(source: str, *, cache_dir: Path | None) -> object:
+        train_set, test_set = load(source, cache_dir=cache_dir)
+        return train_set, replace(test_set, images=255 - test_set.images)
+
+    load = results.load_data
+    monkeypatch.setattr(results, "load_data", altered)
+    with pytest.raises(FlatminimaError, match="the data 'digits' have changed since"):
+        load_run(finished.folder)
+
+
+def test_the_checkpoint_is_plain_safetensors(finished: RunResult) -> None:
+    weights = safetensors.torch.load_file(finished.folder / "checkpoint.safetensors")
+    assert weights.keys() == build_model("mlp", in_channels=1).state_dict().keys()
+
+
+def test_the_result_is_plain_json(finished: RunResult) -> None:
+    values = json.loads((finished.folder / "result.json").read_text())
+    assert values["test_error"] == finished.test_error
+    assert set(values["environment"]) == {"flatminima", "torch", "device", "threads"}

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flatminima.errors import FlatminimaError
+from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec
+
+CIFAR_SIZE = 50_000
+
+
+def learning_rates(spec: RunSpec, num_samples: int = CIFAR_SIZE) -> dict[int, float]:
+    """Every iteration at which the learning rate of a multi-step recipe changes, with its new value."""
+    total = spec.total_iterations(num_samples)
+    changes, last = {}, 0.0
+    for iteration in range(total):
+        rate = spec.lr * spec.schedule.multiplier(iteration, total, [])
+        if rate != last:
+            changes[iteration] = last = rate
+    return changes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes: the table of the paper
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "batches", "length", "drops"),
+    [
+        # recipe, mini-batches in an epoch, the run's iterations, {iteration: learning rate}
+        ("cnn", 390, 200 * 390, {0: 0.01, 100 * 390: 1e-3, 150 * 390: 1e-4}),
+        ("resnet20", 390, 64_000, {0: 0.1, 32_000: 0.01, 48_000: 1e-3}),
+        ("wrn28-2", 390, 200 * 390, {0: 0.1, 60 * 390: 0.02, 120 * 390: 4e-3, 160 * 390: 8e-4}),
+        ("densenet-bc-100", 781, 300 * 781, {0: 0.1, 150 * 781: 0.01, 225 * 781: 1e-3}),
+    ],
+)
+def test_the_learning_rate_drops_where_the_paper_says(
+    name: str, batches: int, length: int, drops: dict[int, float]
+) -> None:
+    spec = RECIPES[name]
+    assert spec.iterations_per_epoch(CIFAR_SIZE) == batches
+    assert spec.total_iterations(CIFAR_SIZE) == length
+    found = learning_rates(spec)
+    assert list(found) == list(drops)
+    assert list(found.values()) == pytest.approx(list(drops.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "batch_size", "weight_decay", "nesterov"),
+    [
+        ("cnn", "cnn", 128, 1e-4, True),
+        ("resnet20", "resnet20", 128, 1e-4, False),
+        ("wrn28-2", "wrn28-2", 128, 5e-4, True),
+        ("densenet-bc-100", "densenet-bc-100", 64, 1e-4, True),
+        ("scenario", "resnet20", 128, 1e-4, False),
+    ],
+)
+def test_recipes_are_the_papers(name: str, model: str, batch_size: int, weight_decay: float, nesterov: bool) -> None:
+    spec = RECIPES[name]
+    assert (spec.model, spec.batch_size, spec.weight_decay, spec.nesterov) == (
+        model,
+        batch_size,
+        weight_decay,
+        nesterov,
+    )
+    assert (spec.momentum, spec.augmentation, spec.label_smoothing, spec.confusion) == (0.9, "4-crop-f", 0.0, 0)
+    assert spec.regularizer is None
+
+
+def test_scenarios_train_200_epochs_and_divide_by_10_on_a_plateau() -> None:
+    spec = RECIPES["scenario"]
+    assert (spec.epochs, spec.iterations, spec.lr, spec.schedule) == (200, None, 0.1, Plateau(factor=0.1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Duration and schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_earlier_limit_ends_the_run() -> None:
+    shortened = dataclasses.replace(RECIPES["resnet20"], epochs=2)
+    assert shortened.total_iterations(CIFAR_SIZE) == 780
+    assert list(learning_rates(shortened)) == [0, 390, 585]  # a shortened run keeps the shape of its schedule
+    assert dataclasses.replace(shortened, iterations=100).total_iterations(CIFAR_SIZE) == 100
+
+
+def test_without_milestones_the_learning_rate_is_constant() -> None:
+    assert learning_rates(RunSpec(epochs=3, schedule=MultiStep(milestones=()))) == {0: 0.1}
+
+
+def test_multi_step_agrees_with_torch() -> None:
+    schedule, total = MultiStep((0.25, 0.5, 0.9), factor=0.3), 40
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
+    oracle = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20, 36], gamma=0.3)
+    for iteration in range(total):
+        assert 0.2 * schedule.multiplier(iteration, total, []) == pytest.approx(oracle.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        oracle.step()
+
+
+@given(
+    losses=st.lists(st.floats(0, 2), max_size=40),
+    patience=st.integers(0, 4),
+    threshold=st.sampled_from([0.0, 1e-4, 0.1]),
+)
+def test_plateau_agrees_with_torch(losses: list[float], patience: int, threshold: float) -> None:
+    schedule = Plateau(factor=0.5, patience=patience, threshold=threshold)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=patience, threshold=threshold, eps=0.0
+    )
+    for epoch in range(len(losses)):
+        oracle.step(losses[epoch])
+        assert schedule.multiplier(0, 1, losses[: epoch + 1]) == oracle.get_last_lr()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity and validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPECS = [*RECIPES.values(), RunSpec(regularizer=RegularizerSpec(max_grad_norm=5.0), precision="bf16-mixed")]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.key)
+def test_json_round_trips(spec: RunSpec) -> None:
+    again = RunSpec.from_json(spec.to_json())
+    assert again == spec
+    assert again.key == spec.key
+    assert "\n" not in spec.to_json()
+
+
+def test_every_field_changes_the_key() -> None:
+    changed: dict[str, Any] = {
+        "model": "cnn",
+        "data": "digits",
+        "train_size": 10,
+        "confusion": 1,
+        "augmentation": "no-aug",
+        "batch_size": 64,
+        "epochs": 3,
+        "iterations": 5,
+        "lr": 0.2,
+        "schedule": Plateau(),
+        "momentum": 0.8,
+        "nesterov": True,
+        "weight_decay": 0.0,
+        "label_smoothing": 0.1,
+        "regularizer": RegularizerSpec(),
+        "precision": "bf16-mixed",
+        "seed": 1,
+    }
+    assert changed.keys() == {field.name for field in dataclasses.fields(RunSpec)}
+    keys = {dataclasses.replace(RunSpec(), **{name: value}).key for name, value in changed.items()}
+    assert len(keys | {RunSpec().key}) == len(changed) + 1
+
+
+def test_the_key_does_not_change_between_versions() -> None:
+    # A changed key orphans every run folder there is: raise this only with a reason to.
+    assert RunSpec().key == "af0326ed9362"
+
+
+def test_an_int_where_a_float_belongs_is_the_same_run() -> None:
+    assert RunSpec(lr=1).key == RunSpec(lr=1.0).key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet2"}, "unknown model 'resnet2' (did you mean 'resnet20'?)"),
+        ({"augmentation": "4-crop"}, "did you mean '4-crop-f'"),
+        ({"precision": "16"}, "RunSpec.precision must be"),
+        ({"data": ""}, "data must name"),
+        ({"train_size": 0}, "train_size must be >= 1"),
+        ({"confusion": -1}, "confusion must not be negative"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"batch_size": 64.0}, "RunSpec.batch_size must be int, got 64.0"),
+        ({"epochs": 0}, "epochs must be >= 1"),
+        ({"epochs": None}, "give at least one"),
+        ({"epochs": True}, "RunSpec.epochs must be int | None, got True"),
+        ({"iterations": 0}, "iterations must be >= 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": float("nan")}, "RunSpec.lr must be float, got nan"),
+        ({"lr": "0.1"}, "RunSpec.lr must be float, got '0.1'"),
+        ({"momentum": 1.0}, "momentum must be in [0, 1)"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov needs a positive momentum"),
+        ({"weight_decay": -1e-4}, "weight_decay must not be negative"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be in [0, 1)"),
+        ({"seed": -1}, "seed must be in"),
+        ({"schedule": None}, "RunSpec.schedule must be"),
+    ],
+)
+def test_a_bad_field_is_named_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlatminimaError) as caught:
+        dataclasses.replace(RunSpec(), **changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MultiStep((0.75, 0.5)), "schedule.milestones must increase between 0 and 1"),
+        (lambda: MultiStep((100, 150)), "schedule.milestones must increase between 0 and 1"),
+        (lambda: MultiStep(0.5), "MultiStep.milestones must be tuple"),  # type: ignore[arg-type]
+        (lambda: MultiStep(factor=0.0), "schedule.factor must be positive"),
+        (lambda: Plateau(factor=-0.1), "schedule.factor must be positive"),
+        (lambda: Plateau(patience=-1), "schedule.patience must not be negative"),
+        (lambda: Plateau(threshold=1.0), "schedule.threshold must be in [0, 1)"),
+        (lambda: RegularizerSpec(alpha=0.0), "regularizer.alpha must be positive"),
+        (lambda: RegularizerSpec(beta=-1.0), "regularizer.beta must not be negative"),
+        (lambda: RegularizerSpec(num_sub_batches=0), "regularizer.num_sub_batches must be >= 1"),
+        (lambda: RegularizerSpec(max_grad_norm=0.0), "regularizer.max_grad_norm must be positive"),
+        (lambda: RegularizerSpec(start_epoch=-1), "regularizer.start_epoch must not be negative"),
+    ],
+)
+def test_a_bad_nested_field_is_named_in_one_line(build: Any, message: str) -> None:
+    with pytest.raises(FlatminimaError) as caught:
+        build()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda values: values | {"optimizer": "adam"}, "RunSpec has no field optimizer"),
+        (lambda values: values | {"schedule": {"kind": "Cosine"}}, "unknown schedule.kind 'Cosine'"),
+        (lambda values: values | {"schedule": {"kind": "Plateau", "steps": 3}}, "Plateau has no field steps"),
+        (lambda values: values | {"regularizer": 3}, "RunSpec.regularizer must be"),
+        (lambda values: [values], "not a run specification"),
+    ],
+)
+def test_a_bad_file_is_named_in_one_line(edit: Any, message: str) -> None:
+    with pytest.raises(FlatminimaError) as caught:
+        RunSpec.from_json(json.dumps(edit(json.loads(RunSpec().to_json()))))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_json_is_refused() -> None:
+    with pytest.raises(FlatminimaError, match="not a run specification"):
+        RunSpec.from_json('{"model": "resn')
+
+
+def test_a_training_set_smaller_than_one_batch_is_refused() -> None:
+    with pytest.raises(FlatminimaError, match="batch_size 128 is larger than the training set of 100 images"):
+        RunSpec().total_iterations(100)

@@ -7,6 +7,7 @@ code, and normalization happens last.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -312,8 +313,6 @@ def _decode(splits: Any, source: str) -> _Decoded:
     for split in _SPLITS:
         if split not in splits:
             raise FlatminimaError(f"{source} has no {split} split, only {', '.join(splits)}; both are needed")
-        if len(splits[split]) == 0:
-            raise FlatminimaError(f"{source}: the {split} split is empty; both splits are needed")
     tensors: dict[str, Tensor] = {}
     for split in _SPLITS:
         tensors[f"{split}_labels"] = _decode_labels(splits[split], f"{source}, {split} split")
@@ -358,7 +357,7 @@ def _num_classes(rows: Any, labels: Tensor) -> int:
 
 def _decode_images(rows: Any, where: str) -> Tensor:
     """The images of a split, ``(N, C, H, W)`` uint8."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     Image.init()
     formats = list(Image.ID)
@@ -369,9 +368,8 @@ def _decode_images(rows: Any, where: str) -> Tensor:
             pixels = np.atleast_3d(np.asarray(image))
         # Pillow raises OSError, SyntaxError, ValueError and more, by format.
         except Exception as error:
-            raise FlatminimaError(
-                f"{where}: cannot decode image {i} ({_root_cause(error)}); replace or drop it"
-            ) from error
+            reason = "no known format" if isinstance(error, UnidentifiedImageError) else _root_cause(error)
+            raise FlatminimaError(f"{where}: cannot decode image {i} ({reason}); replace or drop it") from error
         if image.mode not in ("L", "RGB"):
             raise FlatminimaError(f"{where}: image {i} has mode {image.mode}; convert all images to RGB or L (grey)")
         if not images:
@@ -393,7 +391,7 @@ def _encoded_images(rows: Any, where: str) -> Iterator[bytes]:
     name = _find_column(rows, _IMAGE_COLUMNS, where)
     try:
         encoded = rows.select_columns(name).cast_column(name, datasets.Image(decode=False)).with_format("arrow")
-    except (TypeError, ValueError) as error:  # pyarrow's errors for a wrong type derive from these
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's errors for a wrong type derive from these
         raise FlatminimaError(
             f"{where}: column {name} does not hold encoded images ({_root_cause(error)}); "
             "store them as the datasets library's Image feature does"
@@ -442,7 +440,8 @@ def _write_cache(path: Path, decoded: _Decoded) -> None:
             "let the environment variable FLATMINIMA_CACHE name a folder with room that you can write to"
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

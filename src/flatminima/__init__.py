@@ -1,0 +1,17 @@
+"""Which minimum generalizes better, and how to train to it: the Fisher information, for PyTorch."""
+
+from flatminima.gramian import gram
+from flatminima.measures import Characterization, Comparison, Estimate, compare, measure
+from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.theory import pac_bayes_bound
+
+__all__ = [
+    "Characterization",
+    "Comparison",
+    "Estimate",
+    "FisherTraceRegularizer",
+    "compare",
+    "gram",
+    "measure",
+    "pac_bayes_bound",
+]

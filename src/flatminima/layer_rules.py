@@ -3,7 +3,7 @@
 Rules are attached to the *functions* that modules call (``F.linear``, ``F.conv2d``, ...), not to module types, so a
 parameter used without its module (a tied embedding, ``F.linear(x, self.weight)``) is seen like any other. A rule reads
 the call's arguments and returns one :class:`ParameterUse` per parameter in it, or None for a call it does not cover;
-parameters without a covering rule take the generic path of :mod:`flatminima.gram`.
+parameters without a covering rule take the generic path of :mod:`flatminima.gramian`.
 
 Throughout, N is the number of samples and a tensor's first dimension is N, or N·T with the T positions of one
 sample side by side (a model that folds time or windows into the batch).

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cases import CASES, Case
-from flatminima.gram import factored_gram
+from flatminima.gramian import factored_gram
 from oracles import explicit_gram
 
 

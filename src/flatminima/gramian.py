@@ -343,14 +343,16 @@ def _slices(parameter: nn.Parameter, n: int) -> Iterator[tuple[int, int]]:
 
 
 def _add_product(unit: Tensor, rows: Tensor) -> None:
-    """``unit += rows rowsᵀ`` in float64, for rows in any memory layout, without copying them into another one."""
+    """``unit += rows rowsᵀ`` for rows in any memory layout, without copying them into another one.
+
+    Products are in the rows' precision, their sum over blocks and parameters in float64: products in float64 too move
+    ln det ξ by less than 1e-5, a hundredth of what the float32 rows themselves err by.
+    """
     n = rows.shape[0]
     outer = [d for d in range(1, rows.dim()) if rows.stride(d) > rows.stride(0)]
     inner = [d for d in range(1, rows.dim()) if d not in outer]
-    blocks = rows.permute(*outer, 0, *inner).reshape(math.prod(rows.shape[d] for d in outer), n, -1)
-    for block in blocks:
-        block = block.double()
-        unit.addmm_(block, block.T)
+    for block in rows.permute(*outer, 0, *inner).reshape(math.prod(rows.shape[d] for d in outer), n, -1):
+        unit += block @ block.T
 
 
 def _used(

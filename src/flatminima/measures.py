@@ -1,0 +1,618 @@
+"""What: ξ → γ̂ and its rivals, over many subsets of the training data, with their standard errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from io import StringIO
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from flatminima.batching import Inputs, call_model, device_of, map_tensors
+from flatminima.errors import (
+    FlatminimaError,
+    NotAMinimumWarning,
+    RankDeficientError,
+    SingularTrialWarning,
+    UnequalLossWarning,
+)
+from flatminima.gramian import FactoredGram, evaluating, factored_gram, trainable_parameters, warn_generic
+from flatminima.losses import Loss, per_sample_loss
+from flatminima.precision import true_precision
+from flatminima.progress import track
+from flatminima.robustness import has_input_jacobian, input_jacobian_norms
+from flatminima.sampling import Data, Samples, draw_subsets, samples_of
+
+EVALUATION_BATCH = 250
+"""Samples per forward pass when the training loss is evaluated."""
+
+MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
+"""A cross entropy (nats) above the first with an accuracy below the second is not called a minimum."""
+
+SIMILAR_LOSS_RATIO = 1.5
+"""Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over trials with its uncertainty.
+
+    Attributes:
+        mean: the average over trials.
+        standard_error: sample standard deviation / √T; NaN for a single trial.
+        per_trial: the T values, in the order of the subsets; NaN where a trial was left out (then not in the mean).
+    """
+
+    mean: float
+    standard_error: float
+    per_trial: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """The estimate from one value per trial; at least one must not be NaN."""
+        kept = [value for value in values if not math.isnan(value)]
+        error = statistics.stdev(kept) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
+        return cls(statistics.fmean(kept), error, tuple(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.6g} ± {self.standard_error:.2g}"
+
+
+@dataclass(frozen=True)
+class Characterization:
+    """The measures of one trained minimum; smaller means better generalization, at similar training loss.
+
+    Attributes:
+        log_det_fisher: γ̂ = (1/T) Σ_t ln det ξ_t (Eq. 5), natural logarithm.
+        spectral_radius: (1/T) Σ_t ‖J_t‖₂², the largest eigenvalue of ξ_t (App. D; Keskar et al.).
+        frobenius_norm: mean_i ‖g_i g_iᵀ‖_F² = mean_i ξ_ii² (App. D; Wu et al.), exact instead of sampled.
+        fisher_frobenius_norm: ‖(1/N') J_tᵀJ_t‖_F² = ‖ξ_t‖_F² / N'², of the subset's Fisher information itself.
+        fisher_trace: mean_i ‖g_i‖² = mean_i ξ_ii (Sec. 6).
+        robustness: mean_i ‖J_x[f_w(x_i)]‖₂² (Sokolić et al.); None where the input is not one floating-point tensor.
+        spectrum: (N',) eigenvalues of ξ_t in descending order, averaged over trials.
+        train_loss: mean loss over all of ``data``; measures compare at similar values only.
+        train_accuracy: fraction of ``data`` classified right; None for losses other than the cross entropy.
+        num_parameters: W, trainable parameters.
+        num_samples: N, the size of ``data``.
+        singular_trials: trials left out of ``log_det_fisher`` (``on_singular="skip"``).
+        settings: everything needed to get the numbers again.
+    """
+
+    log_det_fisher: Estimate
+    spectral_radius: Estimate
+    frobenius_norm: Estimate
+    fisher_frobenius_norm: Estimate
+    fisher_trace: Estimate
+    robustness: Estimate | None
+    spectrum: tuple[float, ...]
+    train_loss: float
+    train_accuracy: float | None
+    num_parameters: int
+    num_samples: int
+    singular_trials: tuple[int, ...]
+    settings: Settings
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The measures by name, γ̂ first; those not defined for this network left out."""
+        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
+
+    def to_json(self) -> str:
+        """One JSON object; NaN becomes null."""
+        return json.dumps(_nan_to_none(dataclasses.asdict(self)), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Characterization:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            FlatminimaError: if ``text`` is not a characterization.
+        """
+        try:
+            values = json.loads(text)
+            for name in MEASURES:
+                if values[name] is not None:
+                    values[name] = _estimate_from(values[name])
+            values["settings"] = Settings(**values["settings"])
+            for name in ("spectrum", "singular_trials"):
+                values[name] = tuple(values[name])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FlatminimaError(f"not a characterization ({error!r}): measure the model again") from error
+
+    def __rich__(self) -> Table:
+        s = self.settings
+        table = Table(title=f"Minimum with {self.num_parameters:,} parameters")
+        for heading in ("measure", "mean", "standard error"):
+            table.add_column(heading, justify="left" if heading == "measure" else "right")
+        for name, estimate in self.estimates().items():
+            table.add_row(MEASURES[name], f"{estimate.mean:.6g}", f"{estimate.standard_error:.2g}")
+        table.add_section()
+        table.add_row("training loss", f"{self.train_loss:.6g}", "")
+        if self.train_accuracy is not None:
+            table.add_row("training accuracy", f"{self.train_accuracy:.4%}", "")
+        drawn = f"{s.trials} subsets of {s.subset_size} from {self.num_samples:,} samples, seed {s.seed}"
+        table.caption = f"{drawn}, BatchNorm {s.batchnorm}"
+        return table
+
+    def __str__(self) -> str:
+        return _rendered(self)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a :class:`Characterization` was obtained.
+
+    Attributes:
+        loss: ``"cross_entropy"``, or the callable's name.
+        subset_size: N'.
+        trials: T.
+        seed: draws the subsets.
+        batchnorm: how BatchNorm normalized; ``"eval"``: by its running statistics.
+        robustness_samples: samples per trial that the robustness was computed on.
+        generic_parameters: parameters without a layer rule, differentiated one sample at a time.
+        dtype: the network's floating-point type.
+        device: where it ran.
+        torch_version: PyTorch's version.
+        flatminima_version: this library's version.
+    """
+
+    loss: str
+    subset_size: int
+    trials: int
+    seed: int
+    batchnorm: str
+    robustness_samples: int
+    generic_parameters: list[str]
+    dtype: str
+    device: str
+    torch_version: str = field(default_factory=lambda: str(torch.__version__))
+    flatminima_version: str = field(default_factory=lambda: version("flatminima"))
+
+
+MEASURES = {
+    "log_det_fisher": "γ̂ = ln det ξ",
+    "spectral_radius": "spectral radius",
+    "frobenius_norm": "Frobenius norm² (per sample)",
+    "fisher_frobenius_norm": "Frobenius norm² (Fisher)",
+    "fisher_trace": "trace of the Fisher",
+    "robustness": "robustness",
+}
+"""Every measure's field and its name in tables."""
+
+
+def measure(
+    model: nn.Module,
+    data: Data,
+    *,
+    loss: Loss = "cross_entropy",
+    subset_size: int = 100,
+    trials: int = 100,
+    seed: int = 0,
+    batchnorm: Literal["eval"] = "eval",
+    robustness_samples: int | None = None,
+    on_singular: Literal["raise", "skip"] = "raise",
+    progress: bool = True,
+) -> Characterization:
+    """Characterize a trained minimum: γ̂ (Jia & Su, Eq. 5) and its rivals over ``trials`` subsets of the training data.
+
+    The model is run in eval mode and left as it was found. Pass the *un-augmented training set*.
+
+    Args:
+        model: any module; its output is the logits, or an object with ``.logits``.
+        data: the training data: a map-style Dataset, a DataLoader, or a tuple of tensors (inputs, targets).
+        loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
+        subset_size: N', samples per subset (paper: 100).
+        trials: T, number of subsets (paper: 100).
+        seed: draws the subsets; the same seed draws the same ones for every model.
+        batchnorm: ``"eval"``: BatchNorm normalizes by its running statistics, so a sample's gradient is its own.
+        robustness_samples: on how many of each subset's samples robustness is computed (default: all; 0: not at
+            all). It takes K − 1 backward passes and dominates the cost.
+        on_singular: what to do with a subset whose ξ is singular (duplicate samples, zero gradients): ``"raise"``, or
+            ``"skip"`` to leave it out of ln det ξ with a :class:`~flatminima.errors.SingularTrialWarning`.
+        progress: show a bar with the time left on a terminal.
+
+    Raises:
+        FlatminimaError: for bad input: too few samples, data that change between passes, unsuitable targets or loss.
+        NonFiniteError: for NaN or infinity in weights, logits or losses.
+        RankDeficientError: for a singular ξ; names the samples and the rank.
+        WrongGradientError: if a spot check against plain autograd fails.
+
+    Warns:
+        NotAMinimumWarning: if the training loss is too high.
+        GenericPathWarning: if some parameters have no layer rule.
+
+    Example:
+        >>> import torch, flatminima
+        >>> x, y = torch.randn(60, 20), torch.arange(60) % 3
+        >>> x = x + 20 * torch.nn.functional.one_hot(y, 20)
+        >>> model = torch.nn.Linear(20, 3)
+        >>> _ = model.weight.data.copy_(torch.eye(3, 20)), model.bias.data.zero_()
+        >>> c = flatminima.measure(model, (x, y), subset_size=10, trials=5)
+        >>> len(c.log_det_fisher.per_trial)
+        5
+    """
+    _check_options(batchnorm, on_singular, robustness_samples)
+    num_parameters = sum(p.numel() for p in trainable_parameters(model).values())
+    if subset_size > num_parameters:
+        raise FlatminimaError(
+            f"subset_size={subset_size} exceeds the model's {num_parameters} trainable parameters, "
+            f"so every ξ is singular: lower subset_size to at most {num_parameters}"
+        )
+    samples = samples_of(data)
+    subsets = draw_subsets(len(samples), subset_size, trials, seed)
+    train_loss, train_accuracy = evaluate(model, samples, loss, progress=progress)
+    if train_accuracy is not None and train_loss > MINIMUM_LOSS and train_accuracy < MINIMUM_ACCURACY:
+        warnings.warn(
+            f"training loss {train_loss:.3g} and accuracy {train_accuracy:.1%} are too far from a minimum for the "
+            "measures to mean what they say: train on, or read them with care",
+            NotAMinimumWarning,
+            stacklevel=2,
+        )
+    kept = subset_size if robustness_samples is None else min(robustness_samples, subset_size)
+    trial_results: list[_Trial] = []
+    for number, subset in enumerate(track(subsets, "measuring", progress)):
+        inputs, targets = to_device(samples.fetch(subset), device_of(model))
+        factored = factored_gram(model, inputs, targets, loss=loss, spot_check=number == 0)
+        if number == 0:
+            warn_generic(factored)
+        trial_results.append(_Trial.of(factored, _robustness(model, inputs, kept), number, subset, on_singular))
+    return _characterize(
+        trial_results,
+        train_loss=train_loss,
+        train_accuracy=train_accuracy,
+        num_parameters=num_parameters,
+        num_samples=len(samples),
+        settings=Settings(
+            loss=loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
+            subset_size=subset_size,
+            trials=trials,
+            seed=seed,
+            batchnorm=batchnorm,
+            robustness_samples=kept,
+            generic_parameters=list(factored.generic_parameters),
+            dtype=str(factored.dtype).removeprefix("torch."),
+            device=str(device_of(model)),
+        ),
+    )
+
+
+def evaluate(
+    model: nn.Module, samples: Samples, loss: Loss = "cross_entropy", *, progress: bool = True
+) -> tuple[float, float | None]:
+    """Mean loss over all samples, and accuracy where the targets are classes; in eval mode, summed in float64.
+
+    Raises:
+        NonFiniteError: if a loss is NaN or infinite.
+    """
+    total, correct = 0.0, 0
+    with evaluating(model), torch.no_grad(), true_precision():
+        for start in track(range(0, len(samples), EVALUATION_BATCH), "training loss", progress):
+            indices = range(start, min(start + EVALUATION_BATCH, len(samples)))
+            inputs, targets = to_device(samples.fetch(indices), device_of(model))
+            logits = call_model(model, inputs)
+            total += per_sample_loss(loss, logits, targets).sum().item()
+            if loss == "cross_entropy":
+                correct += int((logits.argmax(1) == targets).sum())
+    return total / len(samples), correct / len(samples) if loss == "cross_entropy" else None
+
+
+def to_device(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[Inputs, Tensor]:
+    """The batch on ``device``."""
+    inputs, targets = batch
+    return map_tensors(lambda tensor: tensor.to(device), inputs), targets.to(device)
+
+
+def _check_options(batchnorm: str, on_singular: str, robustness_samples: int | None) -> None:
+    if batchnorm != "eval":
+        raise FlatminimaError(f"unknown batchnorm={batchnorm!r}: use 'eval' (running statistics)")
+    if on_singular not in ("raise", "skip"):
+        raise FlatminimaError(f"unknown on_singular={on_singular!r}: use 'raise' or 'skip'")
+    if robustness_samples is not None and robustness_samples < 0:
+        raise FlatminimaError(f"robustness_samples must be 0 or more, got {robustness_samples}")
+
+
+def _robustness(model: nn.Module, inputs: Inputs, samples: int) -> float:
+    """The mean over the first ``samples`` samples; NaN where there is none."""
+    if not samples or not has_input_jacobian(inputs):
+        return math.nan
+    return input_jacobian_norms(model, inputs[:samples]).mean().item()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One subset's values; ``log_det_fisher`` is NaN where ξ is singular and that is to be skipped."""
+
+    log_det_fisher: float
+    spectral_radius: float
+    frobenius_norm: float
+    fisher_frobenius_norm: float
+    fisher_trace: float
+    robustness: float
+    spectrum: Tensor
+
+    @classmethod
+    def of(
+        cls, factored: FactoredGram, robustness: float, number: int, subset: Sequence[int], on_singular: str
+    ) -> _Trial:
+        try:
+            log_det = log_determinant(factored, subset)
+        except RankDeficientError as error:
+            if on_singular == "raise":
+                raise RankDeficientError(
+                    f"trial {number}: {error}; or pass on_singular='skip' to leave such trials out"
+                ) from None
+            log_det = math.nan
+        xi = factored.matrix()
+        spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0)
+        return cls(
+            log_det_fisher=log_det,
+            spectral_radius=spectrum[0].item(),
+            frobenius_norm=xi.diagonal().square().mean().item(),
+            fisher_frobenius_norm=xi.square().sum().item() / len(xi) ** 2,
+            fisher_trace=xi.diagonal().mean().item(),
+            robustness=robustness,
+            spectrum=spectrum,
+        )
+
+
+def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) -> float:
+    """Natural logarithm of det ξ (Eq. 5), from the factored form: no under- or overflow, no −∞.
+
+    ξ = S C S with C of unit diagonal, so ln det ξ = Σ ln C's eigenvalues + 2 Σ ln S_i: the eigenvalues are taken of the
+    well-scaled part alone.
+
+    Args:
+        factored: ξ in factored form.
+        names: what to call the samples in messages (their indices in the data); default 0..N'−1.
+
+    Raises:
+        RankDeficientError: if ξ is singular to the network's precision; names the samples and the rank.
+    """
+    n = len(factored.unit)
+    names = list(names) if names is not None else list(range(n))
+    squared = factored.unit.diagonal()
+    zero = (~(squared > 0) | factored.log_scale.isneginf()).nonzero().flatten().tolist()
+    if zero:
+        raise RankDeficientError(
+            f"samples {[names[i] for i in zero[:5]]} have zero gradient, so ξ is singular "
+            f"(rank at most {n - len(zero)} of {n}): check for dead units or unused inputs"
+        )
+    norms = squared.sqrt()
+    correlation = factored.unit / norms[:, None] / norms
+    eigenvalues = torch.linalg.eigvalsh(correlation)
+    tolerance = n * torch.finfo(factored.dtype).eps * eigenvalues[-1]
+    rank = int((eigenvalues > tolerance).sum())
+    if rank < n:
+        raise RankDeficientError(
+            f"ξ is singular (rank {rank} of {n}): {_singularity(correlation, names, factored.dtype)}"
+        )
+    return float(eigenvalues.log().sum() + 2 * (norms.log() + factored.log_scale).sum())
+
+
+def _singularity(correlation: Tensor, names: Sequence[int], dtype: torch.dtype) -> str:
+    """Why a Gram matrix of unit diagonal is singular, and what to do about it."""
+    same = (correlation.abs() > 1 - 100 * torch.finfo(dtype).eps).triu(1).nonzero().tolist()
+    pairs = ", ".join(f"{names[i]} and {names[j]}" for i, j in same[:5])
+    if pairs:
+        return f"samples {pairs} have the same gradient up to scale (duplicates): remove one of each from the data"
+    if dtype == torch.float32:
+        return (
+            "its smallest eigenvalues are lost in float32: measure copy.deepcopy(model).double(), or lower subset_size"
+        )
+    return "its gradients are linearly dependent: lower subset_size"
+
+
+def _characterize(trials: Sequence[_Trial], **known: Any) -> Characterization:
+    singular = tuple(i for i, trial in enumerate(trials) if math.isnan(trial.log_det_fisher))
+    if len(singular) == len(trials):
+        raise RankDeficientError("ξ is singular in every trial: use on_singular='raise' to see why")
+    if singular:
+        warnings.warn(
+            f"{len(singular)} of {len(trials)} trials (first: {singular[:5]}) have a singular ξ: left out of ln det ξ",
+            SingularTrialWarning,
+            stacklevel=3,
+        )
+    robustness = [trial.robustness for trial in trials]
+    return Characterization(
+        log_det_fisher=Estimate.of([trial.log_det_fisher for trial in trials]),
+        spectral_radius=Estimate.of([trial.spectral_radius for trial in trials]),
+        frobenius_norm=Estimate.of([trial.frobenius_norm for trial in trials]),
+        fisher_frobenius_norm=Estimate.of([trial.fisher_frobenius_norm for trial in trials]),
+        fisher_trace=Estimate.of([trial.fisher_trace for trial in trials]),
+        robustness=None if all(math.isnan(value) for value in robustness) else Estimate.of(robustness),
+        spectrum=tuple(torch.stack([trial.spectrum for trial in trials]).mean(0).tolist()),
+        singular_trials=singular,
+        **known,
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several minima measured on the same subsets.
+
+    Attributes:
+        characterizations: by name, in the order given.
+    """
+
+    characterizations: dict[str, Characterization]
+
+    def difference(self, first: str, second: str, measure: str = "log_det_fisher") -> Estimate:
+        """``first`` − ``second``, paired by subset; negative: ``first`` is the better minimum by this measure.
+
+        Pairing removes what the subsets share: its standard error is usually far below that of either mean.
+
+        Raises:
+            FlatminimaError: for an unknown name or measure, or a measure that one of the two lacks.
+        """
+        pair = []
+        for name in (first, second):
+            if name not in self.characterizations:
+                raise FlatminimaError(f"no model named {name!r}: choose from {', '.join(self.characterizations)}")
+            estimates = self.characterizations[name].estimates()
+            if measure not in estimates:
+                raise FlatminimaError(f"{name!r} has no measure {measure!r}: choose from {', '.join(estimates)}")
+            pair.append(estimates[measure].per_trial)
+        return Estimate.of([a - b for a, b in zip(*pair, strict=True)])
+
+    def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
+        """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out."""
+        means = {
+            name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
+        }
+        return {name: rank for rank, name in enumerate(sorted(means, key=means.__getitem__), start=1)}
+
+    def to_json(self) -> str:
+        """One JSON object: the characterizations, and the paired differences of all pairs for every measure."""
+        differences = {
+            measure: {
+                f"{a} - {b}": dataclasses.asdict(self.difference(a, b, measure))
+                for a, b in itertools.combinations(self.characterizations, 2)
+                if measure in self.characterizations[a].estimates() and measure in self.characterizations[b].estimates()
+            }
+            for measure in MEASURES
+        }
+        body = {name: dataclasses.asdict(c) for name, c in self.characterizations.items()}
+        return json.dumps(_nan_to_none({"characterizations": body, "differences": differences}), allow_nan=False)
+
+    def __rich__(self) -> Table:
+        best = min(self.ranks(), key=self.ranks().__getitem__)
+        table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
+        table.add_column("measure")
+        for name in self.characterizations:
+            table.add_column(name, justify="right")
+        for measure, label in MEASURES.items():
+            cells = [self._cell(name, best, measure) for name in self.characterizations]
+            if any(cells):
+                table.add_row(label, *cells)
+        table.add_section()
+        table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in self.characterizations.values()))
+        return table
+
+    def _cell(self, name: str, best: str, measure: str) -> str:
+        estimates = self.characterizations[name].estimates()
+        if measure not in estimates:
+            return ""
+        text = f"{estimates[measure].mean:.6g}  (rank {self.ranks(measure)[name]})"
+        if name != best and measure in self.characterizations[best].estimates():
+            difference = self.difference(name, best, measure)
+            text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"
+        return text
+
+    def __str__(self) -> str:
+        return _rendered(self)
+
+
+def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comparison:
+    """Measure several minima on the same subsets of the same data, so that they can be compared pair by pair.
+
+    Args:
+        models: name → trained model.
+        data: the training data all were trained on, as for :func:`measure`.
+        **options: as for :func:`measure`.
+
+    Raises:
+        FlatminimaError: with fewer than two models; and whatever :func:`measure` raises, naming the model.
+
+    Warns:
+        UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
+
+    Example:
+        >>> import torch, flatminima
+        >>> x, y = torch.randn(60, 20), torch.arange(60) % 3
+        >>> x = x + 20 * torch.nn.functional.one_hot(y, 20)
+        >>> models = {"small": torch.nn.Linear(20, 3), "large": torch.nn.Linear(20, 3)}
+        >>> for scale, model in zip((1.0, 1.01), models.values()):
+        ...     _ = model.weight.data.copy_(scale * torch.eye(3, 20)), model.bias.data.zero_()
+        >>> comparison = flatminima.compare(models, (x, y), subset_size=10, trials=5)
+        >>> comparison.ranks()
+        {'large': 1, 'small': 2}
+    """
+    if len(models) < 2:
+        raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
+    characterizations = {}
+    for name, model in models.items():
+        with _naming(name):
+            characterizations[name] = measure(model, data, **options)
+    return comparison_of(characterizations)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FlatminimaError as error:
+        raise type(error)(f"model {name!r}: {error}") from error
+
+
+def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:
+    """A comparison of minima that are measured already, on the same subsets.
+
+    Raises:
+        FlatminimaError: if they were measured with different subsets, data sizes or losses.
+
+    Warns:
+        UnequalLossWarning: as for :func:`compare`.
+    """
+    drawn = {
+        (
+            c.num_samples,
+            c.settings.subset_size,
+            c.settings.trials,
+            c.settings.seed,
+            c.settings.loss,
+            c.settings.batchnorm,
+        )
+        for c in characterizations.values()
+    }
+    if len(drawn) > 1:
+        raise FlatminimaError(
+            "the minima were measured on different subsets or with different settings: measure all with the same data, "
+            "subset_size, trials, seed, loss and batchnorm"
+        )
+    losses = {name: c.train_loss for name, c in characterizations.items()}
+    low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+    if losses[high] > SIMILAR_LOSS_RATIO * losses[low]:
+        n = next(iter(characterizations.values())).settings.subset_size
+        shift = 2 * n * math.log(losses[high] / losses[low]) if losses[low] > 0 else math.inf
+        warnings.warn(
+            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}): γ̂ falls with it, "
+            f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss",
+            UnequalLossWarning,
+            stacklevel=3,
+        )
+    return Comparison(dict(characterizations))
+
+
+def _rendered(renderable: Any) -> str:
+    buffer = StringIO()
+    Console(file=buffer, width=120).print(renderable)
+    return buffer.getvalue().rstrip()
+
+
+def _estimate_from(values: dict[str, Any]) -> Estimate:
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return Estimate(number(values["mean"]), number(values["standard_error"]), tuple(map(number, values["per_trial"])))
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nan_to_none(item) for item in value]
+    return value

@@ -1,0 +1,69 @@
+"""What: the rival measure of Sokolić et al. (2017), the spectral norm of the network's input Jacobian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flatminima.batching import Inputs, call_model
+from flatminima.gramian import evaluating
+from flatminima.losses import refuse_non_finite
+from flatminima.precision import true_precision
+
+
+def has_input_jacobian(inputs: Inputs) -> bool:
+    """Whether the measure is defined: one floating-point tensor goes in."""
+    return isinstance(inputs, Tensor) and inputs.is_floating_point()
+
+
+def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
+    """‖J_x[f_w(x)]‖₂² of every sample, f_w the softmax output (Jia & Su, Sec. 7.1, "robustness").
+
+    Exact: J = S A with A the logits' Jacobian (K × D) and S = diag(p) − ppᵀ (K × K, rank K − 1). The K − 1 eigenvectors
+    of S are back-propagated at unit length, in the network's precision, and scaled by their eigenvalues, which are
+    tiny where p is nearly one-hot, in float64; the norm is that of a (K − 1)² Gram matrix.
+
+    Args:
+        model: logits out, one floating-point tensor in; run in eval mode and left as it was found.
+        inputs: (N, ...).
+
+    Returns:
+        (N,) float64.
+
+    Raises:
+        NonFiniteError: if a logit is NaN or infinite.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with evaluating(model), true_precision(), torch.enable_grad():
+        try:
+            for parameter in trainable:  # gradients of activations only
+                parameter.requires_grad_(False)
+            x = inputs.detach().requires_grad_()
+            logits = call_model(model, x)
+            refuse_non_finite("logits", logits)
+            scales, directions = _softmax_jacobian(logits.detach().double())
+            rows = []
+            for k in range(directions.shape[2]):
+                direction = directions[:, :, k].to(logits.dtype)
+                (row,) = torch.autograd.grad(logits, x, direction, retain_graph=k + 1 < directions.shape[2])
+                rows.append(row.flatten(1))
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+    jacobian = torch.stack(rows, 1).double() * scales[:, :, None]
+    products: Tensor = torch.linalg.eigvalsh(jacobian @ jacobian.transpose(1, 2))
+    return products[:, -1]
+
+
+def _softmax_jacobian(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Nonzero eigenvalues (N, K − 1) and eigenvectors (N, K, K − 1) of S = diag(p) − ppᵀ, uncancelled at p → 1."""
+    p = logits.softmax(1)
+    top = logits.argmax(1, keepdim=True)
+    rest = p.scatter(1, top, 0)
+    remainder = rest.sum(1, keepdim=True)  # 1 − p_top, of which the subtraction would keep few digits
+    scale = remainder.clamp_min(torch.finfo(p.dtype).tiny)
+    shape = (p / scale)[:, :, None] * -p[:, None, :]
+    diagonal = (p * (1 - p) / scale).scatter(1, top, p.gather(1, top) * remainder / scale)
+    shape.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    eigenvalues, eigenvectors = torch.linalg.eigh(shape)
+    return eigenvalues[:, 1:] * scale, eigenvectors[:, :, 1:]

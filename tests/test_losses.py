@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpmath import mp
+
+from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.losses import logit_gradient
+
+
+def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), classes=st.integers(2, 12), scale=st.floats(0.1, 10))
+def test_cross_entropy_equals_autograd(seed: int, classes: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(6, classes, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, classes, (6,), generator=generator)
+    ours, reference = logit_gradient("cross_entropy", logits, targets), logit_gradient(plain, logits, targets)
+    torch.testing.assert_close(ours.loss, reference.loss, rtol=1e-9, atol=1e-14)
+    delta = ours.direction * ours.log_norm.exp()[:, None]
+    torch.testing.assert_close(delta, reference.direction * reference.log_norm.exp()[:, None], rtol=1e-6, atol=1e-14)
+    torch.testing.assert_close(ours.direction.norm(dim=1), torch.ones(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("margin", [1.0, 40.0, 700.0, 5000.0])
+def test_gradient_keeps_its_digits_however_small(margin: float) -> None:
+    """Against 60-digit arithmetic, at losses down to e^-5000."""
+    mp.dps = 60 + int(margin / math.log(10)) * 2
+    logits = [margin, 0.0, 0.5]
+    weights = [mp.e ** mp.mpf(z) for z in logits]
+    p = [w / sum(weights) for w in weights]
+    delta = [p[0] - 1, p[1], p[2]]
+    norm = mp.sqrt(sum(d * d for d in delta))
+    ours = logit_gradient("cross_entropy", torch.tensor([logits]), torch.tensor([0]))
+    assert ours.log_norm.item() == pytest.approx(float(mp.log(norm)), rel=1e-14)
+    assert ours.direction[0].tolist() == pytest.approx([float(d / norm) for d in delta], rel=1e-12)
+    assert ours.loss.item() == pytest.approx(float(-mp.log(p[0])), rel=1e-12, abs=1e-300)
+
+
+def test_any_per_sample_loss() -> None:
+    logits, targets = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    ours = logit_gradient(lambda z, t: (z - t).square().sum(1), logits, targets)
+    torch.testing.assert_close(ours.direction * ours.log_norm.exp()[:, None], 2 * (logits - targets))
+
+
+def test_zero_gradient_is_minus_infinity_and_no_nan() -> None:
+    ours = logit_gradient(lambda z, t: (z - t).square().sum(1), torch.ones(2, 3), torch.ones(2, 3))
+    assert ours.log_norm.tolist() == [-math.inf, -math.inf]
+    assert ours.direction.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "targets", "error", "message"),
+    [
+        ("hinge", torch.zeros(2, 3), torch.zeros(2).long(), FlatminimaError, "unknown loss 'hinge'"),
+        ("cross_entropy", torch.zeros(2, 3), torch.tensor([0, 3]), FlatminimaError, "3 outputs"),
+        ("cross_entropy", torch.zeros(2, 3), torch.tensor([-100, 1]), FlatminimaError, "from -100 to 1"),
+        ("cross_entropy", torch.zeros(2, 3), torch.zeros(2, 3), FlatminimaError, "class indices"),
+        ("cross_entropy", torch.zeros(2, 1), torch.zeros(2).long(), FlatminimaError, "K ≥ 2"),
+        ("cross_entropy", torch.tensor([[1.0, math.nan], [0, 0]]), torch.zeros(2).long(), NonFiniteError, r"\[0\]"),
+        (lambda z, t: z.mean(), torch.zeros(2, 3), torch.zeros(2).long(), FlatminimaError, "reduction='none'"),
+        (lambda z, t: z.sum(1).log(), torch.zeros(2, 3), torch.zeros(2), NonFiniteError, "losses"),
+    ],
+)
+def test_bad_input_is_named(loss, logits, targets, error, message) -> None:
+    with pytest.raises(error, match=message):
+        logit_gradient(loss, logits, targets)

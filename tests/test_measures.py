@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flatminima as fm
+from flatminima.errors import (
+    FlatminimaError,
+    GenericPathWarning,
+    NonFiniteError,
+    NotAMinimumWarning,
+    RankDeficientError,
+    SingularTrialWarning,
+    UnequalLossWarning,
+    WrongGradientError,
+)
+from flatminima.gramian import factored_gram
+from flatminima.measures import Characterization, Estimate, log_determinant
+from oracles import explicit_gram
+
+N, CLASSES = 60, 4
+
+
+def minimum(dtype: torch.dtype = torch.float64, sharpness: float = 8.0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network with BatchNorm that fits its data: class means far apart, a head along them."""
+    torch.manual_seed(0)
+    y = torch.arange(N) % CLASSES
+    centers = 3 * torch.randn(CLASSES, 3, 6, 6)
+    x = centers[y] + 0.3 * torch.randn(N, 3, 6, 6)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten())
+    model = nn.Sequential(*body, nn.Linear(72, CLASSES)).to(dtype)
+    x = x.to(dtype)
+    model.train()
+    for _ in range(30):
+        features = model[:-1](x)
+    model.eval()
+    with torch.no_grad():
+        features = model[:-1](x)
+        means = torch.stack([features[y == c].mean(0) for c in range(CLASSES)])
+        means -= means.mean(0)
+        model[-1].weight.copy_(sharpness * means / means.norm(dim=1, keepdim=True))
+        model[-1].bias.zero_()
+    return model, x, y
+
+
+def whole(**options) -> dict:
+    """One trial on all samples: every measure then has a closed form over the data."""
+    return {"subset_size": N, "trials": 1, **options}
+
+
+def test_every_measure_by_its_definition() -> None:
+    model, x, y = minimum(sharpness=2.0)
+    c = fm.measure(model, (x, y), **whole())
+    xi = explicit_gram(model, x, y)
+    eigenvalues = torch.linalg.eigvalsh(xi)
+    assert c.log_det_fisher.mean == pytest.approx(torch.linalg.slogdet(xi)[1].item(), rel=1e-9)
+    assert c.spectral_radius.mean == pytest.approx(eigenvalues[-1].item(), rel=1e-9)
+    assert c.fisher_trace.mean == pytest.approx(xi.trace().item() / N, rel=1e-9)
+    assert c.frobenius_norm.mean == pytest.approx(xi.diagonal().square().mean().item(), rel=1e-9)
+    assert c.fisher_frobenius_norm.mean == pytest.approx((xi.square().sum() / N**2).item(), rel=1e-9)
+    assert sorted(c.spectrum, reverse=True) == list(c.spectrum)
+    assert sum(c.spectrum) == pytest.approx(xi.trace().item(), rel=1e-9)
+    losses = nn.functional.cross_entropy(model(x), y)
+    assert c.train_loss == pytest.approx(losses.item(), rel=1e-9)
+    assert c.train_accuracy == 1
+    assert c.num_parameters == sum(p.numel() for p in model.parameters())
+    assert c.num_samples == N
+
+
+def test_trials_are_means_over_the_subsets_drawn() -> None:
+    model, x, y = minimum(sharpness=2.0)
+    c = fm.measure(model, (x, y), subset_size=12, trials=4, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    expected = []
+    for _ in range(4):
+        subset = torch.randperm(N, generator=generator)[:12]
+        expected.append(torch.linalg.slogdet(explicit_gram(model, x[subset], y[subset]))[1].item())
+    assert c.log_det_fisher.per_trial == pytest.approx(expected, rel=1e-9)
+    assert c.log_det_fisher.mean == pytest.approx(sum(expected) / 4, rel=1e-9)
+    assert c.log_det_fisher.standard_error == pytest.approx(torch.tensor(expected).std().item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("sharpness", [2.0, 8.0, 12.0, 24.0, 200.0])
+def test_float32_agrees_with_float64_at_any_training_loss(sharpness: float) -> None:
+    model, x, y = minimum(torch.float32, sharpness)
+    single = log_determinant(factored_gram(model, x, y))
+    double = copy.deepcopy(model).double()
+    xi = factored_gram(double, x.double(), y)
+    assert single == pytest.approx(log_determinant(xi), abs=1e-3)
+
+
+def test_float32_agrees_with_float64_autograd_at_a_loss_of_1e_9() -> None:
+    """The reference is plain autograd in float64 on the loss itself; its 1 − p_y still has seven digits here."""
+    model, x, y = minimum(torch.float32, 2.0)
+    low, high = 1.0, 100.0
+    head = model[-1].weight.detach().clone()
+    for _ in range(60):  # bisect the head's scale for a training loss of 1e-9
+        middle = (low * high) ** 0.5
+        model[-1].weight.data = head * middle
+        loss = fm.measure(model, (x, y), trials=1, subset_size=2, robustness_samples=0).train_loss
+        low, high = (middle, high) if loss > 1e-9 else (low, middle)
+    assert loss == pytest.approx(1e-9, rel=0.01)
+    reference = torch.linalg.slogdet(explicit_gram(model, x, y))[1].item()
+    assert log_determinant(factored_gram(model, x, y)) == pytest.approx(reference, abs=1e-3)
+
+
+def test_json_round_trip_and_table() -> None:
+    model, x, y = minimum()
+    c = fm.measure(model, (x, y), subset_size=10, trials=3)
+    assert Characterization.from_json(c.to_json()) == c
+    text = str(c)
+    for word in ("γ̂", "robustness", "training loss", f"{c.log_det_fisher.mean:.6g}"):
+        assert word in text
+    one = fm.measure(model, (x, y), **whole())
+    again = Characterization.from_json(one.to_json())
+    assert math.isnan(again.log_det_fisher.standard_error)
+    with pytest.raises(FlatminimaError, match="not a characterization"):
+        Characterization.from_json('{"a": 1}')
+
+
+def test_model_is_left_as_it_was() -> None:
+    model, x, y = minimum()
+    model.train()
+    model[1].eval()
+    model[0].bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    fm.measure(model, (x, y), subset_size=10, trials=2)
+    assert model.training
+    assert not model[1].training
+    assert not model[0].bias.requires_grad
+    assert model[0].weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_interruption_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = minimum()
+    model.train()
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flatminima.gramian._add_product", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fm.gram(model, x, y)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_any_loss_and_dict_inputs() -> None:
+    torch.manual_seed(0)
+
+    class Regressor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 20)
+
+        def forward(self, features: Tensor) -> Tensor:
+            return torch.tanh(self.layer(features)).sum(1, keepdim=True)
+
+    model = Regressor().double()
+    x, y = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 1, dtype=torch.float64)
+
+    def squared(prediction: Tensor, target: Tensor) -> Tensor:
+        return (prediction - target).square().sum(1)
+
+    c = fm.measure(model, ({"features": x}, y), loss=squared, **whole(subset_size=30))
+    xi = explicit_gram(model, {"features": x}, y, squared)
+    assert c.log_det_fisher.mean == pytest.approx(torch.linalg.slogdet(xi)[1].item(), rel=1e-9)
+    assert c.train_accuracy is None
+    assert c.robustness is None
+    assert c.settings.loss == "squared"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_duplicates_are_named_and_can_be_skipped() -> None:
+    model, x, y = minimum()
+    x[7] = x[3]
+    with pytest.raises(
+        RankDeficientError, match=r"trial 0: ξ is singular \(rank 59 of 60\): samples (3 and 7|7 and 3) "
+    ):
+        fm.measure(model, (x, y), **whole())
+    with pytest.warns(SingularTrialWarning, match="of 20 trials"):
+        c = fm.measure(model, (x, y), subset_size=30, trials=20, on_singular="skip")
+    assert 0 < len(c.singular_trials) < 20
+    assert all(math.isnan(c.log_det_fisher.per_trial[t]) for t in c.singular_trials)
+    assert math.isfinite(c.log_det_fisher.mean)
+    assert Characterization.from_json(c.to_json()).singular_trials == c.singular_trials
+
+
+def test_zero_gradients_are_named() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(20, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    x = torch.randn(6, 20)
+    x[4] = 0
+    with pytest.raises(RankDeficientError, match=r"samples \[4\] have zero gradient"):
+        log_determinant(factored_gram(Gated(), x, torch.tensor([0, 1, 2, 0, 1, 2])))
+
+
+def test_more_samples_than_parameters() -> None:
+    with pytest.raises(FlatminimaError, match="exceeds the model's 6 trainable parameters"):
+        fm.measure(nn.Linear(2, 2), (torch.randn(50, 2), torch.zeros(50).long()), subset_size=10)
+
+
+def test_linear_dependence_without_duplicates() -> None:
+    """Three classes, three features, no bias: rank at most 2 · 3 = 6 (a sample's logit gradient sums to zero)."""
+    model = nn.Linear(3, 3, bias=False).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 3
+    with pytest.raises(RankDeficientError, match=r"rank 6 of 8.*linearly dependent"):
+        log_determinant(factored_gram(model, x, y))
+
+
+def test_nan_in_weights_and_in_logits() -> None:
+    model, x, y = minimum()
+    broken = copy.deepcopy(model)
+    broken[0].weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"parameter '0\.weight'"):
+        fm.measure(broken, (x, y), **whole())
+    x[5] = math.inf
+    with pytest.raises(NonFiniteError, match=r"first: \[5\]"):
+        fm.measure(model, (x, y), **whole())
+
+
+def test_too_high_a_loss_is_warned_of() -> None:
+    model, x, y = minimum()
+    model[-1].weight.data.normal_()
+    with pytest.warns(NotAMinimumWarning, match="too far from a minimum"):
+        fm.measure(model, (x, y), subset_size=10, trials=2)
+
+
+def test_generic_path_is_warned_of_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, CLASSES))
+    x, y = torch.randn(40, 6), torch.arange(40) % CLASSES
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        c = fm.measure(model, (x, y), subset_size=10, trials=3)
+    assert [w.category for w in caught].count(GenericPathWarning) == 1
+    assert len(c.settings.generic_parameters) == 2
+
+
+def test_interacting_samples_are_refused() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return h - h.mean(0)
+
+    with pytest.raises(WrongGradientError, match="interact"):
+        fm.gram(Mixing(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+
+
+def test_time_first_models_are_refused_where_time_could_pass_for_samples() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.layer(x.transpose(0, 1))).mean(0))
+
+    with pytest.raises(WrongGradientError):
+        fm.gram(TimeFirst(), torch.randn(5, 5, 4), torch.tensor([0, 1, 2, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batchnorm": "train"}, "unknown batchnorm"),
+        ({"on_singular": "ignore"}, "unknown on_singular"),
+        ({"subset_size": 100}, "60 samples, fewer than subset_size=100"),
+        ({"trials": 0}, "at least 1"),
+        ({"robustness_samples": -1}, "robustness_samples"),
+        ({"loss": "hinge"}, "unknown loss"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    model, x, y = minimum()
+    with pytest.raises(FlatminimaError, match=message):
+        fm.measure(model, (x, y), **{"subset_size": 10, "trials": 2, **options})
+
+
+def test_half_precision_and_frozen_models_are_refused() -> None:
+    model, x, y = minimum()
+    with pytest.raises(FlatminimaError, match="float32 and float64"):
+        fm.gram(copy.deepcopy(model).bfloat16(), x.bfloat16(), y)
+    with pytest.raises(FlatminimaError, match="no trainable parameter"):
+        fm.gram(model.requires_grad_(False), x, y)
+
+
+def test_wrong_class_count() -> None:
+    model, x, y = minimum()
+    with pytest.raises(FlatminimaError, match="the model has 4 outputs"):
+        fm.measure(model, (x, y + 2), **whole())
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def test_compare_pairs_the_same_subsets() -> None:
+    model, x, y = minimum()
+    other = copy.deepcopy(model)
+    other[0].weight.data *= 1.001
+    options = {"subset_size": 12, "trials": 5, "seed": 4}
+    comparison = fm.compare({"a": model, "b": other}, (x, y), **options)
+    a, b = (fm.measure(m, (x, y), **options) for m in (model, other))
+    differences = [p - q for p, q in zip(a.log_det_fisher.per_trial, b.log_det_fisher.per_trial, strict=True)]
+    difference = comparison.difference("a", "b")
+    assert difference == Estimate.of(differences)
+    assert difference.standard_error < a.log_det_fisher.standard_error / 10
+    assert comparison.ranks() == ({"a": 1, "b": 2} if difference.mean < 0 else {"b": 1, "a": 2})
+    assert "rank 1" in str(comparison)
+    with pytest.raises(FlatminimaError, match="no model named 'c'"):
+        comparison.difference("a", "c")
+    with pytest.raises(FlatminimaError, match="no measure 'sharpness'"):
+        comparison.difference("a", "b", "sharpness")
+
+
+def test_compare_warns_of_unequal_losses_and_names_the_model_that_fails() -> None:
+    model, x, y = minimum()
+    sharper = copy.deepcopy(model)
+    sharper[-1].weight.data *= 2
+    with pytest.warns(UnequalLossWarning, match="training losses differ"):
+        fm.compare({"a": model, "b": sharper}, (x, y), subset_size=10, trials=2)
+    sharper[-1].weight.data *= math.nan
+    with pytest.raises(NonFiniteError, match="model 'b': NaN"):
+        fm.compare({"a": model, "b": sharper}, (x, y), subset_size=10, trials=2)
+    with pytest.raises(FlatminimaError, match="at least two models"):
+        fm.compare({"a": model}, (x, y))

@@ -174,18 +174,18 @@ def convolution_weight_rows(
             torch.bmm(g[:, :, :length], window.transpose(1, 2), out=row)
         else:
             _grouped_product(g[:, :, :length], window, row, per_group_out, per_group_in, start)
-    return rows.permute(1, 2, 3, 0).unflatten(3, kernel)
+    return rows.permute(1, 2, 3, 0).view(n, stop - start, per_group_in, *kernel)
 
 
 def _grouped_product(
     grad: Tensor, window: Tensor, out: Tensor, per_group_out: int, per_group_in: int, start: int
 ) -> None:
     """``out[:, o] = grad[:, o] · window[:, channels of o's group]`` for grouped convolutions."""
-    channels = grad.shape[1]
+    n, channels = grad.shape[:2]
     if start % per_group_out == 0 and channels % per_group_out == 0:
         groups = channels // per_group_out
-        g = grad.unflatten(1, (groups, per_group_out))
-        x = window.unflatten(1, (groups, per_group_in))
+        g = grad.reshape(n, groups, per_group_out, -1)
+        x = window.reshape(n, groups, per_group_in, -1)
         out.copy_(torch.matmul(g, x.transpose(2, 3)).flatten(1, 2))
         return
     for channel in range(channels):  # a chunk of rows that cuts through a group
@@ -399,7 +399,7 @@ def _positions(values: Tensor, n: int) -> Tensor:
 
 def _sum_positions(rows: Tensor, n: int) -> Tensor:
     """(N·T, ...) → (N, ...): the sum over the T positions of each sample."""
-    return rows if rows.shape[0] == n else rows.unflatten(0, (n, -1)).sum(1)
+    return rows if rows.shape[0] == n else rows.reshape(n, -1, *rows.shape[1:]).sum(1)
 
 
 def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:

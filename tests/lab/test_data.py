@@ -342,20 +342,32 @@ def test_decoded_once(folder: Folder, cache: Path, forbid_decoding: Callable[[],
 
 def test_changed_files_are_decoded_again(folder: Folder, cache: Path) -> None:
     load_data(str(folder.path), cache_dir=cache)
-    folder.test_labels = [0, 0, 0, 1]
+    folder.test_labels = [1, 2, 0, 0]
     shard = folder.path / TEST_SHARD
     before = shard.stat()
     write_shard(shard, encode_all(folder.test_images), folder.test_labels)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert shard.stat().st_size == before.st_size
+    assert_holds(folder, load_data(str(folder.path), cache_dir=cache))
+
+
+def test_files_of_another_size_are_decoded_again(folder: Folder, cache: Path) -> None:
+    load_data(str(folder.path), cache_dir=cache)
+    folder.test_images, folder.test_labels = folder.test_images[:3], folder.test_labels[:3]
+    shard = folder.path / TEST_SHARD
+    before = shard.stat()
+    write_shard(shard, encode_all(folder.test_images), folder.test_labels)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert_holds(folder, load_data(str(folder.path), cache_dir=cache))
 
 
 def test_folders_of_one_name_do_not_share_a_cache(tmp_path: Path, cache: Path) -> None:
     one, other = make_folder(tmp_path / "a" / "x"), make_folder(tmp_path / "b" / "x")
-    other.test_labels = [1, 1, 1, 1]
+    other.test_labels = [1, 2, 0, 0]
     write_shard(other.path / TEST_SHARD, encode_all(other.test_images), other.test_labels)
     for file in [*one.path.iterdir(), *other.path.iterdir()]:
         os.utime(file, ns=(0, 0))
+    assert [(one.path / file.name).stat().st_size == file.stat().st_size for file in other.path.iterdir()] == [True] * 3
     assert_holds(one, load_data(str(one.path), cache_dir=cache))
     assert_holds(other, load_data(str(other.path), cache_dir=cache))
 

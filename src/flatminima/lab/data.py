@@ -341,12 +341,13 @@ def _decode_labels(rows: Any, where: str) -> Tensor:
     """The labels of a split, ``(N,)`` int64, not yet checked for their range."""
     name = _find_column(rows, _LABEL_COLUMNS, where)
     column = rows.select_columns(name).with_format("arrow")[:].column(name)
-    if column.null_count or not np.issubdtype(column.to_numpy().dtype, np.integer):
+    values = column.to_numpy()  # empty rows turn integers into floats
+    if not np.issubdtype(values.dtype, np.integer):
         raise FlatminimaError(
             f"{where}: column {name} must hold an integer in every row; it has type {column.type} "
             f"and {column.null_count} empty rows"
         )
-    return torch.from_numpy(column.to_numpy().astype(np.int64))
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def _num_classes(rows: Any, labels: Tensor) -> int:

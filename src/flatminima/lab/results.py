@@ -455,10 +455,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str,
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and note; the digest is checked, except in files that others wrote, which have none."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            metadata = (file.metadata() or {}).get(_NOTE)
-        signed = json.loads(metadata) if metadata is not None else {"digest": None, "note": "{}"}
+        content = (
+            path.read_bytes()
+        )  # one look: `safe_open` would open the file twice, and it may be replaced in between
+        tensors = safetensors.torch.load(content)
+        signed: dict[str, Any] = json.loads(_metadata(content).get(_NOTE, '{"digest": null, "note": "{}"}'))
         digest, text = signed["digest"], signed["note"]
         note: dict[str, Any] = json.loads(text)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -466,6 +467,13 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest is not None and digest != _digest(tensors, text):
         raise _damaged(path, "it was altered after it was written: its digest does not match")
     return tensors, note
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The free-form part of a safetensors header: 8 bytes of length (little-endian), then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return metadata
 
 
 def _digest(tensors: Mapping[str, Tensor], note: str) -> str:

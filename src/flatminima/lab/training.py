@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import logging
 import math
 import platform
 import signal
@@ -66,6 +67,8 @@ __all__ = [
 _EVALUATION_BATCH = 1000
 _EPOCH_END_SECONDS = 5.0  # at an epoch's end, save only if the last resume point is older than this
 _BAR_DELAY = 2.0  # seconds a run must last before it is worth a progress bar
+
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every run's precision and device
 
 
 def train(
@@ -510,4 +513,5 @@ class _ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # otherwise `stop` prints an empty line
+            self._progress.stop()

@@ -265,8 +265,10 @@ def test_penalized_updates_are_those_of_algorithm_1(tmp_path: Path) -> None:
     assert (record.train_loss, record.fisher_trace) == (float(loss), float(regularizer.last_step.trace))
 
 
-def test_bf16_trains_and_is_evaluated_in_float32(tmp_path: Path) -> None:
-    full, mixed = replace(PLAIN, iterations=8), replace(PLAIN, iterations=8, precision="bf16-mixed")
+@pytest.mark.parametrize("regularizer", [None, RegularizerSpec(num_sub_batches=4, beta=1.0)])
+def test_bf16_trains_and_is_evaluated_in_float32(tmp_path: Path, regularizer: RegularizerSpec | None) -> None:
+    full = replace(PLAIN, iterations=8, regularizer=regularizer)
+    mixed = replace(full, precision="bf16-mixed")
     in_full, in_mixed = train(full, tmp_path), train(mixed, tmp_path)
     assert in_full.train_loss != in_mixed.train_loss
     assert in_full.train_loss == pytest.approx(in_mixed.train_loss, rel=0.1)

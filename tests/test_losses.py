@@ -73,3 +73,29 @@ def test_zero_gradient_is_minus_infinity_and_no_nan() -> None:
 def test_bad_input_is_named(loss, logits, targets, error, message) -> None:
     with pytest.raises(error, match=message):
         logit_gradient(loss, logits, targets)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.1, 100))
+def test_logit_normalization_equals_autograd_through_it(seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 5, (6,), generator=generator)
+
+    def normalized(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return plain(z / (0.3 * z.norm(dim=1, keepdim=True)), y)
+
+    ours = logit_gradient("cross_entropy", logits, targets, logit_normalization=0.3)
+    reference = logit_gradient(normalized, logits, targets)
+    torch.testing.assert_close(ours.loss, reference.loss, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(
+        ours.direction * ours.log_norm.exp()[:, None],
+        reference.direction * reference.log_norm.exp()[:, None],
+        rtol=1e-6,
+        atol=1e-13,
+    )
+
+
+def test_logit_normalization_refuses_zero_logits() -> None:
+    with pytest.raises(FlatminimaError, match="not all zero"):
+        logit_gradient("cross_entropy", torch.zeros(2, 3), torch.zeros(2).long(), logit_normalization=0.04)

@@ -343,3 +343,19 @@ def test_compare_warns_of_unequal_losses_and_names_the_model_that_fails() -> Non
         fm.compare({"a": model, "b": sharper}, (x, y), subset_size=10, trials=2)
     with pytest.raises(FlatminimaError, match="at least two models"):
         fm.compare({"a": model}, (x, y))
+
+
+def test_logit_normalization_removes_the_scale_of_the_logits() -> None:
+    """Twice the head: the logits double, the training loss falls by decades, the normalized loss does not move."""
+    model, x, y = minimum()
+    other = copy.deepcopy(model)
+    other[-1].weight.data *= 2
+    options = {"subset_size": 12, "trials": 3, "logit_normalization": 0.04}
+    comparison = fm.compare({"a": model, "b": other}, (x, y), **options)
+    plain = fm.measure(model, (x, y), subset_size=12, trials=3)
+    a, b = comparison.characterizations.values()
+    assert b.train_loss < a.train_loss / 100
+    # Rows of the head halve (its input is the same, the gradient at the logits is half); those of the body stay.
+    assert 0 < a.log_det_fisher.mean - b.log_det_fisher.mean < 2 * 12 * math.log(2)
+    assert plain.train_loss == a.train_loss
+    assert plain.log_det_fisher != a.log_det_fisher

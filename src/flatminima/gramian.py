@@ -90,9 +90,19 @@ def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cro
 
 
 def factored_gram(
-    model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy", spot_check: bool = True
+    model: nn.Module,
+    inputs: Inputs,
+    targets: Tensor,
+    *,
+    loss: Loss = "cross_entropy",
+    logit_normalization: float | None = None,
+    spot_check: bool = True,
 ) -> FactoredGram:
-    """ξ in factored form. Arguments and errors as for :func:`gram`; ``spot_check`` compares two rows with autograd."""
+    """ξ in factored form.
+
+    Arguments and errors as for :func:`gram` and, for ``logit_normalization``,
+    :func:`flatminima.losses.logit_gradient`; ``spot_check`` compares two rows with plain autograd.
+    """
     model = getattr(model, "_orig_mod", model)  # a compiled module hides its calls; the module inside does not
     inputs = map_tensors(torch.Tensor.detach, inputs)
     n = batch_size((inputs, targets))
@@ -102,7 +112,7 @@ def factored_gram(
         with _frozen(parameters.values()):
             recorder = _Recorder(n, parameters)
             logits = recorder.run(model, inputs)
-            delta = logit_gradient(loss, logits, targets)
+            delta = logit_gradient(loss, logits, targets, logit_normalization=logit_normalization)
             direction = delta.direction.to(logits.dtype)
             unit = torch.zeros(n, n, dtype=torch.float64, device=logits.device)
             generic, unseen = recorder.given_up_parameters(), recorder.unseen_parameters()

@@ -29,7 +29,7 @@ from flatminima.errors import (
     UnequalLossWarning,
 )
 from flatminima.gramian import FactoredGram, evaluating, factored_gram, trainable_parameters, warn_generic
-from flatminima.losses import Loss, per_sample_loss
+from flatminima.losses import LOGIT_NORMALIZATION, Loss, per_sample_loss
 from flatminima.precision import true_precision
 from flatminima.progress import track
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
@@ -160,6 +160,7 @@ class Settings:
         trials: T.
         seed: draws the subsets.
         batchnorm: how BatchNorm normalized; ``"eval"``: by its running statistics.
+        logit_normalization: κ, where the loss was taken at normalized logits.
         robustness_samples: samples per trial that the robustness was computed on.
         generic_parameters: parameters without a layer rule, differentiated one sample at a time.
         dtype: the network's floating-point type.
@@ -173,6 +174,7 @@ class Settings:
     trials: int
     seed: int
     batchnorm: str
+    logit_normalization: float | None
     robustness_samples: int
     generic_parameters: list[str]
     dtype: str
@@ -201,6 +203,7 @@ def measure(
     trials: int = 100,
     seed: int = 0,
     batchnorm: Literal["eval"] = "eval",
+    logit_normalization: float | None = None,
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
     progress: bool = True,
@@ -217,6 +220,9 @@ def measure(
         trials: T, number of subsets (paper: 100).
         seed: draws the subsets; the same seed draws the same ones for every model.
         batchnorm: ``"eval"``: BatchNorm normalizes by its running statistics, so a sample's gradient is its own.
+        logit_normalization: None, or κ = 0.04 to compare minima of unequal training loss as the authors do (their
+            release, Table 2): gradients are those of the loss at logits z / (κ ‖z‖₂). The training loss reported stays
+            the plain one, and robustness is not affected.
         robustness_samples: on how many of each subset's samples robustness is computed (default: all; 0: not at
             all). It takes K − 1 backward passes and dominates the cost.
         on_singular: what to do with a subset whose ξ is singular (duplicate samples, zero gradients): ``"raise"``, or
@@ -264,7 +270,9 @@ def measure(
     trial_results: list[_Trial] = []
     for number, subset in enumerate(track(subsets, "measuring", progress)):
         inputs, targets = to_device(samples.fetch(subset), device_of(model))
-        factored = factored_gram(model, inputs, targets, loss=loss, spot_check=number == 0)
+        factored = factored_gram(
+            model, inputs, targets, loss=loss, logit_normalization=logit_normalization, spot_check=number == 0
+        )
         if number == 0:
             warn_generic(factored)
         trial_results.append(_Trial.of(factored, _robustness(model, inputs, kept), number, subset, on_singular))
@@ -280,6 +288,7 @@ def measure(
             trials=trials,
             seed=seed,
             batchnorm=batchnorm,
+            logit_normalization=logit_normalization,
             robustness_samples=kept,
             generic_parameters=list(factored.generic_parameters),
             dtype=str(factored.dtype).removeprefix("torch."),
@@ -565,34 +574,31 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
     Warns:
         UnequalLossWarning: as for :func:`compare`.
     """
-    drawn = {
-        (
-            c.num_samples,
-            c.settings.subset_size,
-            c.settings.trials,
-            c.settings.seed,
-            c.settings.loss,
-            c.settings.batchnorm,
-        )
-        for c in characterizations.values()
-    }
-    if len(drawn) > 1:
+    if len({_drawn(c) for c in characterizations.values()}) > 1:
         raise FlatminimaError(
             "the minima were measured on different subsets or with different settings: measure all with the same data, "
-            "subset_size, trials, seed, loss and batchnorm"
+            "subset_size, trials, seed, loss, batchnorm and logit_normalization"
         )
     losses = {name: c.train_loss for name, c in characterizations.items()}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-    if losses[high] > SIMILAR_LOSS_RATIO * losses[low]:
-        n = next(iter(characterizations.values())).settings.subset_size
+    settings = characterizations[low].settings
+    if losses[high] > SIMILAR_LOSS_RATIO * losses[low] and settings.logit_normalization is None:
+        n = settings.subset_size
         shift = 2 * n * math.log(losses[high] / losses[low]) if losses[low] > 0 else math.inf
         warnings.warn(
             f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}): γ̂ falls with it, "
-            f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss",
+            f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss, or "
+            f"with logit_normalization={LOGIT_NORMALIZATION}",
             UnequalLossWarning,
             stacklevel=3,
         )
     return Comparison(dict(characterizations))
+
+
+def _drawn(c: Characterization) -> tuple[Any, ...]:
+    """What must be equal for per-trial values to be paired."""
+    s = c.settings
+    return c.num_samples, s.subset_size, s.trials, s.seed, s.loss, s.batchnorm, s.logit_normalization
 
 
 def _rendered(renderable: Any) -> str:

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
 @contextlib.contextmanager
 def true_precision() -> Iterator[None]:
-    """Autocast and TF32 off, restored afterwards.
+    """Autocast off and float32 arithmetic in float32 (no TF32, no bf16 products), restored afterwards.
 
     Small differences of gradients, and eigenvalues four decades below the largest, are lost in reduced precision.
     """
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
-            yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
-            torch.backends.cudnn.allow_tf32 = cudnn
+        for holder, name, exact in _float32_switches():
+            before = getattr(holder, name)
+            stack.callback(setattr, holder, name, before)
+            setattr(holder, name, exact)
+        yield
+
+
+def _float32_switches() -> list[tuple[Any, str, Any]]:
+    """(object, attribute, exact value) of every switch that trades float32 accuracy for speed.
+
+    From 2.9 on PyTorch has one switch per backend and operator, and reading the older ones fails once a user has set
+    a newer one; before, there were two.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        operators = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        mkldnn = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+        return [(operator, "fp32_precision", "ieee") for operator in (*operators, *mkldnn)]
+    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -15,8 +15,11 @@ PATIENCE_SECONDS = 2.0
 """Work that ends sooner shows nothing."""
 
 
-def track(items: Sequence[T], description: str, enabled: bool = True) -> Iterator[T]:
-    """Yield ``items``; show a bar with the time left on the terminal's standard error once it has taken two seconds."""
+def track(items: Iterable[T], description: str, enabled: bool = True, *, total: int | None = None) -> Iterator[T]:
+    """Yield ``items``; show a bar with the time left on the terminal's standard error once it has taken two seconds.
+
+    ``total`` is their number, needed where they have no length.
+    """
     console = Console(stderr=True)
     if not (enabled and console.is_terminal):
         yield from items
@@ -30,7 +33,7 @@ def track(items: Sequence[T], description: str, enabled: bool = True) -> Iterato
         transient=True,
     )
     started, shown = time.monotonic(), False
-    task = bar.add_task(description, total=len(items))
+    task = bar.add_task(description, total=len(items) if isinstance(items, Sized) else total)
     try:
         for item in items:
             yield item

@@ -2,9 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
 
 from cases import CASES, Case
+from flatminima.errors import FlatminimaError
 from flatminima.gramian import factored_gram
+from flatminima.lab.models import build_model
 from oracles import explicit_gram
 
 
@@ -15,3 +20,93 @@ def test_gram_equals_explicit_jacobian_product(case: Case) -> None:
     expected = explicit_gram(model, inputs, targets)
     torch.testing.assert_close(result.matrix(), expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
     assert result.generic_parameters == case.generic
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet20", "wrn28-2", "densenet-bc-100"])
+def test_gram_of_the_papers_networks(name: str) -> None:
+    """BatchNorm with statistics of real activations; the explicit J of four samples."""
+    torch.manual_seed(0)
+    model = build_model(name).double()
+    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([3, 1, 4, 1])
+    with torch.no_grad():
+        model.train()(x)
+    expected = explicit_gram(model, x, y)
+    result = factored_gram(model, x, y)
+    torch.testing.assert_close(result.matrix(), expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+    assert result.generic_parameters == ()
+
+
+@pytest.mark.parametrize("budget", [1, 2000, 10**9])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_taken_in_slices_give_the_same(case: Case, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, targets = case.build()
+    expected = factored_gram(model, inputs, targets)
+    monkeypatch.setattr("flatminima.gramian.ROWS_BUDGET_BYTES", budget)
+    result = factored_gram(model, inputs, targets)
+    torch.testing.assert_close(result.unit, expected.unit, rtol=1e-10, atol=1e-12 * expected.unit.abs().max().item())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 4),
+    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.sampled_from([1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_any_convolution(n, size, kernel, stride, padding, dilation, groups, seed) -> None:
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    assume(all(s + 2 * p >= r for s, p, r in zip(size, padding, reach, strict=True)))
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups)
+    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+    x, y = torch.randn(n, 4, *size, dtype=torch.float64), torch.arange(n) % 3
+    model(x)
+    expected = explicit_gram(model, x, y)
+    actual = factored_gram(model, x, y).matrix()
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12 * expected.max().item())
+
+
+def test_overwritten_activations_are_refused() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            out = self.second(h)
+            h.mul_(2)
+            return out
+
+    with pytest.raises(FlatminimaError, match="overwritten in place"):
+        factored_gram(Overwriting(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+
+
+def test_parameters_hidden_in_custom_operations_take_the_generic_path() -> None:
+    class Scale(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x * weight
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad * weight, (grad * x).sum(0)
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.weight, self.head = nn.Linear(4, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(Scale.apply(torch.tanh(self.first(x)), self.weight))
+
+    model, x, y = Hidden().double(), torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    result = factored_gram(model, x, y)
+    assert "weight" in result.generic_parameters
+    torch.testing.assert_close(result.matrix(), explicit_gram(model, x, y))

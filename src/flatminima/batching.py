@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,3 +77,21 @@ def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter (the CPU for a model without any)."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def to_device(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[Inputs, Tensor]:
+    """A batch (inputs, targets) on ``device``."""
+    inputs, targets = batch
+    return map_tensors(lambda tensor: tensor.to(device), inputs), targets.to(device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, with every module's own mode restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

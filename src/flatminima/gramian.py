@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flatminima.batching import Inputs, batch_size, call_model, map_tensors, take, tensors_of
+from flatminima.batching import Inputs, batch_size, call_model, evaluating, map_tensors, take, tensors_of
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.layer_rules import RULES, ParameterUse
 from flatminima.losses import Loss, logit_gradient, refuse_non_finite
@@ -440,18 +440,6 @@ def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
             f"parameters are {names}: measure in one of float32 and float64 (copy.deepcopy(model).float())"
         )
     return dtypes.pop()
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

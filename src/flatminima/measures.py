@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model, device_of, map_tensors
+from flatminima.batching import Inputs, device_of, to_device
 from flatminima.errors import (
     FlatminimaError,
     NotAMinimumWarning,
@@ -28,15 +28,12 @@ from flatminima.errors import (
     SingularTrialWarning,
     UnequalLossWarning,
 )
-from flatminima.gramian import FactoredGram, evaluating, factored_gram, trainable_parameters, warn_generic
-from flatminima.losses import LOGIT_NORMALIZATION, Loss, per_sample_loss
-from flatminima.precision import true_precision
+from flatminima.evaluation import evaluate
+from flatminima.gramian import FactoredGram, factored_gram, trainable_parameters, warn_generic
+from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.progress import track
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
-from flatminima.sampling import Data, Samples, draw_subsets, samples_of
-
-EVALUATION_BATCH = 250
-"""Samples per forward pass when the training loss is evaluated."""
+from flatminima.sampling import Data, draw_subsets, samples_of
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
 """A cross entropy (nats) above the first with an accuracy below the second is not called a minimum."""
@@ -258,10 +255,10 @@ def measure(
         )
     samples = samples_of(data)
     subsets = draw_subsets(len(samples), subset_size, trials, seed)
-    train_loss, train_accuracy = evaluate(model, samples, loss, progress=progress)
-    if train_accuracy is not None and train_loss > MINIMUM_LOSS and train_accuracy < MINIMUM_ACCURACY:
+    train = evaluate(model, samples, loss, progress=progress)
+    if train.correct is not None and train.loss > MINIMUM_LOSS and train.accuracy < MINIMUM_ACCURACY:
         warnings.warn(
-            f"training loss {train_loss:.3g} and accuracy {train_accuracy:.1%} are too far from a minimum for the "
+            f"training loss {train.loss:.3g} and accuracy {train.accuracy:.1%} are too far from a minimum for the "
             "measures to mean what they say: train on, or read them with care",
             NotAMinimumWarning,
             stacklevel=2,
@@ -278,8 +275,8 @@ def measure(
         trial_results.append(_Trial.of(factored, _robustness(model, inputs, kept), number, subset, on_singular))
     return _characterize(
         trial_results,
-        train_loss=train_loss,
-        train_accuracy=train_accuracy,
+        train_loss=train.loss,
+        train_accuracy=None if train.correct is None else train.accuracy,
         num_parameters=num_parameters,
         num_samples=len(samples),
         settings=Settings(
@@ -295,32 +292,6 @@ def measure(
             device=str(device_of(model)),
         ),
     )
-
-
-def evaluate(
-    model: nn.Module, samples: Samples, loss: Loss = "cross_entropy", *, progress: bool = True
-) -> tuple[float, float | None]:
-    """Mean loss over all samples, and accuracy where the targets are classes; in eval mode, summed in float64.
-
-    Raises:
-        NonFiniteError: if a loss is NaN or infinite.
-    """
-    total, correct = 0.0, 0
-    with evaluating(model), torch.no_grad(), true_precision():
-        for start in track(range(0, len(samples), EVALUATION_BATCH), "training loss", progress):
-            indices = range(start, min(start + EVALUATION_BATCH, len(samples)))
-            inputs, targets = to_device(samples.fetch(indices), device_of(model))
-            logits = call_model(model, inputs)
-            total += per_sample_loss(loss, logits, targets).sum().item()
-            if loss == "cross_entropy":
-                correct += int((logits.argmax(1) == targets).sum())
-    return total / len(samples), correct / len(samples) if loss == "cross_entropy" else None
-
-
-def to_device(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[Inputs, Tensor]:
-    """The batch on ``device``."""
-    inputs, targets = batch
-    return map_tensors(lambda tensor: tensor.to(device), inputs), targets.to(device)
 
 
 def _check_options(batchnorm: str, on_singular: str, robustness_samples: int | None) -> None:

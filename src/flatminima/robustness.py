@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model
-from flatminima.gramian import evaluating
+from flatminima.batching import Inputs, call_model, evaluating
 from flatminima.losses import refuse_non_finite
 from flatminima.precision import true_precision
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ REPEATS_CHECKED = 16
 """How many samples are read twice, to see that the data do not change between passes."""
 
 
+@runtime_checkable
 class Samples(Protocol):
-    """Training samples by index."""
+    """Training samples by index. A data set that has ``fetch`` hands out whole batches without collating samples."""
 
     def __len__(self) -> int: ...
 
@@ -40,7 +41,9 @@ def samples_of(data: Data) -> Samples:
         FlatminimaError: if the data change between two passes (augmentation, a shuffling stream), are empty, or have
             a form that is not understood.
     """
-    if isinstance(data, DataLoader):
+    if isinstance(data, Samples):
+        samples = data
+    elif isinstance(data, DataLoader):
         samples = _from_loader(data)
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         samples = _IndexedSamples(data, default_collate)
@@ -74,12 +77,6 @@ def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> 
         )
     generator = torch.Generator().manual_seed(seed)
     return [torch.randperm(num_samples, generator=generator)[:subset_size].tolist() for _ in range(trials)]
-
-
-def batches(samples: Samples, size: int) -> Iterator[tuple[Inputs, Tensor]]:
-    """All samples in order, ``size`` at a time."""
-    for start in range(0, len(samples), size):
-        yield samples.fetch(range(start, min(start + size, len(samples))))
 
 
 class _TensorSamples:

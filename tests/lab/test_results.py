@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flatminima.errors import DamagedFileError, FlatminimaError
+from flatminima.evaluation import evaluate
 from flatminima.lab import results
 from flatminima.lab.models import build_model
 from flatminima.lab.results import (
@@ -24,7 +25,7 @@ from flatminima.lab.results import (
     load_sets,
     load_weights,
 )
-from flatminima.lab.training import RunSpec, evaluate, train
+from flatminima.lab.training import RunSpec, train
 
 SPEC = RunSpec(
     model="mlp", data="digits", train_size=200, confusion=40, augmentation="no-aug", batch_size=40, epochs=2, seed=3

@@ -25,11 +25,12 @@ from flatminima.errors import (
     ResumedElsewhereWarning,
     TrainingInterrupted,
 )
+from flatminima.evaluation import evaluate
 from flatminima.lab import results, training
 from flatminima.lab.data import augment, load_data
 from flatminima.lab.models import build_model
 from flatminima.lab.results import RunFolder, RunResult
-from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, evaluate, train
+from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, train
 from flatminima.regularizer import FisherTraceRegularizer
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.

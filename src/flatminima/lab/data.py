@@ -104,6 +104,11 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         images, labels = self.subset(indices).tensors()
         return list(zip(images, labels, strict=True))
 
+    def fetch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """The images at ``indices`` as one batch: (B, C, H, W) normalized float32, and (B,) labels."""
+        chosen = torch.as_tensor(indices, device=self.labels.device)
+        return self.normalize(self.images[chosen]), self.labels[chosen]
+
     def normalize(self, images: Tensor) -> Tensor:
         """Images ``(..., C, H, W)`` uint8 to float32, each channel with the training split's mean 0 and std 1."""
         return (images.to(torch.float32) / 255 - self.mean[:, None, None]) / self.std[:, None, None]

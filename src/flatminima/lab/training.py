@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -36,7 +36,8 @@ from flatminima.errors import (
     ResumedElsewhereWarning,
     TrainingInterrupted,
 )
-from flatminima.lab.data import ImageSet, augment
+from flatminima.evaluation import evaluate
+from flatminima.lab.data import augment
 from flatminima.lab.models import build_model
 from flatminima.lab.results import (
     EpochRecord,
@@ -49,22 +50,18 @@ from flatminima.lab.results import (
     load_sets,
 )
 from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec
-from flatminima.precision import true_precision
 from flatminima.regularizer import FisherTraceRegularizer
 
 __all__ = [
     "RECIPES",
-    "Evaluation",
     "MultiStep",
     "Plateau",
     "RegularizerSpec",
     "RunResult",
     "RunSpec",
-    "evaluate",
     "train",
 ]
 
-_EVALUATION_BATCH = 1000
 _EPOCH_END_SECONDS = 5.0  # at an epoch's end, save only if the last resume point is older than this
 _BAR_DELAY = 2.0  # seconds a run must last before it is worth a progress bar
 
@@ -118,44 +115,6 @@ def train(
             if found is not None:
                 _resume(run, found, folder)
             return _finish(run, folder, progress, checkpoint_seconds)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A network's mean cross entropy (nats) on a set of images, and how many it classifies rightly."""
-
-    loss: float
-    correct: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction classified rightly."""
-        return self.correct / self.total
-
-    @property
-    def error(self) -> float:
-        """Fraction classified wrongly."""
-        return (self.total - self.correct) / self.total
-
-
-def evaluate(network: nn.Module, data: ImageSet) -> Evaluation:
-    """Evaluate on un-augmented images, with the network in evaluation mode.
-
-    The network runs in its parameters' precision, without autocast or TF32; losses are formed and summed in float64.
-    """
-    was_training = network.training
-    network.eval()
-    loss, correct = 0.0, 0
-    with torch.no_grad(), true_precision():
-        for start in range(0, len(data), _EVALUATION_BATCH):
-            rows = slice(start, start + _EVALUATION_BATCH)
-            logits = network(data.normalize(data.images[rows])).cpu().double()
-            labels = data.labels[rows].cpu()
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(1) == labels).sum())
-    network.train(was_training)
-    return Evaluation(loss / len(data), correct, len(data))
 
 
 class _Run:

@@ -107,7 +107,7 @@ def refuse_non_finite(what: str, values: Tensor) -> None:
     if bad:
         raise NonFiniteError(
             f"NaN or infinite {what} for {len(bad)} of {len(values)} samples (first: {bad[:5]}): "
-            "check these samples and the weights; nothing can be measured here"
+            "check these samples and the weights"
         )
 
 

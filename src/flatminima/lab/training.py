@@ -234,8 +234,6 @@ class _Run:
     def result(self, folder: Path) -> RunResult:
         """Evaluate the trained network."""
         trained = evaluate(self.network, self.train_set)
-        if not math.isfinite(trained.loss):
-            raise NonFiniteError(f"the loss of the trained network is {trained.loss}")
         return RunResult(
             folder=folder,
             epochs=self.epoch,

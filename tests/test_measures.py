@@ -20,8 +20,8 @@ from flatminima.errors import (
     WrongGradientError,
 )
 from flatminima.gramian import factored_gram
-from flatminima.measures import Characterization, Estimate, log_determinant
-from oracles import explicit_gram
+from flatminima.measures import Characterization, Estimate, comparison_of, log_determinant
+from oracles import explicit_gram, explicit_jacobian
 
 N, CLASSES = 60, 4
 
@@ -359,3 +359,107 @@ def test_logit_normalization_removes_the_scale_of_the_logits() -> None:
     assert 0 < a.log_det_fisher.mean - b.log_det_fisher.mean < 2 * 12 * math.log(2)
     assert plain.train_loss == a.train_loss
     assert plain.log_det_fisher != a.log_det_fisher
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def test_batch_statistics_equal_autograd_on_chunks() -> None:
+    """Each sample's loss, with BatchNorm normalizing its chunk of 4, differentiated on its own."""
+    model, x, y = minimum(sharpness=2.0)
+    x, y = x[:12], y[:12]
+    running = model[1].running_mean.clone()
+    reference = copy.deepcopy(model).eval()
+    reference[1].train()
+    rows = []
+    for i in range(12):
+        chunk = slice(i // 4 * 4, i // 4 * 4 + 4)
+        loss = nn.functional.cross_entropy(reference(x[chunk])[i % 4 : i % 4 + 1], y[i : i + 1])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(reference.parameters()))]))
+    jacobian = torch.stack(rows)
+    result = factored_gram(model, x, y, batchnorm=4)
+    torch.testing.assert_close(result.matrix(), jacobian @ jacobian.T, rtol=1e-8, atol=1e-12)
+    assert torch.equal(model[1].running_mean, running)
+    assert model[1].track_running_stats
+    with pytest.raises(FlatminimaError, match="divide the subset_size"):
+        factored_gram(model, x, y, batchnorm=5)
+    c = fm.measure(model, (x, y), subset_size=8, trials=2, batchnorm=4)
+    assert c.settings.batchnorm == 4
+
+
+def test_scale_invariance_under_rescaling_of_relu_and_batchnorm_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 5, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(80, CLASSES),
+    ).double()
+    x, y = torch.randn(30, 3, 6, 6, dtype=torch.float64), torch.arange(30) % CLASSES
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(x)
+    rescaled = copy.deepcopy(model)
+    with torch.no_grad():
+        rescaled[3].weight *= 7
+        rescaled[3].bias *= 7
+        rescaled[6].weight /= 7
+        rescaled[0].weight *= 3  # undone by BatchNorm, whose statistics follow
+        rescaled[0].bias *= 3
+        rescaled[1].running_mean *= 3
+        rescaled[1].running_var *= 9
+        rescaled[1].eps = 9 * model[1].eps
+    model.eval(), rescaled.eval()
+    torch.testing.assert_close(model(x), rescaled(x))
+    ours, theirs = (log_determinant(factored_gram(m, x, y, scale_invariant=True)) for m in (model, rescaled))
+    assert ours == pytest.approx(theirs, rel=1e-9)
+    plain, changed = (log_determinant(factored_gram(m, x, y)) for m in (model, rescaled))
+    assert abs(plain - changed) > 1
+
+
+def test_scale_invariant_gram_by_its_definition() -> None:
+    model, x, y = minimum(sharpness=2.0)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()]).abs()
+    jacobian = explicit_jacobian(model, x[:9], y[:9]) * weights
+    result = factored_gram(model, x[:9], y[:9], scale_invariant=True)
+    torch.testing.assert_close(result.matrix(), jacobian @ jacobian.T, rtol=1e-8, atol=1e-14)
+
+
+def test_shares_add_up_and_round_trip() -> None:
+    model, x, y = minimum(sharpness=2.0)
+    c = fm.measure(model, (x, y), subset_size=10, trials=3, per_parameter=True)
+    assert c.shares is not None
+    assert c.shares.keys() == dict(model.named_parameters()).keys()
+    total = sum(share.fisher_trace.mean for share in c.shares.values())
+    assert total == pytest.approx(c.fisher_trace.mean, rel=1e-9)
+    assert c.shares["1.bias"].log_det is None  # 8 entries, 10 samples
+    assert c.shares["1.bias"].rank == 8
+    head = c.shares["5.weight"]
+    assert head.log_det is not None
+    assert head.log_det.mean < c.log_det_fisher.mean
+    assert Characterization.from_json(c.to_json()) == c
+
+
+def test_trials_stop_at_the_standard_error_asked_for() -> None:
+    model, x, y = minimum()
+    everything = fm.measure(model, (x, y), subset_size=12, trials=40, robustness_samples=0)
+    target = everything.log_det_fisher.standard_error * 2
+    c = fm.measure(model, (x, y), subset_size=12, trials=40, robustness_samples=0, max_standard_error=target)
+    done = c.settings.trials
+    assert 5 <= done < 40
+    assert c.log_det_fisher.standard_error <= target
+    assert c.log_det_fisher.per_trial == everything.log_det_fisher.per_trial[:done]
+    before = Estimate.of(everything.log_det_fisher.per_trial[: done - 1]).standard_error
+    assert before > target or done == 5
+    with pytest.raises(FlatminimaError, match="max_standard_error must be positive"):
+        fm.measure(model, (x, y), subset_size=12, trials=40, max_standard_error=0)
+
+
+def test_minima_measured_on_different_numbers_of_trials_are_paired_as_far_as_both_go() -> None:
+    model, x, y = minimum()
+    long, short = (fm.measure(model, (x, y), subset_size=12, trials=t) for t in (5, 3))
+    comparison = comparison_of({"long": long, "short": short})
+    assert comparison.difference("long", "short").per_trial == (0, 0, 0)

@@ -1,9 +1,10 @@
 """What: a model, a loss and N' samples → ξ = JJᵀ, one parameter at a time. J itself never exists.
 
 ξ is additive over parameters, ξ = Σ_p J_p J_pᵀ, so one forward and one backward pass are enough: the forward pass
-records every use of every trainable parameter (:class:`_Recorder`), and the backward pass, which computes gradients of
-activations only, hands each use its output gradient (:class:`_Accumulator`), forms that parameter's rows, adds
-their product to ξ and frees them. Parameters without a layer rule are differentiated one sample at a time instead.
+records every use of every trainable parameter (:class:`~flatminima.recording.Recorder`), and the backward pass, which
+computes gradients of activations only, hands each use its output gradient, forms that parameter's rows, adds their
+product to ξ (:class:`_Accumulator`) and frees them. Parameters without a layer rule are differentiated one sample at
+a time instead.
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
-from flatminima.batching import Inputs, batch_size, call_model, evaluating, map_tensors, take, tensors_of
+from flatminima.batching import Inputs, batch_size, call_model, evaluating, map_tensors, take
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
-from flatminima.layer_rules import RULES, ParameterUse
-from flatminima.losses import Loss, logit_gradient, refuse_non_finite
+from flatminima.losses import LogitGradient, Loss, logit_gradient, refuse_non_finite
 from flatminima.precision import true_precision
+from flatminima.recording import RecordedUse, Recorder
 
 ROWS_BUDGET_BYTES = 256 * 2**20
 """Rows of J held at once. A larger parameter is taken in slices of its first dimension."""
@@ -44,6 +42,7 @@ class FactoredGram:
         loss: (N',) float64, the per-sample losses.
         generic_parameters: names of the parameters that took the generic path.
         dtype: the network's floating-point type, which limits the accuracy of ``unit``.
+        shares: every parameter's part of ``unit`` by name, where asked for; they add up to it.
     """
 
     unit: Tensor
@@ -51,6 +50,7 @@ class FactoredGram:
     loss: Tensor
     generic_parameters: tuple[str, ...]
     dtype: torch.dtype
+    shares: dict[str, Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """ξ itself, (N', N') float64. Entries below 1e-308 underflow to zero; the factored form never does."""
@@ -96,35 +96,57 @@ def factored_gram(
     *,
     loss: Loss = "cross_entropy",
     logit_normalization: float | None = None,
+    batchnorm: Literal["eval"] | int = "eval",
+    scale_invariant: bool = False,
+    shares: bool = False,
     spot_check: bool = True,
 ) -> FactoredGram:
-    """ξ in factored form.
+    """ξ in factored form. Arguments and errors as for :func:`gram`, and beside them those below.
 
-    Arguments and errors as for :func:`gram` and, for ``logit_normalization``,
-    :func:`flatminima.losses.logit_gradient`; ``spot_check`` compares two rows with plain autograd.
+    Args:
+        model: as for :func:`gram`.
+        inputs: as for :func:`gram`.
+        targets: as for :func:`gram`.
+        loss: as for :func:`gram`.
+        logit_normalization: see :func:`flatminima.losses.logit_gradient`.
+        batchnorm: ``"eval"`` or a number n: BatchNorm then normalizes by the statistics of consecutive chunks of n
+            samples, on which a sample's gradient then depends (the authors' release: 10). Costs n backward passes.
+        scale_invariant: weight the columns of J by the parameters' magnitudes.
+        shares: keep every parameter's part of ξ̂.
+        spot_check: compare the rows of two samples with plain autograd.
     """
     model = getattr(model, "_orig_mod", model)  # a compiled module hides its calls; the module inside does not
     inputs = map_tensors(torch.Tensor.detach, inputs)
     n = batch_size((inputs, targets))
     parameters = trainable_parameters(model)
     dtype = _common_dtype(parameters)
+    xi = _Accumulator(n, parameters, scale_invariant=scale_invariant, shares=shares)
+
+    def gradient_at(logits: Tensor) -> tuple[LogitGradient, Tensor]:
+        delta = logit_gradient(loss, logits, targets, logit_normalization=logit_normalization)
+        return delta, delta.direction.to(logits.dtype)
+
+    generic: dict[str, nn.Parameter] = {}
     with evaluating(model), true_precision(), torch.enable_grad():
-        with _frozen(parameters.values()):
-            recorder = _Recorder(n, parameters)
-            logits = recorder.run(model, inputs)
-            delta = logit_gradient(loss, logits, targets, logit_normalization=logit_normalization)
-            direction = delta.direction.to(logits.dtype)
-            unit = torch.zeros(n, n, dtype=torch.float64, device=logits.device)
-            generic, unseen = recorder.given_up_parameters(), recorder.unseen_parameters()
-            _accumulate(unit, logits, direction, recorder)
-            del logits
-        if unseen:
-            generic |= _used(model, inputs, direction, unseen)
-        _add_generic(unit, model, inputs, direction, generic)
-        if spot_check:
-            _check_against_autograd(unit, model, inputs, direction, parameters, SPOT_CHECK_TOLERANCE[dtype])
-    refuse_non_finite("gradients", unit)
-    return FactoredGram(unit, delta.log_norm, delta.loss, tuple(generic), dtype)
+        if isinstance(batchnorm, int):
+            with _batch_statistics(model):
+                delta, direction = gradient_at(_logits_with_batch_statistics(model, inputs, n, batchnorm))
+                _add_with_batch_statistics(xi, model, inputs, direction, parameters, batchnorm)
+        else:
+            with _frozen(parameters.values()):
+                recorder = Recorder(n, parameters)
+                logits = recorder.run(model, inputs)
+                delta, direction = gradient_at(logits)
+                generic, unseen = recorder.given_up_parameters(), recorder.unseen_parameters()
+                _backward(logits, direction, recorder, xi)
+                del logits
+            if unseen:
+                generic |= _used(model, inputs, direction, unseen)
+            _add_one_by_one(xi, model, inputs, direction, generic)
+            if spot_check:
+                _check_against_autograd(xi, model, inputs, direction, parameters, SPOT_CHECK_TOLERANCE[dtype])
+    refuse_non_finite("gradients", xi.unit)
+    return FactoredGram(xi.unit, delta.log_norm, delta.loss, tuple(generic), dtype, xi.shares)
 
 
 def warn_generic(result: FactoredGram) -> None:
@@ -160,159 +182,58 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
-class _Tap(torch.autograd.Function):
-    """Lets a tensor that no gradient would reach carry one, in place: identity forward, identity backward."""
+class _Accumulator:
+    """ξ̂ as it grows, parameter by parameter.
 
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, root: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_zeros(())
-
-
-@dataclass
-class _RecordedUse:
-    """One use of a parameter, waiting for the gradient at its output."""
-
-    use: ParameterUse
-    version: int  # of the activation that the rule will read
-    grad: Tensor | None = None
-    on_arrival: Callable[[], None] = lambda: None
-
-    def arrive(self, grad: Tensor) -> None:
-        if self.use.reads is not None and self.use.reads._version != self.version:
-            raise FlatminimaError(
-                f"the input of a layer (shape {tuple(self.use.reads.shape)}) was overwritten in place after the layer "
-                "read it: its gradient is lost; replace the in-place operation in the model's forward"
-            )
-        self.grad = grad
-        self.on_arrival()
-
-
-class _Recorder(TorchFunctionMode):
-    """Watches a forward pass call by call and keeps, for every trainable parameter, its uses.
-
-    A use is recorded if a rule covers the call, the call depends on the samples (one of its arguments was computed from
-    the inputs), and its output keeps the samples as its first dimension. A parameter in any other call that returns a
-    new tensor is given up on: the generic path takes all of it.
+    Attributes:
+        unit: (N', N') float64, the sum so far.
+        shares: each parameter's own part by name, if asked for.
     """
 
-    def __init__(self, n: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
-        self.n = n
-        self.parameters = parameters
-        self.uses: dict[int, list[_RecordedUse]] = {id(p): [] for p in parameters.values()}
-        self.given_up: set[int] = set()
-        self.of_samples: Any = WeakIdKeyDictionary()  # the tensors computed from the inputs
+    def __init__(self, n: int, parameters: Mapping[str, nn.Parameter], *, scale_invariant: bool, shares: bool) -> None:
         device = next(iter(parameters.values())).device
-        self.root = torch.zeros((), device=device, requires_grad=True)
+        self.names = {id(parameter): name for name, parameter in parameters.items()}
+        self.scale_invariant = scale_invariant
+        self.unit = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self.shares = {name: torch.zeros_like(self.unit) for name in parameters} if shares else None
 
-    def run(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """The model's logits; fills ``uses``."""
-        self._mark(tensors_of(inputs))
-        with self:
-            logits = call_model(model, inputs)
-        if logits.shape[:1] != (self.n,):
-            raise FlatminimaError(
-                f"the model returned shape {tuple(logits.shape)} for {self.n} samples: "
-                "its first dimension must be the samples"
-            )
-        return logits
+    def __len__(self) -> int:
+        return len(self.unit)
 
-    def given_up_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.parameters.items() if id(p) in self.given_up}
+    def add_rows(self, parameter: nn.Parameter, rows: Tensor, start: int, stop: int) -> None:
+        """Add the product of ``rows`` (N', stop − start, ...), the rows of J for ``parameter[start:stop]``."""
+        if self.scale_invariant:
+            rows = rows * _at_least_1d(parameter.detach())[start:stop].abs()
+        product = torch.zeros_like(self.unit)
+        _add_product(product, rows)
+        self._add(parameter, product)
 
-    def unseen_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters in no recorded call: unused, or used where calls cannot be seen (custom operations, scripts)."""
-        return {name: p for name, p in self.parameters.items() if id(p) not in self.given_up and not self.uses[id(p)]}
+    def add_use(self, parameter: nn.Parameter, uses: Sequence[RecordedUse]) -> None:
+        """Add a parameter's JJᵀ; rows of several uses (tied or reused parameters) are summed before the product."""
+        arrived = [(use.use, use.grad) for use in uses if use.grad is not None]
+        if len(arrived) == 1 and arrived[0][0].product is not None and not self.scale_invariant:
+            use, grad = arrived[0]
+            self._add(parameter, use.product(grad))  # type: ignore[misc]
+            return
+        for start, stop in _slices(parameter, len(self)) if arrived else ():
+            rows = arrived[0][0].rows(arrived[0][1], start, stop)
+            for use, grad in arrived[1:]:
+                rows = rows + use.rows(grad, start, stop)
+            self.add_rows(parameter, rows, start, stop)
 
-    def covered_uses(self) -> Iterator[tuple[nn.Parameter, list[_RecordedUse]]]:
-        for parameter in self.parameters.values():
-            if id(parameter) not in self.given_up and self.uses[id(parameter)]:
-                yield parameter, self.uses[id(parameter)]
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        arguments = tensors_of((args, kwargs))
-        touched = {id(tensor) for tensor in arguments if id(tensor) in self.uses}
-        of_samples = any(tensor in self.of_samples for tensor in arguments)
-        if func is F.embedding and touched and not of_samples and self._shared_by_samples(args[0]):
-            args = (args[0].expand(self.n, *args[0].shape[1:]), *args[1:])
-            of_samples = True
-        output = func(*args, **kwargs)
-        if touched and any(id(tensor) not in touched for tensor in tensors_of(output)):
-            output, recorded = self._record(func, args, kwargs, output, touched, of_samples)
-            of_samples = of_samples or recorded
-        if of_samples:
-            self._mark(tensors_of(args[:1] if output is None else output))  # x[i] = y returns nothing and writes to x
-        return output
-
-    def _shared_by_samples(self, indices: Tensor) -> bool:
-        """Position indices of shape (1, T): one look-up that broadcasting hands to every sample."""
-        return indices.dim() > 1 and indices.shape[0] == 1
-
-    def _mark(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            self.of_samples[tensor] = True
-
-    def _record(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-        touched: set[int],
-        of_samples: bool,
-    ) -> tuple[Any, bool]:
-        """Record the call's uses, or give its parameters up. Returns the output to go on with, and which it was."""
-        uses = self._uses(func, args, kwargs, output, of_samples)
-        covered = {id(use.parameter) for use in uses}
-        self.given_up |= touched - covered
-        if not touched & covered:
-            return output, False
-        output = self._tap(output)
-        for use in uses:
-            if id(use.parameter) in touched:
-                recorded = _RecordedUse(use, use.reads._version if use.reads is not None else 0)
-                # Hooked now, not after the forward pass: a later in-place operation would make it another tensor.
-                output.register_hook(recorded.arrive)
-                self.uses[id(use.parameter)].append(recorded)
-        return output, True
-
-    def _uses(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, of_samples: bool
-    ) -> list[ParameterUse]:
-        rule = RULES.get(func)
-        if rule is None or not isinstance(output, Tensor) or not torch.is_grad_enabled():
-            return []
-        if not (of_samples or func is torch.Tensor.expand) or output.dim() == 0 or output.shape[0] % self.n:
-            return []
-        written_in_place = any(output is argument for argument in args)
-        if written_in_place and not output.requires_grad:
-            return []
-        with torch.no_grad():
-            return rule(self.n, *args, **kwargs) or []
-
-    def _tap(self, output: Tensor) -> Tensor:
-        if output.requires_grad:
-            return output
-        if output._is_view():
-            output = output.clone()  # marking a view as written would mark the tensor it shows
-        return _Tap.apply(output, self.root)  # type: ignore[no-any-return, no-untyped-call]
+    def _add(self, parameter: nn.Parameter, product: Tensor) -> None:
+        self.unit += product
+        if self.shares is not None:
+            self.shares[self.names[id(parameter)]] += product
 
 
-def _accumulate(unit: Tensor, logits: Tensor, direction: Tensor, recorder: _Recorder) -> None:
-    """Back-propagate ``direction`` through activations only; add JJᵀ of every covered parameter to ``unit``."""
+def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, xi: _Accumulator) -> None:
+    """Back-propagate ``direction`` through activations only; add JJᵀ of every covered parameter to ξ̂."""
 
-    def add_when_complete(parameter: nn.Parameter, uses: list[_RecordedUse]) -> Callable[[], None]:
+    def add_when_complete(parameter: nn.Parameter, uses: list[RecordedUse]) -> Callable[[], None]:
         def on_arrival() -> None:
             if all(use.grad is not None for use in uses):
-                _add_parameter(unit, parameter, uses)
+                xi.add_use(parameter, uses)
                 uses.clear()
 
         return on_arrival
@@ -324,23 +245,7 @@ def _accumulate(unit: Tensor, logits: Tensor, direction: Tensor, recorder: _Reco
     if logits.requires_grad:
         torch.autograd.grad(logits, recorder.root, direction)
     for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
-        _add_parameter(unit, parameter, uses)
-
-
-def _add_parameter(unit: Tensor, parameter: nn.Parameter, uses: list[_RecordedUse]) -> None:
-    """Add one parameter's JJᵀ; the rows of several uses (tied or reused parameters) are summed before the product."""
-    arrived = [(use.use, use.grad) for use in uses if use.grad is not None]
-    if len(arrived) == 1 and arrived[0][0].product is not None:
-        use, grad = arrived[0]
-        unit += use.product(grad)  # type: ignore[misc]
-        return
-    for start, stop in _slices(parameter, len(unit)):
-        rows: Tensor | None = None
-        for use, grad in arrived:
-            part = use.rows(grad, start, stop)
-            rows = part if rows is None else rows + part
-        if rows is not None:
-            _add_product(unit, rows)
+        xi.add_use(parameter, uses)
 
 
 def _slices(parameter: nn.Parameter, n: int) -> Iterator[tuple[int, int]]:
@@ -376,14 +281,66 @@ def _used(
     return {name: p for (name, p), grad in zip(candidates.items(), grads, strict=True) if grad is not None}
 
 
-def _add_generic(
-    unit: Tensor, model: nn.Module, inputs: Inputs, direction: Tensor, parameters: Mapping[str, nn.Parameter]
+def _add_one_by_one(
+    xi: _Accumulator, model: nn.Module, inputs: Inputs, direction: Tensor, parameters: Mapping[str, nn.Parameter]
 ) -> None:
     """Add JJᵀ of ``parameters`` by plain autograd, sample by sample, as many at once as the budget holds."""
-    n = len(unit)
-    for group in _groups(parameters.values(), ROWS_BUDGET_BYTES // n):
-        rows = torch.stack([_gradient(model, inputs, direction, i, group) for i in range(n)])
-        _add_product(unit, rows)
+    for group in _groups(parameters.values(), ROWS_BUDGET_BYTES // len(xi)):
+        _add_gradients(xi, group, [_gradients(model, inputs, direction, i, group) for i in range(len(xi))])
+
+
+def _add_with_batch_statistics(
+    xi: _Accumulator,
+    model: nn.Module,
+    inputs: Inputs,
+    direction: Tensor,
+    parameters: Mapping[str, nn.Parameter],
+    chunk: int,
+) -> None:
+    """Add JJᵀ where a sample's loss depends on its whole chunk: one backward pass per sample through the chunk."""
+    for group in _groups(parameters.values(), ROWS_BUDGET_BYTES // len(xi)):
+        gradients = []
+        for start in range(0, len(xi), chunk):
+            logits = call_model(model, take(inputs, slice(start, start + chunk)))
+            for i in range(chunk):
+                one = torch.zeros_like(logits)
+                one[i] = direction[start + i]
+                keep = i + 1 < chunk
+                gradients.append(
+                    torch.autograd.grad(
+                        logits, group, one, retain_graph=keep, allow_unused=True, materialize_grads=True
+                    )
+                )
+        _add_gradients(xi, group, gradients)
+
+
+def _add_gradients(xi: _Accumulator, group: Sequence[nn.Parameter], gradients: Sequence[Sequence[Tensor]]) -> None:
+    for parameter, rows in zip(group, zip(*gradients, strict=True), strict=True):
+        stacked = _at_least_1d(torch.stack(rows), 2)
+        xi.add_rows(parameter, stacked, 0, stacked.shape[1])
+
+
+def _logits_with_batch_statistics(model: nn.Module, inputs: Inputs, n: int, chunk: int) -> Tensor:
+    if chunk < 2 or n % chunk:
+        raise FlatminimaError(
+            f"batchnorm={chunk} cannot be used with {n} samples: it must be at least 2 and divide the subset_size"
+        )
+    with torch.no_grad():
+        return torch.cat([call_model(model, take(inputs, slice(i, i + chunk))) for i in range(0, n, chunk)])
+
+
+@contextlib.contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalizes by the batch and leaves its running statistics alone; all else stays in eval mode."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [layer.track_running_stats for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for layer, tracked in zip(layers, tracking, strict=True):
+            layer.training, layer.track_running_stats = False, tracked
 
 
 def _groups(parameters: Iterable[nn.Parameter], budget_bytes: int) -> Iterator[list[nn.Parameter]]:
@@ -401,18 +358,17 @@ def _groups(parameters: Iterable[nn.Parameter], budget_bytes: int) -> Iterator[l
         yield group
 
 
-def _gradient(
+def _gradients(
     model: nn.Module, inputs: Inputs, direction: Tensor, sample: int, parameters: Sequence[nn.Parameter]
-) -> Tensor:
-    """One row of J over ``parameters``, flat, by plain autograd on that sample alone."""
+) -> Sequence[Tensor]:
+    """One row of J over ``parameters``, by plain autograd on that sample alone."""
     one = slice(sample, sample + 1)
     logits = call_model(model, take(inputs, one))
-    grads = torch.autograd.grad(logits, parameters, direction[one], allow_unused=True, materialize_grads=True)
-    return torch.cat([grad.flatten() for grad in grads])
+    return torch.autograd.grad(logits, parameters, direction[one], allow_unused=True, materialize_grads=True)
 
 
 def _check_against_autograd(
-    unit: Tensor,
+    xi: _Accumulator,
     model: nn.Module,
     inputs: Inputs,
     direction: Tensor,
@@ -420,16 +376,23 @@ def _check_against_autograd(
     tolerance: float,
 ) -> None:
     """Compare the entries of the first and the last sample with plain autograd on each alone."""
-    samples = sorted({0, len(unit) - 1})
-    rows = torch.stack([_gradient(model, inputs, direction, i, list(parameters.values())) for i in samples]).double()
-    expected = rows @ rows.T
-    norms = expected.diagonal().sqrt()
-    error = ((unit[samples][:, samples] - expected).abs() / (norms[:, None] * norms).clamp_min(1e-300)).max().item()
+    samples = sorted({0, len(xi) - 1})
+    expected = _Accumulator(len(samples), parameters, scale_invariant=xi.scale_invariant, shares=False)
+    group = list(parameters.values())
+    _add_gradients(expected, group, [_gradients(model, inputs, direction, i, group) for i in samples])
+    norms = expected.unit.diagonal().sqrt()
+    difference = (xi.unit[samples][:, samples] - expected.unit).abs()
+    error = (difference / (norms[:, None] * norms).clamp_min(1e-300)).max().item()
     if not error <= tolerance:
         raise WrongGradientError(
             f"gradients of samples {samples} in the batch differ from plain autograd on each alone by {error:.1e} "
             f"(relative, allowed {tolerance:.0e}): samples interact, or are not the model's first dimension throughout"
         )
+
+
+def _at_least_1d(values: Tensor, dims: int = 1) -> Tensor:
+    """A scalar parameter as one of a single entry (and its rows (N',) as (N', 1))."""
+    return values if values.dim() >= dims else values.unsqueeze(-1)
 
 
 def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:

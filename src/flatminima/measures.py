@@ -38,6 +38,9 @@ from flatminima.sampling import Data, draw_subsets, samples_of
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
 """A cross entropy (nats) above the first with an accuracy below the second is not called a minimum."""
 
+MINIMUM_TRIALS = 5
+"""Before so many trials a standard error is too uncertain itself to stop by."""
+
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
 
@@ -68,6 +71,22 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Share:
+    """One parameter's part of ξ = Σ_p J_p J_pᵀ.
+
+    Attributes:
+        fisher_trace: its part of the trace of the Fisher information; the parts add up to the whole.
+        log_det: ln det J_p J_pᵀ; None where that is singular in some trial, as it must be for a parameter with fewer
+            than N' entries. These do not add up: ln det of a sum is at least that of each summand.
+        rank: the smallest rank of J_p J_pᵀ over the trials.
+    """
+
+    fisher_trace: Estimate
+    log_det: Estimate | None
+    rank: int
+
+
+@dataclass(frozen=True)
 class Characterization:
     """The measures of one trained minimum; smaller means better generalization, at similar training loss.
 
@@ -84,6 +103,7 @@ class Characterization:
         num_parameters: W, trainable parameters.
         num_samples: N, the size of ``data``.
         singular_trials: trials left out of ``log_det_fisher`` (``on_singular="skip"``).
+        shares: every parameter's :class:`Share` of ξ by name, where asked for.
         settings: everything needed to get the numbers again.
     """
 
@@ -99,6 +119,7 @@ class Characterization:
     num_parameters: int
     num_samples: int
     singular_trials: tuple[int, ...]
+    shares: dict[str, Share] | None
     settings: Settings
 
     def estimates(self) -> dict[str, Estimate]:
@@ -124,6 +145,8 @@ class Characterization:
             values["settings"] = Settings(**values["settings"])
             for name in ("spectrum", "singular_trials"):
                 values[name] = tuple(values[name])
+            if values["shares"] is not None:
+                values["shares"] = {name: _share_from(share) for name, share in values["shares"].items()}
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise FlatminimaError(f"not a characterization ({error!r}): measure the model again") from error
@@ -156,8 +179,9 @@ class Settings:
         subset_size: N'.
         trials: T.
         seed: draws the subsets.
-        batchnorm: how BatchNorm normalized; ``"eval"``: by its running statistics.
+        batchnorm: how BatchNorm normalized; ``"eval"``: by its running statistics, n: by chunks of n samples.
         logit_normalization: κ, where the loss was taken at normalized logits.
+        scale_invariant: whether gradients were weighted by the parameters' magnitudes.
         robustness_samples: samples per trial that the robustness was computed on.
         generic_parameters: parameters without a layer rule, differentiated one sample at a time.
         dtype: the network's floating-point type.
@@ -170,8 +194,9 @@ class Settings:
     subset_size: int
     trials: int
     seed: int
-    batchnorm: str
+    batchnorm: str | int
     logit_normalization: float | None
+    scale_invariant: bool
     robustness_samples: int
     generic_parameters: list[str]
     dtype: str
@@ -199,8 +224,11 @@ def measure(
     subset_size: int = 100,
     trials: int = 100,
     seed: int = 0,
-    batchnorm: Literal["eval"] = "eval",
+    batchnorm: Literal["eval"] | int = "eval",
     logit_normalization: float | None = None,
+    scale_invariant: bool = False,
+    per_parameter: bool = False,
+    max_standard_error: float | None = None,
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
     progress: bool = True,
@@ -214,12 +242,21 @@ def measure(
         data: the training data: a map-style Dataset, a DataLoader, or a tuple of tensors (inputs, targets).
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
         subset_size: N', samples per subset (paper: 100).
-        trials: T, number of subsets (paper: 100).
+        trials: T, number of subsets (paper: 100); at most, with ``max_standard_error``.
         seed: draws the subsets; the same seed draws the same ones for every model.
-        batchnorm: ``"eval"``: BatchNorm normalizes by its running statistics, so a sample's gradient is its own.
+        batchnorm: ``"eval"``: BatchNorm normalizes by its running statistics, so a sample's gradient is its own. Or a
+            number n: by the statistics of chunks of n samples, as the authors' release does (n = 10), where a sample's
+            gradient depends on its chunk; n must divide ``subset_size``, and it costs n backward passes.
         logit_normalization: None, or κ = 0.04 to compare minima of unequal training loss as the authors do (their
             release, Table 2): gradients are those of the loss at logits z / (κ ‖z‖₂). The training loss reported stays
             the plain one, and robustness is not affected.
+        scale_invariant: weight the gradient of every parameter by the parameter's magnitude, J diag(|w|), so that
+            rescaling a layer whose successor undoes it (ReLU, BatchNorm) cannot change the measures. (Dinh et al.
+            2017 showed that it otherwise can; Sec. 5.1.)
+        per_parameter: also report every parameter's share of ξ, in ``Characterization.shares``.
+        max_standard_error: stop before ``trials`` as soon as γ̂'s standard error is at most this (and at least
+            five trials are done). Trials are added in the same order whatever the model, so results stay
+            paired as far as both go.
         robustness_samples: on how many of each subset's samples robustness is computed (default: all; 0: not at
             all). It takes K − 1 backward passes and dominates the cost.
         on_singular: what to do with a subset whose ξ is singular (duplicate samples, zero gradients): ``"raise"``, or
@@ -246,7 +283,7 @@ def measure(
         >>> len(c.log_det_fisher.per_trial)
         5
     """
-    _check_options(batchnorm, on_singular, robustness_samples)
+    _check_options(batchnorm, on_singular, robustness_samples, max_standard_error)
     num_parameters = sum(p.numel() for p in trainable_parameters(model).values())
     if subset_size > num_parameters:
         raise FlatminimaError(
@@ -268,11 +305,21 @@ def measure(
     for number, subset in enumerate(track(subsets, "measuring", progress)):
         inputs, targets = to_device(samples.fetch(subset), device_of(model))
         factored = factored_gram(
-            model, inputs, targets, loss=loss, logit_normalization=logit_normalization, spot_check=number == 0
+            model,
+            inputs,
+            targets,
+            loss=loss,
+            logit_normalization=logit_normalization,
+            batchnorm=batchnorm,
+            scale_invariant=scale_invariant,
+            shares=per_parameter,
+            spot_check=number == 0,
         )
         if number == 0:
             warn_generic(factored)
         trial_results.append(_Trial.of(factored, _robustness(model, inputs, kept), number, subset, on_singular))
+        if max_standard_error is not None and _precise_enough(trial_results, max_standard_error):
+            break
     return _characterize(
         trial_results,
         train_loss=train.loss,
@@ -282,10 +329,11 @@ def measure(
         settings=Settings(
             loss=loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
             subset_size=subset_size,
-            trials=trials,
+            trials=len(trial_results),
             seed=seed,
             batchnorm=batchnorm,
             logit_normalization=logit_normalization,
+            scale_invariant=scale_invariant,
             robustness_samples=kept,
             generic_parameters=list(factored.generic_parameters),
             dtype=str(factored.dtype).removeprefix("torch."),
@@ -294,9 +342,15 @@ def measure(
     )
 
 
-def _check_options(batchnorm: str, on_singular: str, robustness_samples: int | None) -> None:
-    if batchnorm != "eval":
-        raise FlatminimaError(f"unknown batchnorm={batchnorm!r}: use 'eval' (running statistics)")
+def _check_options(
+    batchnorm: str | int, on_singular: str, robustness_samples: int | None, max_standard_error: float | None
+) -> None:
+    if batchnorm != "eval" and not isinstance(batchnorm, int):
+        raise FlatminimaError(
+            f"unknown batchnorm={batchnorm!r}: use 'eval' (running statistics) or the number of samples in a chunk"
+        )
+    if max_standard_error is not None and not max_standard_error > 0:
+        raise FlatminimaError(f"max_standard_error must be positive, got {max_standard_error}")
     if on_singular not in ("raise", "skip"):
         raise FlatminimaError(f"unknown on_singular={on_singular!r}: use 'raise' or 'skip'")
     if robustness_samples is not None and robustness_samples < 0:
@@ -321,6 +375,7 @@ class _Trial:
     fisher_trace: float
     robustness: float
     spectrum: Tensor
+    shares: dict[str, tuple[float, float, int]] | None
 
     @classmethod
     def of(
@@ -344,6 +399,7 @@ class _Trial:
             fisher_trace=xi.diagonal().mean().item(),
             robustness=robustness,
             spectrum=spectrum,
+            shares=None if factored.shares is None else {name: _share(factored, name) for name in factored.shares},
         )
 
 
@@ -394,6 +450,38 @@ def _singularity(correlation: Tensor, names: Sequence[int], dtype: torch.dtype) 
     return "its gradients are linearly dependent: lower subset_size"
 
 
+def _share(factored: FactoredGram, name: str) -> tuple[float, float, int]:
+    """(trace, ln det or NaN, rank) of one parameter's part of ξ."""
+    assert factored.shares is not None
+    part = dataclasses.replace(factored, unit=factored.shares[name], shares=None)
+    try:
+        log_det, rank = log_determinant(part), len(part.unit)
+    except RankDeficientError:
+        diagonal = part.unit.diagonal()
+        norms = diagonal.where(diagonal > 0, 1).sqrt()
+        eigenvalues = torch.linalg.eigvalsh(part.unit / norms[:, None] / norms)
+        tolerance = len(part.unit) * torch.finfo(part.dtype).eps * eigenvalues[-1]
+        log_det, rank = math.nan, int((eigenvalues > tolerance).sum())
+    return part.matrix().diagonal().mean().item(), log_det, rank
+
+
+def _joined_shares(trials: Sequence[_Trial]) -> dict[str, Share] | None:
+    parts = [trial.shares for trial in trials if trial.shares is not None]
+    if not parts:
+        return None
+    joined = {}
+    for name in parts[0]:
+        traces, log_dets, ranks = zip(*(part[name] for part in parts), strict=True)
+        log_det = None if any(map(math.isnan, log_dets)) else Estimate.of(log_dets)
+        joined[name] = Share(Estimate.of(traces), log_det, min(ranks))
+    return joined
+
+
+def _precise_enough(trials: Sequence[_Trial], max_standard_error: float) -> bool:
+    kept = [trial.log_det_fisher for trial in trials if not math.isnan(trial.log_det_fisher)]
+    return len(kept) >= MINIMUM_TRIALS and Estimate.of(kept).standard_error <= max_standard_error
+
+
 def _characterize(trials: Sequence[_Trial], **known: Any) -> Characterization:
     singular = tuple(i for i, trial in enumerate(trials) if math.isnan(trial.log_det_fisher))
     if len(singular) == len(trials):
@@ -414,6 +502,7 @@ def _characterize(trials: Sequence[_Trial], **known: Any) -> Characterization:
         robustness=None if all(math.isnan(value) for value in robustness) else Estimate.of(robustness),
         spectrum=tuple(torch.stack([trial.spectrum for trial in trials]).mean(0).tolist()),
         singular_trials=singular,
+        shares=_joined_shares(trials),
         **known,
     )
 
@@ -431,7 +520,8 @@ class Comparison:
     def difference(self, first: str, second: str, measure: str = "log_det_fisher") -> Estimate:
         """``first`` − ``second``, paired by subset; negative: ``first`` is the better minimum by this measure.
 
-        Pairing removes what the subsets share: its standard error is usually far below that of either mean.
+        Pairing removes what the subsets share: its standard error is usually far below that of either mean. Where one
+        was measured on fewer trials (``max_standard_error``), the trials both have are paired.
 
         Raises:
             FlatminimaError: for an unknown name or measure, or a measure that one of the two lacks.
@@ -444,7 +534,7 @@ class Comparison:
             if measure not in estimates:
                 raise FlatminimaError(f"{name!r} has no measure {measure!r}: choose from {', '.join(estimates)}")
             pair.append(estimates[measure].per_trial)
-        return Estimate.of([a - b for a, b in zip(*pair, strict=True)])
+        return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
 
     def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
         """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out."""
@@ -548,7 +638,7 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
     if len({_drawn(c) for c in characterizations.values()}) > 1:
         raise FlatminimaError(
             "the minima were measured on different subsets or with different settings: measure all with the same data, "
-            "subset_size, trials, seed, loss, batchnorm and logit_normalization"
+            "subset_size, seed, loss, batchnorm, logit_normalization and scale_invariant"
         )
     losses = {name: c.train_loss for name, c in characterizations.items()}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
@@ -569,7 +659,8 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
 def _drawn(c: Characterization) -> tuple[Any, ...]:
     """What must be equal for per-trial values to be paired."""
     s = c.settings
-    return c.num_samples, s.subset_size, s.trials, s.seed, s.loss, s.batchnorm, s.logit_normalization
+    same = (s.subset_size, s.seed, s.loss, s.batchnorm, s.logit_normalization, s.scale_invariant)
+    return c.num_samples, *same
 
 
 def _rendered(renderable: Any) -> str:
@@ -583,6 +674,13 @@ def _estimate_from(values: dict[str, Any]) -> Estimate:
         return math.nan if value is None else value
 
     return Estimate(number(values["mean"]), number(values["standard_error"]), tuple(map(number, values["per_trial"])))
+
+
+def _share_from(values: dict[str, Any]) -> Share:
+    log_det = values["log_det"]
+    return Share(
+        _estimate_from(values["fisher_trace"]), None if log_det is None else _estimate_from(log_det), values["rank"]
+    )
 
 
 def _nan_to_none(value: Any) -> Any:

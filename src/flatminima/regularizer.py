@@ -12,67 +12,99 @@ and no derivative passes through g_i, so its gradient is a finite difference of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from flatminima.batching import Inputs, batch_size, device_of, map_tensors, take
+from flatminima._distributed import average_gradients, exchange
+from flatminima._isolation import BatchStatistics
+from flatminima._penalty import Closure, Estimator, Penalty, PenaltyPasses, Weights, scalar_loss
+from flatminima.batching import Inputs
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.precision import true_precision
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
+
+MainGradient = Literal["whole-batch", "sub-batches"]
 
 
 @dataclass(frozen=True)
 class RegularizerStep:
     """What one step saw. Scalar tensors on the model's device, so that keeping them does not wait for the device.
 
+    With micro-batches, all but ``grad_norm`` are averages over them; with several processes, they are this process's.
+
     Attributes:
         trace: mean_i ‖g_i‖₂², the trace estimate that the penalty drives down (Sec. 6).
         penalty: R_α (Eq. 6), without β. Close to ``alpha * trace`` where the network is smooth.
+        penalty_gradient_norm: ‖∇R_α‖₂, without β.
+        main_gradient_norm: ‖mean_i g_i‖₂, the norm of the main gradient as the sub-batches see it.
+        rounding_norm: the expected 2-norm of the rounding error in ∇R_α: each gradient g is off by about ε‖g‖, and so
+            the mean of M differences by ε √(2 · trace / M). ε is the float type's. Zero for the ``"hvp"`` estimator.
         grad_norm: global 2-norm of ``.grad`` after the step and before clipping.
     """
 
     trace: Tensor
     penalty: Tensor
+    penalty_gradient_norm: Tensor
+    main_gradient_norm: Tensor
+    rounding_norm: Tensor
     grad_norm: Tensor
 
 
 class FisherTraceRegularizer:
     """Algorithm 1: replaces ``loss.backward()`` in a training loop; any optimizer, weight decay stays with it.
 
-    One step costs 2M sub-batch passes beside the ordinary one: about three times the arithmetic of a plain step.
+    One step costs 2M sub-batch passes beside the ordinary one: about three times the arithmetic of a plain step, or two
+    times with ``main_gradient="sub-batches"``. With ``every=k`` only each k-th step pays that.
 
     * Sub-batches: a random equal split (torch's global generator). If M does not divide the batch, sizes differ by at
       most one and every sub-batch still weighs 1/M, as in Eq. 6. Fewer than M samples are taken one by one.
-    * BatchNorm and any other buffer: penalty passes use the sub-batch's statistics and work on copies of the buffers,
-      which are thrown away. Only the main pass updates running statistics.
+    * BatchNorm and any other buffer: penalty passes work on copies of the buffers, which are thrown away. Only the main
+      pass updates running statistics.
     * Dropout: both passes of a sub-batch see the same mask; otherwise their difference would be noise. (Randomness from
       outside torch's default generators, and state that a module keeps outside its buffers, are out of reach.)
     * Precision: penalty passes run in float32 without autocast and TF32, whatever the main pass uses; at α = 1e-4 the
       difference would otherwise be mostly rounding. Half-precision inputs are converted.
     * Weights are back to the same bits after every step, also when ``loss_fn`` raises. Frozen parameters never move.
+    * Several processes: give the ``DistributedDataParallel`` model. Each process penalizes its own sub-batches without
+      any communication, and the one gradient exchange of a plain step carries the penalty too. P processes with M
+      sub-batches each do what one would do with P·M sub-batches of the joined batch (BatchNorm statistics aside).
 
     Args:
         model: the network; its trainable parameters are float32 or float64.
         alpha: α, the step of the finite difference, > 0.
         beta: β, the penalty's weight, ≥ 0. The paper searches 10 to 125.
         num_sub_batches: M ≥ 1. The paper searches 4, 8 and 16.
-        max_grad_norm: τ, the global norm to which ``.grad`` is clipped, or None. The paper searches 1 to 15. With
-            several ``backward`` calls per optimizer step, the accumulated gradient is clipped after each.
+        max_grad_norm: τ, the global norm to which ``.grad`` is clipped, or None. The paper searches 1 to 15.
+        estimator: ``"finite-difference"`` is the paper's ∇R_α. ``"hvp"`` is its limit α · mean_i H_i g_i, exact, by
+            differentiating g_i once more. They agree where the network is smooth at the scale of α; across ReLU's kinks
+            they do not, and the difference is noise-like. Not every operation has the second derivative hvp needs.
+        main_gradient: ``"whole-batch"`` is a pass of its own over B. ``"sub-batches"`` takes the mean of the g_i,
+            weighted by their sizes, and saves that pass. It is the same gradient for a loss that is a mean over
+            independent samples. With BatchNorm it is that of "ghost" statistics, each sub-batch normalized by its own;
+            running statistics are then updated once per step with the mean of the sub-batches' statistics (within
+            sub-batches, so the variance misses that of their means). The main gradient is then float32 as well.
+        batch_statistics: what torch's BatchNorm layers in training mode normalize with in penalty passes:
+            ``"sub-batch"`` the sub-batch's own (the paper); ``"whole-batch"`` those of B at w, as constants, at the
+            price of one more forward pass; ``"running"`` the running statistics, as in evaluation mode.
+        parameters: the parameters whose Fisher trace is penalized (default: all). Only they move by −α g_i, and only
+            they count in the trace. The penalty's gradient goes to all trainable parameters: the trace depends on all.
+        every: k ≥ 1; the penalty acts on each k-th step, with weight k β. The steps between are plain steps.
+        start_step: the first step on which the penalty acts.
+        warmup_steps: over how many steps from ``start_step`` on the weight rises linearly to β; 0 for none.
 
     Attributes:
-        last_step: the :class:`RegularizerStep` of the latest ``backward``, None before the first.
+        step: optimizer steps taken so far; the schedule's clock. A framework that counts its own may set it.
+        last_step: the :class:`RegularizerStep` of the latest step with a penalty, None before the first.
 
     Raises:
         FlatminimaError: for a value outside its range, a model without trainable parameters, half-precision or complex
-            parameters, or a model wrapped for distributed training.
+            parameters, or a model in DataParallel or FSDP.
 
     Example:
         >>> import torch
@@ -86,8 +118,8 @@ class FisherTraceRegularizer:
         ...     optimizer.zero_grad()
         ...     loss = regularizer.backward(loss_fn, inputs, targets)  # was: loss_fn(model(inputs), targets).backward()
         ...     optimizer.step()
-        >>> bool(regularizer.last_step.trace > 0)
-        True
+        >>> sorted(regularizer.diagnostics())
+        ['beta', 'clip_rate', 'fisher_trace', 'grad_norm', 'penalty', 'penalty_to_gradient', 'rounding_share']
     """
 
     def __init__(
@@ -98,202 +130,246 @@ class FisherTraceRegularizer:
         beta: float = 10.0,
         num_sub_batches: int = 8,
         max_grad_norm: float | None = None,
+        estimator: Estimator = "finite-difference",
+        main_gradient: MainGradient = "whole-batch",
+        batch_statistics: BatchStatistics = "sub-batch",
+        parameters: Iterable[nn.Parameter] | None = None,
+        every: int = 1,
+        start_step: int = 0,
+        warmup_steps: int = 0,
     ) -> None:
         _require(math.isfinite(alpha) and alpha > 0, f"alpha must be a positive number, got {alpha}")
         _require(math.isfinite(beta) and beta >= 0, f"beta must be zero or a positive number, got {beta}")
-        _require(
-            isinstance(num_sub_batches, int) and num_sub_batches >= 1,
-            f"num_sub_batches must be an integer of at least 1, got {num_sub_batches}",
-        )
+        _require_integer("num_sub_batches", num_sub_batches, at_least=1)
         _require(
             max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}"
         )
+        _require_choice("estimator", estimator, Estimator)
+        _require_choice("main_gradient", main_gradient, MainGradient)
+        _require_choice("batch_statistics", batch_statistics, BatchStatistics)
+        _require(
+            main_gradient == "whole-batch" or batch_statistics == "sub-batch",
+            f"main_gradient='sub-batches' needs batch_statistics='sub-batch' (got {batch_statistics!r}): "
+            "running statistics would never be updated",
+        )
+        _require_integer("every", every, at_least=1)
+        _require_integer("start_step", start_step, at_least=0)
+        _require_integer("warmup_steps", warmup_steps, at_least=0)
         self.model = model
         self.alpha = alpha
         self.beta = beta
         self.num_sub_batches = num_sub_batches
         self.max_grad_norm = max_grad_norm
+        self.estimator = estimator
+        self.main_gradient = main_gradient
+        self.batch_statistics = batch_statistics
+        self.every = every
+        self.start_step = start_step
+        self.warmup_steps = warmup_steps
+        self.step = 0
         self.last_step: RegularizerStep | None = None
-        _check_model(model)
+        self._penalized = None if parameters is None else _known_parameters(model, parameters)
+        self._clipped: int | Tensor = 0
+        self._seen: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
+        self._last_beta = 0.0
+        Weights.of(model, self._penalized)
 
-    def backward(self, loss_fn: LossFunction, inputs: Inputs, targets: Any) -> Tensor:
+    def backward(
+        self,
+        loss_fn: LossFunction,
+        inputs: Inputs,
+        targets: Any,
+        *,
+        weight: float = 1.0,
+        last: bool = True,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
         """Add ∇[L + βR_α] to ``.grad``, as ``loss.backward()`` adds ∇L, then clip ``.grad``.
+
+        Gradient accumulation: with K micro-batches per optimizer step, call this for each with ``weight=1/K``, and with
+        ``last=False`` for all but the last. Every micro-batch is split into M sub-batches; with ``num_sub_batches=1``
+        the micro-batches are the sub-batches.
 
         Args:
             loss_fn: ``loss_fn(model_output, targets)`` → scalar, a mean over the samples.
             inputs: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``); tensors have B rows.
             targets: a tensor, or a nested tuple or mapping of tensors, with B rows.
+            weight: what L + βR_α of this call counts for, > 0.
+            last: whether the optimizer steps next: only then is ``.grad`` clipped and exchanged between processes.
+            scaler: the loop's gradient scaler (float16 autocast). ``.grad`` then holds the scaled gradient, clipped as
+                the unscaled one would be, so go on with ``scaler.step(optimizer)``; ``scaler.unscale_`` is not needed.
 
         Returns:
-            The main loss L, detached: the one number a plain step would have given.
+            The main loss L, detached, neither weighted nor scaled: the one number a plain step would have given.
 
         Raises:
             NonFiniteError: if a loss is NaN or infinite; ``.grad`` is then left as it was.
             FlatminimaError: if tensors disagree about B, or ``loss_fn`` does not return a differentiable scalar.
         """
-        parameters = _check_model(self.model)
-        penalty = self._penalty(loss_fn, (inputs, targets), parameters)
-        loss = self._loss(loss_fn, inputs, targets)
-        _refuse_non_finite(loss.detach(), penalty.value)
 
-        penalty.add_gradient(parameters, self.beta)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.last_step = RegularizerStep(penalty.trace, penalty.value, self._clip(parameters))
-        return loss.detach()
+        def closure(batch: tuple[Inputs, Any]) -> Tensor:
+            return loss_fn(_forward(self.model, batch[0]), batch[1])
 
-    def _penalty(self, loss_fn: LossFunction, batch: Inputs, parameters: list[Tensor]) -> _Penalty:
-        size = batch_size(batch)
-        _require(size > 0, "the batch is empty: pass at least one sample")
-        sub_batches = torch.randperm(size).tensor_split(min(self.num_sub_batches, size))
-        penalty = _Penalty.zero(parameters)
-        with true_precision(), _autocast_refused(self.model):
-            for indices in sub_batches:
-                sub_batch = map_tensors(_at_least_float32, take(batch, indices))
-                with _restored_generators(parameters):
-                    here = self._gradient(loss_fn, sub_batch, parameters)
-                with _moved(parameters, here.values, -self.alpha):
-                    there = self._gradient(loss_fn, sub_batch, parameters)
-                penalty.add(here, there, weight=1 / len(sub_batches))
-        return penalty
+        return self.backward_closure(closure, (inputs, targets), weight=weight, last=last, scaler=scaler)
 
-    def _gradient(self, loss_fn: LossFunction, sub_batch: Inputs, parameters: list[Tensor]) -> _Gradient:
-        """∇L(B_i, w) at the parameters' present values."""
-        with _scratch_buffers(self.model):
-            try:
-                loss = self._loss(loss_fn, *sub_batch)
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
-                    raise
-                raise FlatminimaError(
-                    f"BatchNorm has no statistics on a sub-batch of {batch_size(sub_batch)} sample(s): "
-                    "lower num_sub_batches, or drop the last, short batch"
-                ) from error
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return _Gradient.of(loss.detach(), gradients, parameters)
+    def backward_closure(
+        self,
+        closure: Closure,
+        batch: Any,
+        *,
+        weight: float = 1.0,
+        last: bool = True,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """:meth:`backward` for a loss that calls the model itself, as models of Hugging Face do.
 
-    def _loss(self, loss_fn: LossFunction, inputs: Inputs, targets: Any) -> Tensor:
-        loss = loss_fn(_forward(self.model, inputs), targets)
-        returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        _require(
-            returned == "shape ()", f"loss_fn must return a scalar tensor, the mean over the samples; got {returned}"
-        )
-        _require(
-            loss.requires_grad, "the loss does not depend on a trainable parameter: is gradient recording switched off?"
-        )
+        Args:
+            closure: ``closure(batch)`` → scalar, a mean over the samples. It is called on sub-batches as well, so it
+                must use its argument only; nested tuples, lists and mappings arrive as tuples and dicts.
+            batch: a nested tuple, list or mapping of tensors with B rows.
+            weight: as in :meth:`backward`.
+            last: as in :meth:`backward`.
+            scaler: as in :meth:`backward`.
+
+        Returns:
+            As :meth:`backward`.
+
+        Raises:
+            FlatminimaError: as :meth:`backward`.
+
+        Example:
+            >>> import torch
+            >>> from flatminima import FisherTraceRegularizer
+            >>> model = torch.nn.Linear(4, 3)
+            >>> batch = {"x": torch.randn(16, 4), "labels": torch.randint(3, (16,))}
+            >>> def closure(batch):
+            ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+            >>> loss = FisherTraceRegularizer(model).backward_closure(closure, batch)
+        """
+        _require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
+        scale = 1.0 if scaler is None else _scale_of(scaler, self.model)
+        penalty = self.penalize(closure, batch)
+        if penalty is not None and self.main_gradient == "sub-batches":
+            loss = penalty.loss
+            penalty.add_gradient_to_grad(self.present_beta * weight * scale)
+            penalty.add_main_gradient_to_grad(weight * scale)
+            if last:
+                average_gradients(self.model, penalty.weights.parameters)
+        else:
+            with exchange(self.model, wanted=last):
+                main = scalar_loss(closure, batch)
+                loss = main.detach()
+                _require_finite_loss(loss)
+                if penalty is not None:  # before the main gradient, so that the exchange carries both
+                    penalty.add_gradient_to_grad(self.present_beta * weight * scale)
+                (main * (weight * scale)).backward()  # type: ignore[no-untyped-call]
+        if penalty is not None:
+            self._seen.append((weight, self._observed(penalty)))
+        if last:
+            self._end_step(scale)
         return loss
 
-    def _clip(self, parameters: list[Tensor]) -> Tensor:
-        """The global norm of ``.grad``, clipped afterwards."""
-        if self.max_grad_norm is None:
-            return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        return nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+    def penalize(self, closure: Closure, batch: Any) -> Penalty | None:
+        """The penalty alone, for frameworks that own the main backward pass; ``.grad`` and ``step`` stay as they are.
 
+        Add it with ``penalty.add_gradient_to_grad(factor)`` after ``.grad`` is zeroed and before the main backward
+        pass, where ``factor`` is :attr:`present_beta` times whatever the framework multiplies its loss with.
 
-@dataclass(frozen=True)
-class _Gradient:
-    """A loss and its gradient, one dense tensor per parameter; zeros where the loss does not use the parameter."""
+        Returns:
+            The penalty, or None on a step where it does not act.
 
-    loss: Tensor
-    values: list[Tensor]
-    used: list[bool]
+        Raises:
+            NonFiniteError: if a sub-batch's loss is NaN or infinite.
+            FlatminimaError: as :meth:`backward`.
+        """
+        since = self.step - self.start_step
+        if since < 0 or since % self.every:
+            return None
+        weights = Weights.of(self.model, self._penalized)
+        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics)
+        penalty = passes.run(self.model, closure, batch, weights, update_buffers=self.main_gradient == "sub-batches")
+        _require_finite_penalty(penalty)
+        return penalty
 
-    @classmethod
-    def of(cls, loss: Tensor, gradients: tuple[Tensor | None, ...], parameters: list[Tensor]) -> _Gradient:
-        values = [
-            torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-            for gradient, parameter in zip(gradients, parameters, strict=True)
-        ]
-        return cls(loss, values, [gradient is not None for gradient in gradients])
+    @property
+    def present_beta(self) -> float:
+        """The weight of the penalty at this step: β times ``every``, and less during the warm-up."""
+        if self.step < self.start_step:
+            return 0.0
+        risen = (self.step - self.start_step + 1) / self.warmup_steps if self.warmup_steps else 1.0
+        return self.beta * self.every * min(1.0, risen)
 
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers of the latest step with a penalty, for any logger; empty before the first. Waits for the device.
 
-@dataclass
-class _Penalty:
-    """R_α, its gradient and the trace, summed over sub-batches."""
+        Returns:
+            ``fisher_trace``: mean_i ‖g_i‖². ``penalty``: R_α. ``beta``: its weight at that step.
+            ``penalty_to_gradient``: β‖∇R_α‖ / ‖mean_i g_i‖; far above 1 the penalty is all there is, and below 1e-3 it
+            does nothing. ``grad_norm``: before clipping. ``clip_rate``: the fraction of all steps so far that were
+            clipped. ``rounding_share``: the estimated part of ‖∇R_α‖ that is rounding error (see
+            :class:`RegularizerStep`), at most 1; noise from kinks of ReLU is not in it.
+        """
+        step = self.last_step
+        if step is None:
+            return {}
+        penalty_norm, main_norm = float(step.penalty_gradient_norm), float(step.main_gradient_norm)
+        rounding = float(step.rounding_norm)
+        return {
+            "fisher_trace": float(step.trace),
+            "penalty": float(step.penalty),
+            "beta": self._last_beta,
+            "penalty_to_gradient": self._last_beta * penalty_norm / main_norm if main_norm else 0.0,
+            "grad_norm": float(step.grad_norm),
+            "clip_rate": float(self._clipped) / self.step if self.step else 0.0,
+            "rounding_share": min(1.0, rounding / penalty_norm) if penalty_norm else float(rounding > 0),
+        }
 
-    value: Tensor
-    trace: Tensor
-    gradient: list[Tensor]
-    used: list[bool]
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs beside the weights, the optimizer and torch's generator: the counters."""
+        return {"step": self.step, "clipped": int(self._clipped)}
 
-    @classmethod
-    def zero(cls, parameters: list[Tensor]) -> _Penalty:
-        nothing = parameters[0].new_zeros(())
-        return cls(nothing, nothing, [torch.zeros_like(p) for p in parameters], [False] * len(parameters))
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from :meth:`state_dict`.
 
-    def add(self, here: _Gradient, there: _Gradient, weight: float) -> None:
-        """Add one sub-batch: ``here`` is its gradient at w, ``there`` at w − α g."""
-        self.value = self.value + weight * (here.loss - there.loss)
-        self.trace = self.trace + weight * get_total_norm(here.values).square()
-        torch._foreach_add_(self.gradient, here.values, alpha=weight)
-        torch._foreach_sub_(self.gradient, there.values, alpha=weight)
-        self.used = [any(uses) for uses in zip(self.used, here.used, there.used, strict=True)]
-
-    def add_gradient(self, parameters: list[Tensor], beta: float) -> None:
-        """Add β ∇R_α to ``.grad``; a parameter that no loss used keeps ``.grad`` as it is, None included."""
-        for parameter, gradient, used in zip(parameters, self.gradient, self.used, strict=True):
-            if not used:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(gradient, alpha=beta)
-
-
-@contextmanager
-def _moved(parameters: list[Tensor], direction: list[Tensor], step: float) -> Iterator[None]:
-    """Move the weights by step · direction, and back to the very same bits: by copy, as adding would round."""
-    saved = [parameter.detach().clone() for parameter in parameters]
-    try:
-        with torch.no_grad():
-            torch._foreach_add_(parameters, direction, alpha=step)
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
-
-
-@contextmanager
-def _scratch_buffers(model: nn.Module) -> Iterator[None]:
-    """Let the model work on copies of its buffers, and give it back its own.
-
-    This covers every layer that keeps statistics, whatever its class, and both passes of a sub-batch start alike.
-    """
-    originals = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
-    copies = {
-        id(buffer): buffer.detach().clone() for _, own in originals for buffer in own.values() if buffer is not None
-    }
-    try:
-        for buffers, own in originals:
-            buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
-        yield
-    finally:
-        for buffers, own in originals:
-            buffers.update(own)
-
-
-def _restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None]:
-    """A context that puts torch's random generators (CPU and the model's devices) back on exit."""
-    accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
-    device_type = next(iter(accelerators)).type if accelerators else "cuda"
-    return torch.random.fork_rng(accelerators, device_type=device_type)
-
-
-@contextmanager
-def _autocast_refused(model: nn.Module) -> Iterator[None]:
-    """Notice a forward that switches autocast back on (a decorated forward, a framework's wrapper)."""
-    innermost = (module for module in model.modules() if module._parameters and not list(module.children()))
-    handle = next(innermost, model).register_forward_pre_hook(_refuse_autocast)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if torch.is_autocast_enabled(device_of(module).type):
-        raise FlatminimaError(
-            "the model switches autocast on inside its forward, but penalty passes need float32: "
-            "pass the inner module, and use autocast around the training step"
+        Raises:
+            FlatminimaError: if ``state`` is something else.
+        """
+        _require(
+            set(state) == {"step", "clipped"}, f"not a FisherTraceRegularizer's state_dict: it has {sorted(state)}"
         )
+        self.step, self._clipped = int(state["step"]), int(state["clipped"])
+        self._seen = []
+
+    def _observed(self, penalty: Penalty) -> RegularizerStep:
+        epsilon = 0.0 if self.estimator == "hvp" else torch.finfo(penalty.trace.dtype).eps
+        return RegularizerStep(
+            trace=penalty.trace,
+            penalty=penalty.value,
+            penalty_gradient_norm=get_total_norm(penalty.gradient),
+            main_gradient_norm=get_total_norm(penalty.main_gradient),
+            rounding_norm=epsilon * (2 * penalty.trace / penalty.num_sub_batches).sqrt(),
+            grad_norm=penalty.trace.new_full((), math.nan),  # known at the end of the step
+        )
+
+    def _end_step(self, scale: float | Tensor) -> None:
+        """Clip ``.grad``, which is ``scale`` times the gradient, and count the step."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / scale
+        if self.max_grad_norm is not None:
+            clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+            self._clipped = self._clipped + (grad_norm > self.max_grad_norm)
+        if self._seen:
+            self.last_step = _averaged(self._seen, grad_norm)
+            self._last_beta = self.present_beta
+        self._seen = []
+        self.step += 1
+
+
+def _averaged(seen: list[tuple[float, RegularizerStep]], grad_norm: Tensor) -> RegularizerStep:
+    total = sum(weight for weight, _ in seen)
+    names = [field.name for field in fields(RegularizerStep) if field.name != "grad_norm"]
+    means = {name: sum(weight / total * getattr(step, name) for weight, step in seen) for name in names}
+    return RegularizerStep(**means, grad_norm=grad_norm)
 
 
 def _forward(model: nn.Module, inputs: Inputs) -> Any:
@@ -304,36 +380,47 @@ def _forward(model: nn.Module, inputs: Inputs) -> Any:
     return model(inputs)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _scale_of(scaler: torch.amp.GradScaler, model: nn.Module) -> Tensor:
+    one = next(model.parameters()).new_ones(())
+    scaled = scaler.scale(one)
+    assert isinstance(scaled, Tensor)
+    return scaled
 
 
-def _check_model(model: nn.Module) -> list[Tensor]:
-    """The trainable parameters, each once however many layers share it."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[int]:
+    chosen = list(parameters)
+    known = {id(parameter) for parameter in model.parameters()}
     _require(
-        not any(isinstance(module, wrappers) for module in model.modules()),
-        "models wrapped for several devices are not supported yet: train on one device, with the inner module",
+        all(isinstance(parameter, Tensor) and id(parameter) in known for parameter in chosen),
+        f"parameters must be those of the model ({type(model).__name__}), not copies or names",
     )
-    trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _require(len(trainable) > 0, f"{type(model).__name__} has no trainable parameters (requires_grad is False for all)")
-    for name, parameter in trainable.items():
-        _require(
-            parameter.dtype in (torch.float32, torch.float64),
-            f"parameter {name} is {parameter.dtype}: keep trainable parameters in float32 and use autocast for speed",
-        )
-    return list(trainable.values())
+    return {id(parameter) for parameter in chosen}
 
 
-def _refuse_non_finite(loss: Tensor, penalty: Tensor) -> None:
-    if bool(torch.isfinite(loss + penalty)):  # one wait for the device per step
-        return
+def _require_finite_loss(loss: Tensor) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"the loss is {float(loss)}: check inputs, weights and learning rate")
+
+
+def _require_finite_penalty(penalty: Penalty) -> None:
+    if bool(torch.isfinite(penalty.value)):
+        return
+    _require_finite_loss(penalty.loss)
     raise NonFiniteError(
-        f"the penalty is {float(penalty)} though the loss is {float(loss):.4g}: a sub-batch's loss is NaN or infinite "
-        "at w or at w − αg; check the inputs, or lower alpha"
+        f"the penalty is {float(penalty.value)} though the loss is {float(penalty.loss):.4g}: "
+        "a sub-batch's loss is NaN or infinite at w − αg; lower alpha"
     )
+
+
+def _require_integer(name: str, value: int, *, at_least: int) -> None:
+    _require(
+        isinstance(value, int) and value >= at_least, f"{name} must be an integer of at least {at_least}, got {value}"
+    )
+
+
+def _require_choice(name: str, value: str, choices: Any) -> None:
+    allowed = get_args(choices)
+    _require(value in allowed, f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,0 +1,176 @@
+"""How: conditions under which the penalty's extra passes leave no trace on the model and the generators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flatminima.batching import device_of
+from flatminima.errors import FlatminimaError
+
+BatchStatistics = Literal["sub-batch", "whole-batch", "running"]
+
+
+@contextmanager
+def moved(parameters: list[Tensor], direction: list[Tensor], step: float) -> Iterator[None]:
+    """Move the weights by step · direction, and back to the very same bits: by copy, as adding would round."""
+    saved = [parameter.detach().clone() for parameter in parameters]
+    try:
+        with torch.no_grad():
+            torch._foreach_add_(parameters, direction, alpha=step)
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, saved)
+
+
+@contextmanager
+def scratch_buffers(model: nn.Module) -> Iterator[None]:
+    """Let the model work on copies of its buffers, and give it back its own.
+
+    This covers every layer that keeps statistics, whatever its class, and both passes of a sub-batch start alike.
+    """
+    originals = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies = {
+        id(buffer): buffer.detach().clone() for _, own in originals for buffer in own.values() if buffer is not None
+    }
+    try:
+        for buffers, own in originals:
+            buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
+        yield
+    finally:
+        for buffers, own in originals:
+            buffers.update(own)
+
+
+class MeanBuffers:
+    """What one pass would leave in the buffers if its statistics were the mean of the sub-batches' statistics.
+
+    Every sub-batch starts from the same buffers, so the mean of what it leaves is (1 − m) b + m · mean_i s_i: one
+    update with momentum m, not M of them. Counters and other integers are taken from the last sub-batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._own = {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
+        self._means: dict[str, Tensor] = {}
+
+    def add(self, weight: float) -> None:
+        """Add the model's present (scratch) buffers with ``weight``; the weights of a step sum to 1."""
+        for name, buffer in self._model.named_buffers():
+            if not buffer.is_floating_point():
+                self._means[name] = buffer.detach().clone()
+            elif name in self._means:
+                self._means[name].add_(buffer.detach(), alpha=weight)
+            else:
+                self._means[name] = buffer.detach() * weight
+
+    def write(self) -> None:
+        """Copy the means into the model's own buffers."""
+        with torch.no_grad():
+            for name, mean in self._means.items():
+                self._own[name].copy_(mean)
+
+
+def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None]:
+    """A context that puts torch's random generators (CPU and the model's devices) back on exit."""
+    accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
+    device_type = next(iter(accelerators)).type if accelerators else "cuda"
+    return torch.random.fork_rng(accelerators, device_type=device_type)
+
+
+@contextmanager
+def autocast_refused(model: nn.Module) -> Iterator[None]:
+    """Notice a forward that switches autocast back on (a decorated forward, a framework's wrapper)."""
+    innermost = (module for module in model.modules() if module._parameters and not list(module.children()))
+    handle = next(innermost, model).register_forward_pre_hook(_refuse_autocast)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if torch.is_autocast_enabled(device_of(module).type):
+        raise FlatminimaError(
+            "the model switches autocast on inside its forward, but penalty passes need float32: "
+            "pass the inner module, and use autocast around the training step"
+        )
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``module(...)`` call ``forward`` instead of its own."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+@contextmanager
+def batch_statistics(model: nn.Module, forward: Callable[[], Any], policy: BatchStatistics) -> Iterator[None]:
+    """Which mean and variance torch's BatchNorm layers in training mode normalize with.
+
+    Args:
+        model: the model; other normalization layers, and BatchNorm layers in evaluation mode, stay as they are.
+        forward: runs the model on the whole batch.
+        policy: ``"sub-batch"``, ``"whole-batch"`` or ``"running"``, see :class:`~flatminima.FisherTraceRegularizer`.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
+    if policy == "sub-batch" or not layers:
+        yield
+        return
+    statistics = _observed(layers, forward) if policy == "whole-batch" else _running(layers)
+    before = {name: dict(layer._buffers) for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.training = False
+            layer._buffers.update(statistics[name])
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.training = True
+            layer._buffers.update(before[name])
+
+
+def _running(layers: dict[str, _BatchNorm]) -> dict[str, dict[str, Tensor | None]]:
+    for name, layer in layers.items():
+        if layer.running_mean is None:
+            raise FlatminimaError(
+                f"BatchNorm layer {name} keeps no running statistics: choose another batch_statistics than 'running'"
+            )
+    return {name: {} for name in layers}
+
+
+def _observed(layers: dict[str, _BatchNorm], forward: Callable[[], Any]) -> dict[str, dict[str, Tensor | None]]:
+    """Mean and biased variance per channel of each layer's input, as BatchNorm itself uses them in training."""
+    found: dict[str, dict[str, Tensor | None]] = {}
+
+    def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name in found:
+                raise FlatminimaError(
+                    f"BatchNorm layer {name} runs twice in one forward, so it has no one whole-batch statistic: "
+                    "choose batch_statistics='sub-batch' or 'running'"
+                )
+            (x,) = inputs
+            variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+            found[name] = {"running_mean": mean, "running_var": variance}
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(observe(name)).remove)
+        forward()
+    return {name: found.get(name, {}) for name in layers}

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp
+from torch import nn
 
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.losses import logit_gradient
+from flatminima.losses import CrossEntropy, LogitGradient, logit_gradient
 
 
 def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,7 @@ def test_gradient_keeps_its_digits_however_small(margin: float) -> None:
     p = [w / sum(weights) for w in weights]
     delta = [p[0] - 1, p[1], p[2]]
     norm = mp.sqrt(sum(d * d for d in delta))
-    ours = logit_gradient("cross_entropy", torch.tensor([logits]), torch.tensor([0]))
+    ours = logit_gradient("cross_entropy", torch.tensor([logits], dtype=torch.float64), torch.tensor([0]))
     assert ours.log_norm.item() == pytest.approx(float(mp.log(norm)), rel=1e-14)
     assert ours.direction[0].tolist() == pytest.approx([float(d / norm) for d in delta], rel=1e-12)
     assert ours.loss.item() == pytest.approx(float(-mp.log(p[0])), rel=1e-12, abs=1e-300)
@@ -99,3 +100,95 @@ def test_logit_normalization_equals_autograd_through_it(seed: int, scale: float)
 def test_logit_normalization_refuses_zero_logits() -> None:
     with pytest.raises(FlatminimaError, match="not all zero"):
         logit_gradient("cross_entropy", torch.zeros(2, 3), torch.zeros(2).long(), logit_normalization=0.04)
+
+
+def explicit(loss: LogitGradient) -> torch.Tensor:
+    """δ multiplied out."""
+    return loss.direction * loss.log_norm.exp().view(-1, *[1] * (loss.direction.dim() - 1))
+
+
+def tokens(shift: bool, reduction: str, epsilon: float, weight: torch.Tensor | None):
+    """What `CrossEntropy` should be, written with PyTorch's own function, one sample at a time."""
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        z, y = (logits[:, :-1], targets[:, 1:]) if shift else (logits, targets)
+        losses = []
+        for one, labels in zip(z, y, strict=True):
+            each = F.cross_entropy(one, labels, reduction="none", label_smoothing=epsilon, weight=weight)
+            each = each[labels != -100]
+            losses.append(each.sum() if reduction == "sum" else each.sum() / max(len(each), 1))
+        return torch.stack(losses)
+
+    return loss
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_token_level_cross_entropy(shift: bool, reduction: str) -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(3, 6, 5, dtype=torch.float64), torch.randint(0, 5, (3, 6))
+    targets[0, 2:4] = -100
+    targets[1, 1:] = -100
+    ours = logit_gradient(CrossEntropy(next_token=shift, positions=reduction), logits, targets)
+    reference = logit_gradient(tokens(shift, reduction, 0.0, None), logits, targets)
+    torch.testing.assert_close(ours.loss, reference.loss)
+    torch.testing.assert_close(explicit(ours), explicit(reference))
+
+
+def test_a_sequence_with_no_position_that_counts_has_zero_gradient() -> None:
+    logits, targets = torch.randn(2, 4, 5, dtype=torch.float64), torch.full((2, 4), -100)
+    targets[0] = 1
+    ours = logit_gradient(CrossEntropy(), logits, targets)
+    assert ours.log_norm[1] == -math.inf
+    assert ours.direction[1].count_nonzero() == 0
+    assert ours.loss[1] == 0
+
+
+def test_classes_may_come_second_as_in_pytorch() -> None:
+    logits, targets = torch.randn(2, 5, 3, 4, dtype=torch.float64), torch.randint(0, 5, (2, 3, 4))
+    ours = logit_gradient(nn.CrossEntropyLoss(), logits, targets)
+    reference = logit_gradient(lambda z, y: F.cross_entropy(z, y, reduction="none").flatten(1).mean(1), logits, targets)
+    torch.testing.assert_close(explicit(ours), explicit(reference))
+
+
+def test_label_smoothing_and_class_weights_are_read_from_pytorchs_loss() -> None:
+    weight = torch.rand(5, dtype=torch.float64) + 0.5
+    logits, targets = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
+    ours = logit_gradient(smoothed, logits, targets)
+    reference = logit_gradient(
+        lambda z, y: F.cross_entropy(z, y, reduction="none", label_smoothing=0.1), logits, targets
+    )
+    torch.testing.assert_close(explicit(ours), explicit(reference))
+    torch.testing.assert_close(ours.loss, reference.loss)
+    ours = logit_gradient(nn.CrossEntropyLoss(weight=weight), logits, targets)
+    reference = logit_gradient(lambda z, y: F.cross_entropy(z, y, reduction="none", weight=weight), logits, targets)
+    torch.testing.assert_close(explicit(ours), explicit(reference))
+
+
+def test_binary_cross_entropy_keeps_its_digits() -> None:
+    logits = torch.tensor([[3.0, -2.0], [500.0, 0.5], [-900.0, -850.0]], dtype=torch.float64)
+    targets = torch.tensor([[1.0, 0.0], [1.0, 0.3], [0.0, 0.0]])
+    ours = logit_gradient(nn.BCEWithLogitsLoss(), logits, targets)
+    reference = logit_gradient(
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y.double(), reduction="none").mean(1), logits, targets
+    )
+    torch.testing.assert_close(explicit(ours)[:2], explicit(reference)[:2])
+    assert ours.log_norm[2].item() == pytest.approx(-850 - math.log(2), rel=1e-12)  # e^-900 beside e^-850 is nothing
+    torch.testing.assert_close(ours.loss, reference.loss)
+
+
+def test_mean_squared_error_and_other_modules() -> None:
+    logits, targets = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(explicit(logit_gradient(nn.MSELoss(), logits, targets)), 2 * (logits - targets) / 3)
+    with pytest.raises(FlatminimaError, match="L1Loss averages over the batch"):
+        logit_gradient(nn.L1Loss(), logits, targets)
+
+
+def test_a_chunk_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, targets = torch.randn(7, 5, dtype=torch.float64), torch.arange(7) % 5
+    whole = logit_gradient("cross_entropy", logits, targets, logit_normalization=0.1)
+    monkeypatch.setattr("flatminima.losses._CHUNK_ELEMENTS", 10)
+    parts = logit_gradient("cross_entropy", logits, targets, logit_normalization=0.1)
+    torch.testing.assert_close(explicit(parts), explicit(whole))
+    assert torch.equal(parts.loss, whole.loss)

@@ -9,7 +9,7 @@ from torch import nn
 
 from flatminima.batching import call_model, device_of, evaluating, to_device
 from flatminima.errors import FlatminimaError
-from flatminima.losses import Loss, per_sample_loss
+from flatminima.losses import Loss, is_single_label, per_sample_loss
 from flatminima.precision import true_precision
 from flatminima.progress import track
 from flatminima.sampling import Samples
@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, samples: Samples, loss: Loss = "cross_entropy", *
         NonFiniteError: if a logit or a loss is NaN or infinite.
         FlatminimaError: for targets or a loss of the wrong kind.
     """
-    total, correct = 0.0, 0
+    total, correct, classified = 0.0, 0, False
     device = device_of(model)
     with evaluating(model), torch.no_grad(), true_precision():
         for start in track(range(0, len(samples), EVALUATION_BATCH), "training loss", progress):
@@ -57,6 +57,7 @@ def evaluate(model: nn.Module, samples: Samples, loss: Loss = "cross_entropy", *
             inputs, targets = to_device(samples.fetch(indices), device)
             logits = call_model(model, inputs)
             total += per_sample_loss(loss, logits, targets).sum().item()
-            if loss == "cross_entropy":
+            classified = is_single_label(loss, logits)
+            if classified:
                 correct += int((logits.argmax(1) == targets).sum())
-    return Evaluation(total / len(samples), correct if loss == "cross_entropy" else None, len(samples))
+    return Evaluation(total / len(samples), correct if classified else None, len(samples))

@@ -122,29 +122,28 @@ def factored_gram(
     dtype = _common_dtype(parameters)
     xi = _Accumulator(n, parameters, scale_invariant=scale_invariant, shares=shares)
 
-    def gradient_at(logits: Tensor) -> tuple[LogitGradient, Tensor]:
-        delta = logit_gradient(loss, logits, targets, logit_normalization=logit_normalization)
-        return delta, delta.direction.to(logits.dtype)
+    def gradient_at(logits: Tensor) -> LogitGradient:
+        return logit_gradient(loss, logits, targets, logit_normalization=logit_normalization)
 
     generic: dict[str, nn.Parameter] = {}
     with evaluating(model), true_precision(), torch.enable_grad():
         if isinstance(batchnorm, int):
             with _batch_statistics(model):
-                delta, direction = gradient_at(_logits_with_batch_statistics(model, inputs, n, batchnorm))
-                _add_with_batch_statistics(xi, model, inputs, direction, parameters, batchnorm)
+                delta = gradient_at(_logits_with_batch_statistics(model, inputs, n, batchnorm))
+                _add_with_batch_statistics(xi, model, inputs, delta.direction, parameters, batchnorm)
         else:
             with _frozen(parameters.values()):
                 recorder = Recorder(n, parameters)
                 logits = recorder.run(model, inputs)
-                delta, direction = gradient_at(logits)
+                delta = gradient_at(logits)
                 generic, unseen = recorder.given_up_parameters(), recorder.unseen_parameters()
-                _backward(logits, direction, recorder, xi)
+                _backward(logits, delta.direction, recorder, xi)
                 del logits
             if unseen:
-                generic |= _used(model, inputs, direction, unseen)
-            _add_one_by_one(xi, model, inputs, direction, generic)
+                generic |= _used(model, inputs, delta.direction, unseen)
+            _add_one_by_one(xi, model, inputs, delta.direction, generic)
             if spot_check:
-                _check_against_autograd(xi, model, inputs, direction, parameters, SPOT_CHECK_TOLERANCE[dtype])
+                _check_against_autograd(xi, model, inputs, delta.direction, parameters, SPOT_CHECK_TOLERANCE[dtype])
     refuse_non_finite("gradients", xi.unit)
     return FactoredGram(xi.unit, delta.log_norm, delta.loss, tuple(generic), dtype, xi.shares)
 

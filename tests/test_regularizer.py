@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
+import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -463,3 +466,275 @@ def test_non_finite_loss_of_the_moved_weights_alone_is_an_error() -> None:
         )
     assert model.weight.grad is None
     assert model.weight.item() == 1e-3
+
+
+def run_steps(regularizer: FisherTraceRegularizer, model: nn.Module, inputs: Any, targets: Any, steps: range) -> None:
+    """Plain gradient descent; step t draws from seed t."""
+    for t in steps:
+        torch.manual_seed(t)
+        model.zero_grad()
+        regularizer.backward(F.cross_entropy, inputs, targets)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+
+
+def test_schedule_is_that_of_plain_and_penalized_steps() -> None:
+    """From step 3 on, every second step, β doubled, rising over 4 steps: β · 2 · (1/4, 3/4, 1, ...) at 3, 5, 7, ..."""
+    model, inputs, targets = make(CASES["mlp"])
+    scheduled = FisherTraceRegularizer(
+        model, alpha=0.05, beta=3.0, num_sub_batches=4, every=2, start_step=3, warmup_steps=4
+    )
+    betas = {3: 3 * 2 / 4, 5: 3 * 2 * 3 / 4, 7: 3 * 2, 9: 3 * 2}
+    for t in range(11):
+        reference = copy.deepcopy(model)
+        torch.manual_seed(t)
+        model.zero_grad()
+        scheduled.backward(F.cross_entropy, inputs, targets)
+        if t in betas:
+            torch.manual_seed(t)
+            expected, _, _ = literal_algorithm_1(
+                reference, F.cross_entropy, inputs, targets, alpha=0.05, beta=betas[t], num_sub_batches=4
+            )
+            assert scheduled.diagnostics()["beta"] == betas[t]
+        else:
+            F.cross_entropy(reference(inputs), targets).backward()
+            expected = gradients_of(reference)
+        assert_same_gradients(gradients_of(model), expected)
+        assert scheduled.step == t + 1
+        assert bool(scheduled.diagnostics()) == (t >= 3)
+
+
+def test_steps_without_the_penalty_draw_no_random_numbers() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    regularizer = FisherTraceRegularizer(model, start_step=1)
+    state = torch.get_rng_state()
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_resumed_run_goes_on_to_the_same_bits() -> None:
+    def start() -> tuple[nn.Module, Any, Any, FisherTraceRegularizer]:
+        model, inputs, targets = make(CASES["batchnorm"])
+        return model, inputs, targets, FisherTraceRegularizer(
+            model, alpha=0.05, beta=5.0, num_sub_batches=3, max_grad_norm=0.35, every=2, start_step=1, warmup_steps=6
+        )  # fmt: skip
+
+    model, inputs, targets, regularizer = start()
+    run_steps(regularizer, model, inputs, targets, range(4))
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "regularizer": regularizer.state_dict()}, buffer)
+    run_steps(regularizer, model, inputs, targets, range(4, 9))
+
+    resumed, inputs, targets, resumed_regularizer = start()
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    resumed.load_state_dict(saved["model"])
+    resumed_regularizer.load_state_dict(saved["regularizer"])
+    run_steps(resumed_regularizer, resumed, inputs, targets, range(4, 9))
+
+    assert_same_bits(snapshot(resumed), snapshot(model))
+    assert resumed_regularizer.diagnostics() == regularizer.diagnostics()
+    assert 0 < regularizer.diagnostics()["clip_rate"] < 1
+    with pytest.raises(FlatminimaError, match=r"not a FisherTraceRegularizer's state_dict.*\['lr'\]"):
+        regularizer.load_state_dict({"lr": 1})
+
+
+def test_diagnostics_are_what_they_say() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    main = copy.deepcopy(model)
+    F.cross_entropy(main(inputs), targets).backward()
+    main_norm = math.sqrt(sum(float(p.grad.square().sum()) for p in main.parameters()))
+
+    torch.manual_seed(SEED)
+    regularizer = FisherTraceRegularizer(model, alpha=0.01, beta=7.0, num_sub_batches=4, every=3)
+    assert regularizer.diagnostics() == {}
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    penalty_norm = math.sqrt(sum(
+        float((p.grad - q.grad).square().sum()) for p, q in zip(model.parameters(), main.parameters(), strict=True)
+    ))  # fmt: skip
+
+    found = regularizer.diagnostics()
+    assert regularizer.last_step is not None
+    assert found["fisher_trace"] == float(regularizer.last_step.trace)
+    assert found["penalty"] == pytest.approx(0.01 * found["fisher_trace"], rel=0.02)
+    assert found["beta"] == 21.0
+    assert found["penalty_to_gradient"] == pytest.approx(penalty_norm / main_norm, rel=1e-9)
+    assert found["grad_norm"] == pytest.approx(math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters())))
+    assert found["clip_rate"] == 0.0
+    assert json.loads(json.dumps(found)) == found
+    rounding = torch.finfo(torch.float64).eps * math.sqrt(2 * found["fisher_trace"] / 4)
+    assert found["rounding_share"] == pytest.approx(rounding * 21 / penalty_norm)
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_rounding_share_foretells_the_error_of_float32(alpha: float) -> None:
+    """Within a factor of five either way; at 1 and above there is nothing but rounding."""
+    model, inputs, targets = make(
+        Case(lambda: nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 3))),
+        samples=64,
+    )
+    penalties = {}
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        torch.manual_seed(SEED)
+        regularizer = FisherTraceRegularizer(model, alpha=alpha, num_sub_batches=4, max_grad_norm=1.0)
+        penalty = regularizer.penalize(lambda b: F.cross_entropy(model(b[0]), b[1]), (inputs.to(dtype), targets))
+        assert penalty is not None
+        penalties[dtype] = [g.double() for g in penalty.gradient]
+        regularizer.backward(F.cross_entropy, inputs.to(dtype), targets)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in penalties[torch.float64]))
+    error = math.sqrt(
+        sum(
+            float((a - b).square().sum())
+            for a, b in zip(penalties[torch.float32], penalties[torch.float64], strict=True)
+        )
+    )
+    assert error / norm / 5 < regularizer.diagnostics()["rounding_share"] < error / norm * 5
+
+
+def test_the_limit_has_no_rounding_share() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    regularizer = FisherTraceRegularizer(model, estimator="hvp")
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    assert regularizer.diagnostics()["rounding_share"] == 0.0
+
+
+def test_clip_rate_counts_all_steps() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    probe = copy.deepcopy(model)
+    regularizer = FisherTraceRegularizer(probe)
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    norm = regularizer.diagnostics()["grad_norm"]
+
+    regularizer = FisherTraceRegularizer(model, max_grad_norm=norm * 1.5)
+    for factor in (1, 2, 1, 3):
+        model.zero_grad()
+        torch.manual_seed(SEED)
+        regularizer.backward(lambda o, y, f=factor: f * F.cross_entropy(o, y), inputs, targets)
+    assert regularizer.diagnostics()["clip_rate"] == 0.5
+
+
+def test_closure_over_the_model() -> None:
+    """The form for losses that call the model themselves; batches arrive as plain dicts."""
+    expected = gradients_after(CASES["mlp"], lambda r, x, y: r.backward(F.cross_entropy, x, y))
+
+    def by_closure(regularizer: FisherTraceRegularizer, x: Tensor, y: Tensor) -> Tensor:
+        return regularizer.backward_closure(
+            lambda batch: F.cross_entropy(regularizer.model(batch["x"]), batch["labels"]), {"x": x, "labels": y}
+        )
+
+    assert_same_gradients(gradients_after(CASES["mlp"], by_closure), expected)
+
+
+def gradients_after(case: Case, act: Callable[[FisherTraceRegularizer, Any, Any], Any], **options: Any) -> Any:
+    model, inputs, targets = make(case)
+    torch.manual_seed(SEED)
+    regularizer = FisherTraceRegularizer(model, **{"alpha": 0.05, "beta": 3.0, "num_sub_batches": 4, **options})
+    act(regularizer, inputs, targets)
+    return gradients_of(model)
+
+
+@pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+def test_micro_batches_are_the_sub_batches(main_gradient: Any, max_grad_norm: float | None) -> None:
+    """With M = 1, K micro-batches in order are Algorithm 1 with those K sub-batches, clipped once."""
+    model, inputs, targets = make(CASES["mlp"], samples=24)
+    expected, penalty, trace = literal_in_order(model, inputs, targets, parts=3, alpha=0.05, beta=3.0)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+    factor = 1.0 if max_grad_norm is None else max_grad_norm / norm
+
+    regularizer = FisherTraceRegularizer(
+        model, alpha=0.05, beta=3.0, num_sub_batches=1, main_gradient=main_gradient, max_grad_norm=max_grad_norm
+    )
+    losses = []
+    for k, (x, y) in enumerate(zip(inputs.split(8), targets.split(8), strict=True)):
+        losses.append(regularizer.backward(F.cross_entropy, x, y, weight=1 / 3, last=k == 2))
+        assert regularizer.step == (k == 2)
+
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradient, factor * expected[name], rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(sum(losses) / 3, F.cross_entropy(model(inputs), targets).detach())
+    assert regularizer.last_step is not None
+    torch.testing.assert_close(regularizer.last_step.trace, trace)
+    torch.testing.assert_close(regularizer.last_step.penalty, penalty)
+    assert float(regularizer.last_step.grad_norm) == pytest.approx(norm)
+
+
+def literal_in_order(model: nn.Module, x: Tensor, y: Tensor, *, parts: int, alpha: float, beta: float) -> Any:
+    """As literal_algorithm_1, with sub-batches cut in order."""
+    order = torch.arange(len(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n: order[:n])
+        return literal_algorithm_1(model, F.cross_entropy, x, y, alpha=alpha, beta=beta, num_sub_batches=parts)
+
+
+@pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
+def test_gradient_scaler_scales_everything_and_clips_as_if_it_did_not(main_gradient: Any) -> None:
+    options: dict[str, Any] = {"main_gradient": main_gradient, "max_grad_norm": 0.1}
+    plain = gradients_after(CASES["mlp"], lambda r, x, y: r.backward(F.cross_entropy, x, y), **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def scaled_step(regularizer: FisherTraceRegularizer, x: Tensor, y: Tensor) -> None:
+        loss = regularizer.backward(F.cross_entropy, x, y, scaler=scaler)
+        torch.testing.assert_close(loss, F.cross_entropy(regularizer.model(x), y).detach())
+        assert regularizer.last_step is not None
+        assert float(regularizer.last_step.grad_norm) > 0.1
+        assert regularizer.diagnostics()["clip_rate"] == 1.0
+
+    scaled = gradients_after(CASES["mlp"], scaled_step, **options)
+    assert_same_gradients({name: g / 1024 for name, g in scaled.items()}, plain)
+
+
+def test_fp16_loop_with_a_gradient_scaler_steps_and_skips_overflows() -> None:
+    torch.manual_seed(SEED)
+    model, inputs, targets = mlp(), torch.randn(32, 6), torch.randint(3, (32,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=1000)
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=4, max_grad_norm=1.0)
+
+    def step(overflow: bool) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            regularizer.backward(F.cross_entropy, inputs, targets, scaler=scaler)
+        if overflow:
+            next(model.parameters()).grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+
+    before = snapshot(model)
+    step(overflow=False)
+    after = snapshot(model)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(tensor).all() for tensor in after.values())
+    step(overflow=True)
+    assert_same_bits(snapshot(model), after)
+    assert scaler.get_scale() == 2.0**14
+
+
+def test_disabled_scaler_changes_nothing() -> None:
+    plain = gradients_after(CASES["mlp"], lambda r, x, y: r.backward(F.cross_entropy, x, y))
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    scaled = gradients_after(CASES["mlp"], lambda r, x, y: r.backward(F.cross_entropy, x, y, scaler=disabled))
+    assert_same_gradients(scaled, plain)
+
+
+def test_refuses_a_weight_that_is_none() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    with pytest.raises(FlatminimaError, match="weight must be a positive number, got 0"):
+        FisherTraceRegularizer(model).backward(F.cross_entropy, inputs, targets, weight=0)
+
+
+@pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_model_gives_the_same_gradient(estimator: Any) -> None:
+    """Weights and buffers that move between passes are inputs of the compiled graph, not constants in it."""
+    expected = gradients_after(
+        CASES["batchnorm"], lambda r, x, y: r.backward(F.cross_entropy, x, y), estimator=estimator
+    )
+    model, inputs, targets = make(CASES["batchnorm"])
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.manual_seed(SEED)
+    regularizer = FisherTraceRegularizer(compiled, alpha=0.05, beta=3.0, num_sub_batches=4, estimator=estimator)
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    assert_same_gradients(gradients_of(model), expected)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -244,10 +246,7 @@ def _finite_difference(sub_batch: _SubBatch, alpha: float) -> _Passes:
 def _hessian_vector_product(sub_batch: _SubBatch, alpha: float) -> _Passes:
     """The limit of the finite difference for small α: α‖g_i‖² and α H_i g_i, by differentiating g_i once more."""
     weights = sub_batch.weights
-    with (
-        scratch_buffers(sub_batch.model),
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the other attention kernels differentiate once
+    with scratch_buffers(sub_batch.model), _twice_differentiable_kernels():
         loss = sub_batch.loss()
         gradients = torch.autograd.grad(loss, weights.parameters, create_graph=True, allow_unused=True)
         products = _times_hessian(gradients, weights)
@@ -272,9 +271,17 @@ def _times_hessian(gradients: tuple[Tensor | None, ...], weights: Weights) -> tu
     try:
         return torch.autograd.grad(penalized, weights.parameters, direction, allow_unused=True)
     except RuntimeError as error:
-        if "not implemented" not in str(error) and "double backward" not in str(error):
+        if "not implemented" not in str(error):
             raise
         raise _no_second_derivative(str(error)) from error
+
+
+@contextmanager
+def _twice_differentiable_kernels() -> Iterator[None]:
+    """Compiled graphs and fused attention differentiate once: run eagerly, with the plain attention."""
+    in_use = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it takes seconds
+    with torch.compiler.set_stance("force_eager") if in_use else nullcontext(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _require_second_derivatives(gradients: list[Tensor]) -> None:

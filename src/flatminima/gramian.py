@@ -28,8 +28,10 @@ from flatminima.recording import RecordedUse, Recorder
 ROWS_BUDGET_BYTES = 256 * 2**20
 """Rows of J held at once. A larger parameter is taken in slices of its first dimension."""
 
-SPOT_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
-"""Allowed difference between the checked entries of ξ and plain autograd, relative to the gradients' norms."""
+SPOT_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
+"""Allowed difference between the checked entries of ξ and plain autograd, relative to the gradients' norms.
+
+Wide enough for float64 models that normalize in float32; rows that are wrong differ by far more."""
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,8 @@ class Recorder(TorchFunctionMode):
         arguments = tensors_of((args, kwargs))
         touched = {id(tensor) for tensor in arguments if id(tensor) in self.uses}
         of_samples = any(tensor in self.of_samples for tensor in arguments)
-        if func is F.embedding and touched and not of_samples and self._shared_by_samples(args[0]):
-            args = (args[0].expand(self.n, *args[0].shape[1:]), *args[1:])
-            of_samples = True
+        if func is F.embedding and touched and not of_samples and args[0].dim() > 1:
+            args, of_samples = self._position_look_up(args)
         output = func(*args, **kwargs)
         if touched and any(id(tensor) not in touched for tensor in tensors_of(output)):
             output, recorded = self._record(func, args, kwargs, output, touched, of_samples)
@@ -115,9 +114,15 @@ class Recorder(TorchFunctionMode):
             self._mark(tensors_of(args[:1] if output is None else output))  # x[i] = y returns nothing and writes to x
         return output
 
-    def _shared_by_samples(self, indices: Tensor) -> bool:
-        """Position indices of shape (1, T): one look-up that broadcasting hands to every sample."""
-        return indices.dim() > 1 and indices.shape[0] == 1
+    def _position_look_up(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
+        """Indices that were not computed from the inputs (positions, segments), and whether there is a row per sample.
+
+        A single row, which broadcasting would hand to every sample, is repeated for each of them.
+        """
+        indices = args[0]
+        if indices.shape[0] == 1:
+            return (indices.expand(self.n, *indices.shape[1:]), *args[1:]), True
+        return args, indices.shape[0] == self.n
 
     def _mark(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:

@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from flatminima.errors import FlatminimaError, FlatminimaWarning
 
 try:
     import tyro
     from rich.console import Console
-    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, Positional
+    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, Positional, arg
 
     from flatminima.lab.specs import RECIPES, RegularizerSpec, RunSpec
 except ModuleNotFoundError as missing:  # the library alone is installed
@@ -73,7 +73,7 @@ class Train:
     Example: flatminima train resnet20 --data cifar10 --epochs 3
     """
 
-    spec: OmitArgPrefixes[AvoidSubcommands[RunSpec]]
+    spec: Annotated[AvoidSubcommands[RunSpec], arg(name="")]
     root: Path = Path("runs")
     """Where run folders are kept."""
     device: str = "auto"
@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default", FlatminimaWarning)
         warnings.showwarning = _show_warning
         try:
-            return _run(given)
+            status = _run(given)
+            sys.stdout.flush()
+            return status
         except KeyboardInterrupt as interruption:
             _say(f"interrupted: {interruption or 'run the same command to go on'}")
             return INTERRUPTED
@@ -173,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(error, 2)
         except BrokenPipeError:  # the reader of our output has gone, `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return 1
         except OSError as error:
             return _fail(error, 1)
 
@@ -273,9 +275,7 @@ def _measure(given: list[str]) -> int:
     options = tyro.cli(Measure, prog=f"{PROGRAM} measure", args=given)
     foreign = options.foreign
     if bool(options.runs) == (foreign.model is not None):
-        raise FlatminimaError(
-            "measure takes run folders, or --model with --data (and --checkpoint): give one or the other"
-        )
+        raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
     if options.runs:
         measured = {str(path): _measure_run(path, options) for path in options.runs}
     elif foreign.data is None:

@@ -85,14 +85,15 @@ def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None
 
 
 @contextmanager
-def autocast_refused(model: nn.Module) -> Iterator[None]:
-    """Notice a forward that switches autocast back on (a decorated forward, a framework's wrapper)."""
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Undo Accelerate's autocast wrapper, and notice any other forward that switches autocast back on."""
     innermost = (module for module in model.modules() if module._parameters and not list(module.children()))
-    handle = next(innermost, model).register_forward_pre_hook(_refuse_autocast)
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            if "_original_forward" in module.__dict__:
+                stack.enter_context(replaced_forward(module, module.__dict__["_original_forward"]))
+        stack.callback(next(innermost, model).register_forward_pre_hook(_refuse_autocast).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:

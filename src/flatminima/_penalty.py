@@ -18,11 +18,11 @@ from flatminima._distributed import is_sharded, this_process_alone
 from flatminima._isolation import (
     BatchStatistics,
     MeanBuffers,
-    autocast_refused,
     batch_statistics,
     moved,
     restored_generators,
     scratch_buffers,
+    without_autocast,
 )
 from flatminima.batching import batch_size, map_tensors, take
 from flatminima.errors import FlatminimaError
@@ -103,7 +103,7 @@ class PenaltyPasses:
         estimate = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.estimator]
         penalty = Penalty.zero(weights)
         buffers = MeanBuffers(model) if update_buffers else None
-        with true_precision(), autocast_refused(model), this_process_alone(model):
+        with true_precision(), without_autocast(model), this_process_alone(model):
 
             def whole_batch_forward() -> None:
                 with scratch_buffers(model):

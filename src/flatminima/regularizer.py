@@ -36,7 +36,8 @@ MainGradient = Literal["whole-batch", "sub-batches"]
 class RegularizerStep:
     """What one step saw. Scalar tensors on the model's device, so that keeping them does not wait for the device.
 
-    With micro-batches, all but ``grad_norm`` are averages over them; with several processes, they are this process's.
+    With micro-batches, all but ``grad_norm`` are averages over them; with several processes, all but ``grad_norm`` are
+    this process's.
 
     Attributes:
         trace: mean_i ‖g_i‖₂², the trace estimate that the penalty drives down (Sec. 6).
@@ -45,7 +46,8 @@ class RegularizerStep:
         main_gradient_norm: ‖mean_i g_i‖₂, the norm of the main gradient as the sub-batches see it.
         rounding_norm: the expected 2-norm of the rounding error in ∇R_α: each gradient g is off by about ε‖g‖, and so
             the mean of M differences by ε √(2 · trace / M). ε is the float type's. Zero for the ``"hvp"`` estimator.
-        grad_norm: global 2-norm of ``.grad`` after the step and before clipping.
+        grad_norm: global 2-norm of ``.grad`` after the step and before clipping; None where a framework owns the main
+            pass (:meth:`FisherTraceRegularizer.penalize`).
     """
 
     trace: Tensor
@@ -53,7 +55,7 @@ class RegularizerStep:
     penalty_gradient_norm: Tensor
     main_gradient_norm: Tensor
     rounding_norm: Tensor
-    grad_norm: Tensor
+    grad_norm: Tensor | None = None
 
 
 class FisherTraceRegularizer:
@@ -263,8 +265,8 @@ class FisherTraceRegularizer:
                 if penalty is not None:  # before the main gradient, so that the exchange carries both
                     penalty.add_gradient_to_grad(self.present_beta * weight * scale)
                 (main * (weight * scale)).backward()  # type: ignore[no-untyped-call]
-        if penalty is not None:
-            self._seen.append((weight, self._observed(penalty)))
+        if penalty is not None and self.last_step is not None:
+            self._seen.append((weight, self.last_step))
         if last:
             self._end_step(scale)
         return loss
@@ -289,6 +291,8 @@ class FisherTraceRegularizer:
         passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics)
         penalty = passes.run(self.model, closure, batch, weights, update_buffers=self.main_gradient == "sub-batches")
         _require_finite_penalty(penalty)
+        self.last_step = self._observed(penalty)
+        self._last_beta = self.present_beta
         return penalty
 
     @property
@@ -305,24 +309,26 @@ class FisherTraceRegularizer:
         Returns:
             ``fisher_trace``: mean_i ‖g_i‖². ``penalty``: R_α. ``beta``: its weight at that step.
             ``penalty_to_gradient``: β‖∇R_α‖ / ‖mean_i g_i‖; far above 1 the penalty is all there is, and below 1e-3 it
-            does nothing. ``grad_norm``: before clipping. ``clip_rate``: the fraction of all steps so far that were
-            clipped. ``rounding_share``: the estimated part of ‖∇R_α‖ that is rounding error (see
-            :class:`RegularizerStep`), at most 1; noise from kinks of ReLU is not in it.
+            does nothing. ``rounding_share``: the estimated part of ‖∇R_α‖ that is rounding error (see
+            :class:`RegularizerStep`), at most 1; noise from kinks of ReLU is not in it. And, unless a framework owns
+            the main pass, ``grad_norm``: before clipping; ``clip_rate``: the fraction of all steps so far that were
+            clipped.
         """
         step = self.last_step
         if step is None:
             return {}
         penalty_norm, main_norm = float(step.penalty_gradient_norm), float(step.main_gradient_norm)
         rounding = float(step.rounding_norm)
-        return {
+        found = {
             "fisher_trace": float(step.trace),
             "penalty": float(step.penalty),
             "beta": self._last_beta,
             "penalty_to_gradient": self._last_beta * penalty_norm / main_norm if main_norm else 0.0,
-            "grad_norm": float(step.grad_norm),
-            "clip_rate": float(self._clipped) / self.step if self.step else 0.0,
             "rounding_share": min(1.0, rounding / penalty_norm) if penalty_norm else float(rounding > 0),
         }
+        if step.grad_norm is not None:
+            found |= {"grad_norm": float(step.grad_norm), "clip_rate": float(self._clipped) / self.step}
+        return found
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs beside the weights, the optimizer and torch's generator: the counters."""
@@ -348,7 +354,6 @@ class FisherTraceRegularizer:
             penalty_gradient_norm=get_total_norm(penalty.gradient),
             main_gradient_norm=get_total_norm(penalty.main_gradient),
             rounding_norm=epsilon * (2 * penalty.trace / penalty.num_sub_batches).sqrt(),
-            grad_norm=penalty.trace.new_full((), math.nan),  # known at the end of the step
         )
 
     def _end_step(self, scale: float | Tensor) -> None:
@@ -360,7 +365,6 @@ class FisherTraceRegularizer:
             self._clipped = self._clipped + (grad_norm > self.max_grad_norm)
         if self._seen:
             self.last_step = _averaged(self._seen, grad_norm)
-            self._last_beta = self.present_beta
         self._seen = []
         self.step += 1
 

@@ -1,0 +1,51 @@
+"""The regularizer in a training loop written with Hugging Face Accelerate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flatminima.batching import Inputs
+from flatminima.errors import FlatminimaError
+from flatminima.regularizer import FisherTraceRegularizer, LossFunction
+
+_OWN_THEIR_BACKWARD = ("DEEPSPEED", "MEGATRON_LM", "FSDP")
+
+
+def backward(
+    accelerator: Any,
+    regularizer: FisherTraceRegularizer,
+    loss_fn: LossFunction,
+    inputs: Inputs,
+    targets: Any,
+) -> Tensor:
+    """Replaces the forward pass and ``accelerator.backward(loss)``.
+
+    Mixed precision, gradient scaling and accumulation are the accelerator's: inside ``accelerator.accumulate(model)``
+    every micro-batch counts 1/``gradient_accumulation_steps``. Clip with ``max_grad_norm`` of the regularizer, not with
+    ``accelerator.clip_grad_norm_``. ``accelerator.register_for_checkpointing(regularizer)`` makes resuming exact.
+
+    Args:
+        accelerator: the loop's ``accelerate.Accelerator``.
+        regularizer: made with the model that ``accelerator.prepare`` returned.
+        loss_fn: as in :meth:`flatminima.FisherTraceRegularizer.backward`.
+        inputs: as there; ``lambda output, _: output.loss`` and the whole batch fit models of Hugging Face.
+        targets: as there.
+
+    Returns:
+        The main loss, detached.
+
+    Raises:
+        FlatminimaError: as there, and for DeepSpeed, Megatron-LM and FSDP.
+    """
+    if accelerator.distributed_type.value in _OWN_THEIR_BACKWARD:
+        raise FlatminimaError(f"{accelerator.distributed_type.value} is not supported: use DistributedDataParallel")
+    return regularizer.backward(
+        loss_fn,
+        inputs,
+        targets,
+        weight=1 / accelerator.gradient_accumulation_steps,
+        last=accelerator.sync_gradients,
+        scaler=accelerator.scaler,
+    )

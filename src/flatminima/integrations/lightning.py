@@ -1,0 +1,119 @@
+"""The regularizer in Lightning's Trainer, as a callback."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatminima._penalty import Penalty
+from flatminima.errors import FlatminimaError
+from flatminima.regularizer import FisherTraceRegularizer
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from torchmetrics import Metric
+except ImportError as error:
+    raise FlatminimaError("flatminima.integrations.lightning needs Lightning: pip install lightning") from error
+
+
+class FisherTraceCallback(Callback):
+    """Adds the penalty in automatic optimization: ``Trainer(callbacks=[FisherTraceCallback(beta=10.0)])``.
+
+    The penalty joins ``.grad`` before Lightning's own backward pass, so that mixed precision, accumulation, clipping
+    (``Trainer(gradient_clip_val=...)``), the exchange between processes and checkpoints stay Lightning's. Schedules
+    follow ``trainer.global_step``.
+
+    ``training_step`` is also called on sub-batches; it must return the loss, or a dictionary with ``"loss"``. In these
+    calls ``self.log`` does nothing and metrics keep their state; anything else that ``training_step`` does beside
+    computing a loss, such as writing to a logger itself, happens once more for each. Modules with manual optimization
+    call :meth:`flatminima.FisherTraceRegularizer.backward` instead.
+
+    Args:
+        log: log the diagnostics as ``fisher_trace/...``, as often as the Trainer logs.
+        **options: arguments of :class:`flatminima.FisherTraceRegularizer`, without ``max_grad_norm`` and
+            ``main_gradient``, which are Lightning's business.
+
+    Attributes:
+        regularizer: the :class:`flatminima.FisherTraceRegularizer`, None before training starts.
+
+    Raises:
+        FlatminimaError: for arguments out of range (when training starts), manual optimization, sharded strategies.
+    """
+
+    def __init__(self, *, log: bool = True, **options: Any) -> None:
+        for name in ("max_grad_norm", "main_gradient"):
+            if name in options:
+                raise FlatminimaError(f"{name} is not the regularizer's here: Lightning owns the main backward pass")
+        self.regularizer: FisherTraceRegularizer | None = None
+        self._log = log
+        self._options = options
+        self._penalty: Penalty | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the module."""
+        if not pl_module.automatic_optimization:
+            raise FlatminimaError(
+                f"{type(pl_module).__name__} optimizes manually: call FisherTraceRegularizer.backward in training_step"
+            )
+        self.regularizer = FisherTraceRegularizer(pl_module, **self._options)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Compute the penalty; Lightning zeroes ``.grad`` later on."""
+        assert self.regularizer is not None
+        self.regularizer.step = trainer.global_step
+        with _without_side_effects(pl_module):
+            self._penalty = self.regularizer.penalize(lambda part: _loss(pl_module, part, batch_idx), batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Add the penalty's gradient."""
+        if self._penalty is None or self.regularizer is None:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale: Any = 1.0 if scaler is None else scaler.scale(torch.ones_like(self._penalty.value))
+        self._penalty.add_gradient_to_grad(self.regularizer.present_beta / trainer.accumulate_grad_batches * scale)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and free the penalty's memory."""
+        self._penalty = None
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
+        if self._log and self.regularizer is not None and trainer.global_step % every == 0:
+            found = self.regularizer.diagnostics()
+            pl_module.log_dict({f"fisher_trace/{name}": value for name, value in found.items()})
+
+
+def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    takes_index = len(inspect.signature(module.training_step).parameters) > 1
+    output: Any = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+    loss: Tensor = output["loss"] if isinstance(output, dict) else output
+    return loss
+
+
+@contextmanager
+def _without_side_effects(module: LightningModule) -> Iterator[None]:
+    """``self.log`` does nothing, and metrics come out as they went in."""
+    metrics = {metric: _state(metric) for metric in module.modules() if isinstance(metric, Metric)}
+    module.__dict__["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del module.__dict__["log"]
+        for metric, state in metrics.items():
+            metric.__dict__.update(state)
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    """A metric's attributes; tensors and lists, which it may change in place, are copied."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone()
+        return list(value) if isinstance(value, list) else value
+
+    return {name: kept(value) for name, value in metric.__dict__.items()}

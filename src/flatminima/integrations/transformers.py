@@ -1,0 +1,76 @@
+"""The regularizer in the Trainer of Hugging Face Transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatminima.errors import FlatminimaError
+from flatminima.regularizer import FisherTraceRegularizer
+
+try:
+    from transformers import Trainer
+except ImportError as error:
+    raise FlatminimaError(
+        "flatminima.integrations.transformers needs Transformers and Accelerate: pip install 'transformers[torch]'"
+    ) from error
+
+
+class FisherTraceMixin:
+    """Adds the penalty to any Trainer: ``class MyTrainer(FisherTraceMixin, Seq2SeqTrainer): ...``.
+
+    The penalty joins ``.grad`` before the Trainer's own backward pass, so that mixed precision, accumulation, clipping
+    (``TrainingArguments.max_grad_norm``), the exchange between processes and checkpoints stay the Trainer's. Schedules
+    follow ``state.global_step``. Sub-batches are cut from each micro-batch, and each sub-batch's loss is
+    ``compute_loss`` of it alone: for language models, the mean over its own tokens.
+
+    Args:
+        regularizer: arguments of :class:`flatminima.FisherTraceRegularizer`, without ``max_grad_norm`` and
+            ``main_gradient``, which are the Trainer's business.
+        *args: the Trainer's.
+        **kwargs: the Trainer's.
+
+    Raises:
+        FlatminimaError: for arguments out of range, DeepSpeed, FSDP or DataParallel.
+    """
+
+    def __init__(self, *args: Any, regularizer: dict[str, Any], **kwargs: Any) -> None:
+        for name in ("max_grad_norm", "main_gradient"):
+            if name in regularizer:
+                raise FlatminimaError(f"{name} is not the regularizer's here: the Trainer owns the main backward pass")
+        super().__init__(*args, **kwargs)
+        self._regularizer_options = regularizer
+        self._regularizer = FisherTraceRegularizer(self.model, **regularizer)  # type: ignore[attr-defined]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's, after the penalty has been added to ``.grad``."""
+        trainer: Any = self
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise FlatminimaError("DeepSpeed and FSDP are not supported: use DistributedDataParallel")
+        if self._regularizer.model is not model:  # the Trainer wraps it for several processes
+            self._regularizer = FisherTraceRegularizer(model, **self._regularizer_options)
+        model.train()
+        self._regularizer.step = trainer.state.global_step
+        penalty = self._regularizer.penalize(
+            lambda batch: trainer.compute_loss(model, batch), trainer._prepare_inputs(inputs)
+        )
+        if penalty is not None:
+            scaler = trainer.accelerator.scaler
+            scale: Any = 1.0 if scaler is None else scaler.scale(torch.ones_like(penalty.value))
+            penalty.add_gradient_to_grad(
+                self._regularizer.present_beta / trainer.current_gradient_accumulation_steps * scale
+            )
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's; training logs also hold the regularizer's diagnostics."""
+        if "loss" in logs:
+            logs = {**logs, **self._regularizer.diagnostics()}
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class FisherTraceTrainer(FisherTraceMixin, Trainer):
+    """``transformers.Trainer`` with the penalty: ``FisherTraceTrainer(..., regularizer={"beta": 10.0})``."""

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import copy
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from flatminima.errors import FlatminimaError
+from flatminima.regularizer import FisherTraceRegularizer
+from regularizer_cases import SEED, mlp
+
+lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics, which comes with Lightning, is not installed")
+
+from flatminima.integrations.lightning import FisherTraceCallback  # noqa: E402 - after the check for Lightning
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_lightning.py"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*num_workers.*"),
+]
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.network = mlp()
+        self.seen = torchmetrics.SumMetric()
+
+    def training_step(self, batch: Any) -> dict[str, Any]:
+        inputs, targets = batch
+        self.seen.update(len(targets))
+        self.log("loss", F.cross_entropy(self.network(inputs), targets).detach())
+        return {"loss": F.cross_entropy(self.network(inputs), targets)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(SEED)
+    return TensorDataset(torch.randn(48, 6, generator=generator), torch.randint(3, (48,), generator=generator))
+
+
+def fit(module: Any, callback: Any, **arguments: Any) -> Any:
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback], log_every_n_steps=1, **arguments,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data(), batch_size=8))
+    return trainer
+
+
+OPTIONS: dict[str, Any] = {"alpha": 1e-2, "beta": 20.0, "num_sub_batches": 8, "every": 2}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_same_weights_as_by_hand(accumulate: int) -> None:
+    """Sub-batches of one sample, so that no random split stands in between."""
+    module = Module()
+    by_hand = copy.deepcopy(module.network)
+    trainer = fit(module, FisherTraceCallback(**OPTIONS), accumulate_grad_batches=accumulate, gradient_clip_val=0.2)
+
+    regularizer = FisherTraceRegularizer(by_hand, max_grad_norm=0.2, **OPTIONS)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for k, (x, y) in enumerate(DataLoader(data(), batch_size=8)):
+        if k % accumulate == 0:
+            optimizer.zero_grad()
+        last = k % accumulate == accumulate - 1
+        regularizer.backward(F.cross_entropy, x, y, weight=1 / accumulate, last=last)
+        if last:
+            optimizer.step()
+
+    for ours, theirs in zip(module.network.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert trainer.callback_metrics["fisher_trace/fisher_trace"] > 0
+    assert trainer.callback_metrics["fisher_trace/beta"] == 40.0
+
+
+def test_penalty_passes_neither_log_nor_count_in_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = []
+    original = lightning.LightningModule.log
+    monkeypatch.setattr(
+        lightning.LightningModule,
+        "log",
+        lambda self, name, *a, **k: (logged.append(name), original(self, name, *a, **k)),
+    )
+    module = Module()
+    fit(module, FisherTraceCallback(**OPTIONS))
+    assert module.seen.compute() == 48
+    assert logged.count("loss") == 6
+    assert logged.count("fisher_trace/penalty") == 6
+    assert "log" not in module.__dict__
+
+
+def test_bfloat16_leaves_the_penalty_in_float32() -> None:
+    metrics = [
+        fit(Module(), FisherTraceCallback(**OPTIONS), precision=precision, max_steps=1).callback_metrics
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert metrics[0]["fisher_trace/fisher_trace"] == metrics[1]["fisher_trace/fisher_trace"]
+    assert metrics[0]["loss"] != metrics[1]["loss"]
+
+
+def test_gradient_scaler_scales_the_penalty_too() -> None:
+    """Half precision on the CPU is not Lightning's, so its plugin is stood in for at the hook."""
+    module, callback = Module(), FisherTraceCallback(**OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    gradients = []
+    for used in (None, scaler):
+        module.zero_grad()
+        trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer.precision_plugin.scaler = used
+        callback.on_train_start(trainer, module)
+        callback.on_train_batch_start(trainer, module, data()[:8], 0)
+        callback.on_before_backward(trainer, module, torch.zeros(()))
+        gradients.append([p.grad.clone() for p in module.network.parameters()])
+    for plain, scaled in zip(*gradients, strict=True):
+        torch.testing.assert_close(scaled, 256 * plain)
+
+
+def test_refuses_what_lightning_owns_and_manual_optimization() -> None:
+    with pytest.raises(FlatminimaError, match="max_grad_norm is not the regularizer's here"):
+        FisherTraceCallback(max_grad_norm=1.0)
+    module = Module()
+    module.automatic_optimization = False
+    with pytest.raises(FlatminimaError, match="Module optimizes manually"):
+        fit(module, FisherTraceCallback())
+
+
+def test_example_trains() -> None:
+    trainer = runpy.run_path(str(EXAMPLE))["main"]()
+    assert trainer.global_step == 64
+    assert trainer.callback_metrics["loss"] < 0.8
+    assert trainer.callback_metrics["fisher_trace/fisher_trace"] > 0
+
+
+@pytest.mark.slow
+def test_example_runs_on_two_processes() -> None:
+    subprocess.run([sys.executable, str(EXAMPLE), "2"], check=True, timeout=200)
+
+
+def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "flatminima.integrations.lightning")
+    with pytest.raises(FlatminimaError, match="pip install lightning"):
+        import flatminima.integrations.lightning  # noqa: F401

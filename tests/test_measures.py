@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import flatminima as fm
+from flatminima.comparison import comparison_of
+from flatminima.determinant import log_determinant
 from flatminima.errors import (
     FlatminimaError,
     GenericPathWarning,
@@ -20,7 +22,7 @@ from flatminima.errors import (
     WrongGradientError,
 )
 from flatminima.gramian import factored_gram
-from flatminima.measures import Characterization, Estimate, comparison_of, log_determinant
+from flatminima.measures import Characterization, Estimate
 from oracles import explicit_gram, explicit_jacobian
 
 N, CLASSES = 60, 4

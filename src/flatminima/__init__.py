@@ -1,8 +1,9 @@
 """Which minimum generalizes better, and how to train to it: the Fisher information, for PyTorch."""
 
+from flatminima.comparison import Comparison, compare
 from flatminima.gramian import gram
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-from flatminima.measures import Characterization, Comparison, Estimate, compare, measure
+from flatminima.measures import Characterization, Estimate, measure
 from flatminima.regularizer import FisherTraceRegularizer
 from flatminima.theory import pac_bayes_bound
 

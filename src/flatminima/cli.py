@@ -315,9 +315,9 @@ def _measure_run(path: Path, options: Measure) -> Characterization:
 
 def _compare(given: list[str]) -> int:
     options = tyro.cli(Compare, prog=f"{PROGRAM} compare", args=given)
+    from flatminima.comparison import compare
     from flatminima.lab.data import load_data
     from flatminima.lab.results import load_run
-    from flatminima.measures import compare
 
     models: dict[str, nn.Module] = {}
     data = None if options.data is None else load_data(options.data)[0]

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flatminima.batching import Inputs, batch_size, call_model, evaluating, map_tensors, take
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
@@ -87,7 +88,7 @@ def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cro
         torch.Size([5, 5])
     """
     result = factored_gram(model, inputs, targets, loss=loss)
-    warn_generic(result)
+    warn_generic(result.generic_parameters)
     return result.matrix()
 
 
@@ -117,7 +118,7 @@ def factored_gram(
         shares: keep every parameter's part of ξ̂.
         spot_check: compare the rows of two samples with plain autograd.
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled module hides its calls; the module inside does not
+    model = _unwrapped(model)
     inputs = map_tensors(torch.Tensor.detach, inputs)
     n = batch_size((inputs, targets))
     parameters = trainable_parameters(model)
@@ -150,9 +151,8 @@ def factored_gram(
     return FactoredGram(xi.unit, delta.log_norm, delta.loss, tuple(generic), dtype, xi.shares)
 
 
-def warn_generic(result: FactoredGram) -> None:
+def warn_generic(names: Sequence[str]) -> None:
     """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any."""
-    names = result.generic_parameters
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         warnings.warn(
@@ -176,6 +176,10 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             f"{type(model).__name__} has no trainable parameter: set requires_grad on those that the measure is over"
         )
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise FlatminimaError(
+                f"parameter {name!r} is sharded over processes: gather the weights into a plain module to measure them"
+            )
         if not parameter.isfinite().all():
             raise NonFiniteError(
                 f"NaN or infinity in parameter {name!r}: the checkpoint is broken or training diverged; load another"
@@ -394,6 +398,14 @@ def _check_against_autograd(
 def _at_least_1d(values: Tensor, dims: int = 1) -> Tensor:
     """A scalar parameter as one of a single entry (and its rows (N',) as (N', 1))."""
     return values if values.dim() >= dims else values.unsqueeze(-1)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model
 
 
 def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import StringIO
@@ -21,17 +19,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from flatminima.batching import Inputs, device_of, to_device
+from flatminima.determinant import log_determinant, numerical_rank
+from flatminima.distributed import perform_trials
 from flatminima.errors import (
     FlatminimaError,
     NotAMinimumWarning,
     RankDeficientError,
     SingularTrialWarning,
-    UnequalLossWarning,
 )
 from flatminima.evaluation import evaluate
 from flatminima.gramian import FactoredGram, factored_gram, trainable_parameters, warn_generic
-from flatminima.losses import LOGIT_NORMALIZATION, Loss
-from flatminima.progress import track
+from flatminima.losses import Loss
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
 from flatminima.sampling import Data, draw_subsets, samples_of
 
@@ -40,9 +38,6 @@ MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
 
 MINIMUM_TRIALS = 5
 """Before so many trials a standard error is too uncertain itself to stop by."""
-
-SIMILAR_LOSS_RATIO = 1.5
-"""Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ class Characterization:
 
     def to_json(self) -> str:
         """One JSON object; NaN becomes null."""
-        return json.dumps(_nan_to_none(dataclasses.asdict(self)), allow_nan=False)
+        return json.dumps(nan_to_none(dataclasses.asdict(self)), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Characterization:
@@ -167,7 +162,7 @@ class Characterization:
         return table
 
     def __str__(self) -> str:
-        return _rendered(self)
+        return rendered(self)
 
 
 @dataclass(frozen=True)
@@ -231,6 +226,7 @@ def measure(
     max_standard_error: float | None = None,
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
+    distributed: bool = False,
     progress: bool = True,
 ) -> Characterization:
     """Characterize a trained minimum: γ̂ (Jia & Su, Eq. 5) and its rivals over ``trials`` subsets of the training data.
@@ -261,6 +257,8 @@ def measure(
             all). It takes K − 1 backward passes and dominates the cost.
         on_singular: what to do with a subset whose ξ is singular (duplicate samples, zero gradients): ``"raise"``, or
             ``"skip"`` to leave it out of ln det ξ with a :class:`~flatminima.errors.SingularTrialWarning`.
+        distributed: split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
+            the same arguments and gets the whole result, which is that of a single process.
         progress: show a bar with the time left on a terminal.
 
     Raises:
@@ -301,9 +299,9 @@ def measure(
             stacklevel=2,
         )
     kept = subset_size if robustness_samples is None else min(robustness_samples, subset_size)
-    trial_results: list[_Trial] = []
-    for number, subset in enumerate(track(subsets, "measuring", progress)):
-        inputs, targets = to_device(samples.fetch(subset), device_of(model))
+
+    def perform(number: int) -> _Trial:
+        inputs, targets = to_device(samples.fetch(subsets[number]), device_of(model))
         factored = factored_gram(
             model,
             inputs,
@@ -315,13 +313,15 @@ def measure(
             shares=per_parameter,
             spot_check=number == 0,
         )
-        if number == 0:
-            warn_generic(factored)
-        trial_results.append(_Trial.of(factored, _robustness(model, inputs, kept), number, subset, on_singular))
-        if max_standard_error is not None and _precise_enough(trial_results, max_standard_error):
-            break
+        return _Trial.of(factored, _robustness(model, inputs, kept), number, subsets[number], on_singular)
+
+    def precise_enough(done: Sequence[_Trial]) -> bool:
+        return max_standard_error is not None and _standard_error(done) <= max_standard_error
+
+    done = perform_trials(perform, trials, precise_enough, distributed=distributed, progress=progress)
+    warn_generic(done[0].generic_parameters)
     return _characterize(
-        trial_results,
+        done,
         train_loss=train.loss,
         train_accuracy=None if train.correct is None else train.accuracy,
         num_parameters=num_parameters,
@@ -329,14 +329,14 @@ def measure(
         settings=Settings(
             loss=loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
             subset_size=subset_size,
-            trials=len(trial_results),
+            trials=len(done),
             seed=seed,
             batchnorm=batchnorm,
             logit_normalization=logit_normalization,
             scale_invariant=scale_invariant,
             robustness_samples=kept,
-            generic_parameters=list(factored.generic_parameters),
-            dtype=str(factored.dtype).removeprefix("torch."),
+            generic_parameters=list(done[0].generic_parameters),
+            dtype=done[0].dtype,
             device=str(device_of(model)),
         ),
     )
@@ -376,6 +376,8 @@ class _Trial:
     robustness: float
     spectrum: Tensor
     shares: dict[str, tuple[float, float, int]] | None
+    generic_parameters: tuple[str, ...]
+    dtype: str
 
     @classmethod
     def of(
@@ -390,7 +392,7 @@ class _Trial:
                 ) from None
             log_det = math.nan
         xi = factored.matrix()
-        spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0)
+        spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0).cpu()
         return cls(
             log_det_fisher=log_det,
             spectral_radius=spectrum[0].item(),
@@ -400,68 +402,17 @@ class _Trial:
             robustness=robustness,
             spectrum=spectrum,
             shares=None if factored.shares is None else {name: _share(factored, name) for name in factored.shares},
+            generic_parameters=factored.generic_parameters,
+            dtype=str(factored.dtype).removeprefix("torch."),
         )
-
-
-def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) -> float:
-    """Natural logarithm of det ξ (Eq. 5), from the factored form: no under- or overflow, no −∞.
-
-    ξ = S C S with C of unit diagonal, so ln det ξ = Σ ln C's eigenvalues + 2 Σ ln S_i: the eigenvalues are taken of the
-    well-scaled part alone.
-
-    Args:
-        factored: ξ in factored form.
-        names: what to call the samples in messages (their indices in the data); default 0..N'−1.
-
-    Raises:
-        RankDeficientError: if ξ is singular to the network's precision; names the samples and the rank.
-    """
-    n = len(factored.unit)
-    names = list(names) if names is not None else list(range(n))
-    squared = factored.unit.diagonal()
-    zero = (~(squared > 0) | factored.log_scale.isneginf()).nonzero().flatten().tolist()
-    if zero:
-        raise RankDeficientError(
-            f"samples {[names[i] for i in zero[:5]]} have zero gradient, so ξ is singular "
-            f"(rank at most {n - len(zero)} of {n}): check for dead units or unused inputs"
-        )
-    norms = squared.sqrt()
-    correlation = factored.unit / norms[:, None] / norms
-    eigenvalues = torch.linalg.eigvalsh(correlation)
-    tolerance = n * torch.finfo(factored.dtype).eps * eigenvalues[-1]
-    rank = int((eigenvalues > tolerance).sum())
-    if rank < n:
-        raise RankDeficientError(
-            f"ξ is singular (rank {rank} of {n}): {_singularity(correlation, names, factored.dtype)}"
-        )
-    return float(eigenvalues.log().sum() + 2 * (norms.log() + factored.log_scale).sum())
-
-
-def _singularity(correlation: Tensor, names: Sequence[int], dtype: torch.dtype) -> str:
-    """Why a Gram matrix of unit diagonal is singular, and what to do about it."""
-    same = (correlation.abs() > 1 - 100 * torch.finfo(dtype).eps).triu(1).nonzero().tolist()
-    pairs = ", ".join(f"{names[i]} and {names[j]}" for i, j in same[:5])
-    if pairs:
-        return f"samples {pairs} have the same gradient up to scale (duplicates): remove one of each from the data"
-    if dtype == torch.float32:
-        return (
-            "its smallest eigenvalues are lost in float32: measure copy.deepcopy(model).double(), or lower subset_size"
-        )
-    return "its gradients are linearly dependent: lower subset_size"
 
 
 def _share(factored: FactoredGram, name: str) -> tuple[float, float, int]:
     """(trace, ln det or NaN, rank) of one parameter's part of ξ."""
     assert factored.shares is not None
     part = dataclasses.replace(factored, unit=factored.shares[name], shares=None)
-    try:
-        log_det, rank = log_determinant(part), len(part.unit)
-    except RankDeficientError:
-        diagonal = part.unit.diagonal()
-        norms = diagonal.where(diagonal > 0, 1).sqrt()
-        eigenvalues = torch.linalg.eigvalsh(part.unit / norms[:, None] / norms)
-        tolerance = len(part.unit) * torch.finfo(part.dtype).eps * eigenvalues[-1]
-        log_det, rank = math.nan, int((eigenvalues > tolerance).sum())
+    rank = numerical_rank(part)
+    log_det = log_determinant(part) if rank == len(part.unit) else math.nan
     return part.matrix().diagonal().mean().item(), log_det, rank
 
 
@@ -477,9 +428,10 @@ def _joined_shares(trials: Sequence[_Trial]) -> dict[str, Share] | None:
     return joined
 
 
-def _precise_enough(trials: Sequence[_Trial], max_standard_error: float) -> bool:
+def _standard_error(trials: Sequence[_Trial]) -> float:
+    """Of γ̂; infinite before there are enough trials to tell."""
     kept = [trial.log_det_fisher for trial in trials if not math.isnan(trial.log_det_fisher)]
-    return len(kept) >= MINIMUM_TRIALS and Estimate.of(kept).standard_error <= max_standard_error
+    return Estimate.of(kept).standard_error if len(kept) >= MINIMUM_TRIALS else math.inf
 
 
 def _characterize(trials: Sequence[_Trial], **known: Any) -> Characterization:
@@ -507,163 +459,8 @@ def _characterize(trials: Sequence[_Trial], **known: Any) -> Characterization:
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Several minima measured on the same subsets.
-
-    Attributes:
-        characterizations: by name, in the order given.
-    """
-
-    characterizations: dict[str, Characterization]
-
-    def difference(self, first: str, second: str, measure: str = "log_det_fisher") -> Estimate:
-        """``first`` − ``second``, paired by subset; negative: ``first`` is the better minimum by this measure.
-
-        Pairing removes what the subsets share: its standard error is usually far below that of either mean. Where one
-        was measured on fewer trials (``max_standard_error``), the trials both have are paired.
-
-        Raises:
-            FlatminimaError: for an unknown name or measure, or a measure that one of the two lacks.
-        """
-        pair = []
-        for name in (first, second):
-            if name not in self.characterizations:
-                raise FlatminimaError(f"no model named {name!r}: choose from {', '.join(self.characterizations)}")
-            estimates = self.characterizations[name].estimates()
-            if measure not in estimates:
-                raise FlatminimaError(f"{name!r} has no measure {measure!r}: choose from {', '.join(estimates)}")
-            pair.append(estimates[measure].per_trial)
-        return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
-
-    def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
-        """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out."""
-        means = {
-            name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
-        }
-        return {name: rank for rank, name in enumerate(sorted(means, key=means.__getitem__), start=1)}
-
-    def to_json(self) -> str:
-        """One JSON object: the characterizations, and the paired differences of all pairs for every measure."""
-        differences = {
-            measure: {
-                f"{a} - {b}": dataclasses.asdict(self.difference(a, b, measure))
-                for a, b in itertools.combinations(self.characterizations, 2)
-                if measure in self.characterizations[a].estimates() and measure in self.characterizations[b].estimates()
-            }
-            for measure in MEASURES
-        }
-        body = {name: dataclasses.asdict(c) for name, c in self.characterizations.items()}
-        return json.dumps(_nan_to_none({"characterizations": body, "differences": differences}), allow_nan=False)
-
-    def __rich__(self) -> Table:
-        best = min(self.ranks(), key=self.ranks().__getitem__)
-        table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
-        table.add_column("measure")
-        for name in self.characterizations:
-            table.add_column(name, justify="right")
-        for measure, label in MEASURES.items():
-            cells = [self._cell(name, best, measure) for name in self.characterizations]
-            if any(cells):
-                table.add_row(label, *cells)
-        table.add_section()
-        table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in self.characterizations.values()))
-        return table
-
-    def _cell(self, name: str, best: str, measure: str) -> str:
-        estimates = self.characterizations[name].estimates()
-        if measure not in estimates:
-            return ""
-        text = f"{estimates[measure].mean:.6g}  (rank {self.ranks(measure)[name]})"
-        if name != best and measure in self.characterizations[best].estimates():
-            difference = self.difference(name, best, measure)
-            text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"
-        return text
-
-    def __str__(self) -> str:
-        return _rendered(self)
-
-
-def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comparison:
-    """Measure several minima on the same subsets of the same data, so that they can be compared pair by pair.
-
-    Args:
-        models: name → trained model.
-        data: the training data all were trained on, as for :func:`measure`.
-        **options: as for :func:`measure`.
-
-    Raises:
-        FlatminimaError: with fewer than two models; and whatever :func:`measure` raises, naming the model.
-
-    Warns:
-        UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
-
-    Example:
-        >>> import torch, flatminima
-        >>> x, y = torch.randn(60, 20), torch.arange(60) % 3
-        >>> x = x + 20 * torch.nn.functional.one_hot(y, 20)
-        >>> models = {"small": torch.nn.Linear(20, 3), "large": torch.nn.Linear(20, 3)}
-        >>> for scale, model in zip((1.0, 1.01), models.values()):
-        ...     _ = model.weight.data.copy_(scale * torch.eye(3, 20)), model.bias.data.zero_()
-        >>> comparison = flatminima.compare(models, (x, y), subset_size=10, trials=5)
-        >>> comparison.ranks()
-        {'large': 1, 'small': 2}
-    """
-    if len(models) < 2:
-        raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
-    characterizations = {}
-    for name, model in models.items():
-        with _naming(name):
-            characterizations[name] = measure(model, data, **options)
-    return comparison_of(characterizations)
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except FlatminimaError as error:
-        raise type(error)(f"model {name!r}: {error}") from error
-
-
-def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:
-    """A comparison of minima that are measured already, on the same subsets.
-
-    Raises:
-        FlatminimaError: if they were measured with different subsets, data sizes or losses.
-
-    Warns:
-        UnequalLossWarning: as for :func:`compare`.
-    """
-    if len({_drawn(c) for c in characterizations.values()}) > 1:
-        raise FlatminimaError(
-            "the minima were measured on different subsets or with different settings: measure all with the same data, "
-            "subset_size, seed, loss, batchnorm, logit_normalization and scale_invariant"
-        )
-    losses = {name: c.train_loss for name, c in characterizations.items()}
-    low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-    settings = characterizations[low].settings
-    if losses[high] > SIMILAR_LOSS_RATIO * losses[low] and settings.logit_normalization is None:
-        n = settings.subset_size
-        shift = 2 * n * math.log(losses[high] / losses[low]) if losses[low] > 0 else math.inf
-        warnings.warn(
-            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}): γ̂ falls with it, "
-            f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss, or "
-            f"with logit_normalization={LOGIT_NORMALIZATION}",
-            UnequalLossWarning,
-            stacklevel=3,
-        )
-    return Comparison(dict(characterizations))
-
-
-def _drawn(c: Characterization) -> tuple[Any, ...]:
-    """What must be equal for per-trial values to be paired."""
-    s = c.settings
-    same = (s.subset_size, s.seed, s.loss, s.batchnorm, s.logit_normalization, s.scale_invariant)
-    return c.num_samples, *same
-
-
-def _rendered(renderable: Any) -> str:
+def rendered(renderable: Any) -> str:
+    """What a terminal of 120 columns would show."""
     buffer = StringIO()
     Console(file=buffer, width=120).print(renderable)
     return buffer.getvalue().rstrip()
@@ -683,11 +480,12 @@ def _share_from(values: dict[str, Any]) -> Share:
     )
 
 
-def _nan_to_none(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
+    """``value`` with NaN replaced by None throughout, as JSON has no NaN."""
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, dict):
-        return {key: _nan_to_none(item) for key, item in value.items()}
+        return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_nan_to_none(item) for item in value]
+        return [nan_to_none(item) for item in value]
     return value

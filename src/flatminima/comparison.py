@@ -1,0 +1,180 @@
+"""What: several minima measured on the same subsets of the same data, compared pair by pair."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from flatminima.errors import FlatminimaError, UnequalLossWarning
+from flatminima.losses import LOGIT_NORMALIZATION
+from flatminima.measures import MEASURES, Characterization, Estimate, measure, nan_to_none, rendered
+from flatminima.sampling import Data
+
+SIMILAR_LOSS_RATIO = 1.5
+"""Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several minima measured on the same subsets.
+
+    Attributes:
+        characterizations: by name, in the order given.
+    """
+
+    characterizations: dict[str, Characterization]
+
+    def difference(self, first: str, second: str, measure: str = "log_det_fisher") -> Estimate:
+        """``first`` − ``second``, paired by subset; negative: ``first`` is the better minimum by this measure.
+
+        Pairing removes what the subsets share: its standard error is usually far below that of either mean. Where one
+        was measured on fewer trials (``max_standard_error``), the trials both have are paired.
+
+        Raises:
+            FlatminimaError: for an unknown name or measure, or a measure that one of the two lacks.
+        """
+        pair = []
+        for name in (first, second):
+            if name not in self.characterizations:
+                raise FlatminimaError(f"no model named {name!r}: choose from {', '.join(self.characterizations)}")
+            estimates = self.characterizations[name].estimates()
+            if measure not in estimates:
+                raise FlatminimaError(f"{name!r} has no measure {measure!r}: choose from {', '.join(estimates)}")
+            pair.append(estimates[measure].per_trial)
+        return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
+
+    def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
+        """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out."""
+        means = {
+            name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
+        }
+        return {name: rank for rank, name in enumerate(sorted(means, key=means.__getitem__), start=1)}
+
+    def to_json(self) -> str:
+        """One JSON object: the characterizations, and the paired differences of all pairs for every measure."""
+        differences = {
+            measure: {
+                f"{a} - {b}": dataclasses.asdict(self.difference(a, b, measure))
+                for a, b in itertools.combinations(self.characterizations, 2)
+                if measure in self.characterizations[a].estimates() and measure in self.characterizations[b].estimates()
+            }
+            for measure in MEASURES
+        }
+        body = {name: dataclasses.asdict(c) for name, c in self.characterizations.items()}
+        return json.dumps(nan_to_none({"characterizations": body, "differences": differences}), allow_nan=False)
+
+    def __rich__(self) -> Table:
+        best = min(self.ranks(), key=self.ranks().__getitem__)
+        table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
+        table.add_column("measure")
+        for name in self.characterizations:
+            table.add_column(name, justify="right")
+        for field, label in MEASURES.items():
+            cells = [self._cell(name, best, field) for name in self.characterizations]
+            if any(cells):
+                table.add_row(label, *cells)
+        table.add_section()
+        table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in self.characterizations.values()))
+        return table
+
+    def _cell(self, name: str, best: str, measure: str) -> str:
+        estimates = self.characterizations[name].estimates()
+        if measure not in estimates:
+            return ""
+        text = f"{estimates[measure].mean:.6g}  (rank {self.ranks(measure)[name]})"
+        if name != best and measure in self.characterizations[best].estimates():
+            difference = self.difference(name, best, measure)
+            text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"
+        return text
+
+    def __str__(self) -> str:
+        return rendered(self)
+
+
+def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comparison:
+    """Measure several minima on the same subsets of the same data, so that they can be compared pair by pair.
+
+    Args:
+        models: name → trained model.
+        data: the training data all were trained on, as for :func:`measure`.
+        **options: as for :func:`measure`.
+
+    Raises:
+        FlatminimaError: with fewer than two models; and whatever :func:`measure` raises, naming the model.
+
+    Warns:
+        UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
+
+    Example:
+        >>> import torch, flatminima
+        >>> x, y = torch.randn(60, 20), torch.arange(60) % 3
+        >>> x = x + 20 * torch.nn.functional.one_hot(y, 20)
+        >>> models = {"small": torch.nn.Linear(20, 3), "large": torch.nn.Linear(20, 3)}
+        >>> for scale, model in zip((1.0, 1.01), models.values()):
+        ...     _ = model.weight.data.copy_(scale * torch.eye(3, 20)), model.bias.data.zero_()
+        >>> comparison = flatminima.compare(models, (x, y), subset_size=10, trials=5)
+        >>> comparison.ranks()
+        {'large': 1, 'small': 2}
+    """
+    if len(models) < 2:
+        raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
+    characterizations = {}
+    for name, model in models.items():
+        with _naming(name):
+            characterizations[name] = measure(model, data, **options)
+    return comparison_of(characterizations)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FlatminimaError as error:
+        raise type(error)(f"model {name!r}: {error}") from error
+
+
+def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:
+    """A comparison of minima that are measured already, on the same subsets.
+
+    Raises:
+        FlatminimaError: if they were measured with different subsets, data sizes or losses.
+
+    Warns:
+        UnequalLossWarning: as for :func:`compare`.
+    """
+    if len({_drawn(c) for c in characterizations.values()}) > 1:
+        raise FlatminimaError(
+            "the minima were measured on different subsets or with different settings: measure all with the same data, "
+            "subset_size, seed, loss, batchnorm, logit_normalization and scale_invariant"
+        )
+    losses = {name: c.train_loss for name, c in characterizations.items()}
+    low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
+    settings = characterizations[low].settings
+    if losses[high] > SIMILAR_LOSS_RATIO * losses[low] and settings.logit_normalization is None:
+        n = settings.subset_size
+        shift = 2 * n * math.log(losses[high] / losses[low]) if losses[low] > 0 else math.inf
+        warnings.warn(
+            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}): γ̂ falls with it, "
+            f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss, or "
+            f"with logit_normalization={LOGIT_NORMALIZATION}",
+            UnequalLossWarning,
+            stacklevel=3,
+        )
+    return Comparison(dict(characterizations))
+
+
+def _drawn(c: Characterization) -> tuple[Any, ...]:
+    """What must be equal for per-trial values to be paired."""
+    s = c.settings
+    same = (s.subset_size, s.seed, s.loss, s.batchnorm, s.logit_normalization, s.scale_invariant)
+    return c.num_samples, *same

@@ -1,0 +1,73 @@
+"""What: ln det ξ, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatminima.errors import RankDeficientError
+from flatminima.gramian import FactoredGram
+
+
+def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) -> float:
+    """Natural logarithm of det ξ (Eq. 5), from the factored form: no under- or overflow, no −∞.
+
+    ξ = S C S with C of unit diagonal, so ln det ξ = Σ ln C's eigenvalues + 2 Σ ln S_i: the eigenvalues are taken of the
+    well-scaled part alone.
+
+    Args:
+        factored: ξ in factored form.
+        names: what to call the samples in messages (their indices in the data); default 0..N'−1.
+
+    Raises:
+        RankDeficientError: if ξ is singular to the network's precision; names the samples and the rank.
+    """
+    n = len(factored.unit)
+    names = list(names) if names is not None else list(range(n))
+    squared = factored.unit.diagonal()
+    zero = (~(squared > 0) | factored.log_scale.isneginf()).nonzero().flatten().tolist()
+    if zero:
+        raise RankDeficientError(
+            f"samples {[names[i] for i in zero[:5]]} have zero gradient, so ξ is singular "
+            f"(rank at most {n - len(zero)} of {n}): check for dead units or unused inputs"
+        )
+    norms = squared.sqrt()
+    correlation = factored.unit / norms[:, None] / norms
+    eigenvalues, rank = _spectrum_and_rank(correlation, factored.dtype)
+    if rank < n:
+        raise RankDeficientError(
+            f"ξ is singular (rank {rank} of {n}): {_singularity(correlation, names, factored.dtype)}"
+        )
+    return float(eigenvalues.log().sum() + 2 * (norms.log() + factored.log_scale).sum())
+
+
+def _singularity(correlation: Tensor, names: Sequence[int], dtype: torch.dtype) -> str:
+    """Why a Gram matrix of unit diagonal is singular, and what to do about it."""
+    same = (correlation.abs() > 1 - 100 * torch.finfo(dtype).eps).triu(1).nonzero().tolist()
+    pairs = ", ".join(f"{names[i]} and {names[j]}" for i, j in same[:5])
+    if pairs:
+        return f"samples {pairs} have the same gradient up to scale (duplicates): remove one of each from the data"
+    if dtype == torch.float32:
+        return (
+            "its smallest eigenvalues are lost in float32: measure copy.deepcopy(model).double(), or lower subset_size"
+        )
+    return "its gradients are linearly dependent: lower subset_size"
+
+
+def numerical_rank(factored: FactoredGram) -> int:
+    """The rank of ξ to the network's precision; samples of zero gradient count as dependent."""
+    squared = factored.unit.diagonal()
+    kept = (squared > 0) & ~factored.log_scale.isneginf()
+    if not kept.any():
+        return 0
+    norms = squared[kept].sqrt()
+    return _spectrum_and_rank(factored.unit[kept][:, kept] / norms[:, None] / norms, factored.dtype)[1]
+
+
+def _spectrum_and_rank(correlation: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Eigenvalues of a Gram matrix of unit diagonal, and how many stand out of rounding in ``dtype``."""
+    eigenvalues = torch.linalg.eigvalsh(correlation)
+    tolerance = len(correlation) * torch.finfo(dtype).eps * eigenvalues[-1]
+    return eigenvalues, int((eigenvalues > tolerance).sum())

@@ -1,0 +1,136 @@
+"""Plumbing that the benchmarks share: interleaved timings, peak memory, jobs in processes of their own, the record."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import multiprocessing
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # the peers, shared with the tests that check them
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds per call by name, one call of each per round, so that a busy machine slows all of them alike.
+
+    Every other round runs in reverse order. The functions should have run once before.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for repetition in range(repetitions):
+        for name in names if repetition % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            functions[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(seconds: list[float], reference: list[float]) -> dict[str, float]:
+    """The summary of the ratios, round by round."""
+    return summary([a / b for a, b in zip(seconds, reference, strict=True)])
+
+
+def peak_memory(function: Callable[[], object]) -> int | None:
+    """Bytes by which the process grew at most while ``function`` ran; None where the system cannot tell (not Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    function()
+    return None
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def in_own_process(
+    function: Callable[..., dict[str, Any]], *args: Any, threads: int, memory_limit: float, timeout: float
+) -> dict[str, Any]:
+    """``function(*args)`` in a fresh process, or ``{"error": why not}``: an exception, out of memory, out of time.
+
+    Args:
+        function: at a module's top level.
+        *args: picklable.
+        threads: PyTorch's.
+        memory_limit: GiB that the process may allocate.
+        timeout: seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(there, function, args, threads, memory_limit), daemon=True)
+    process.start()
+    there.close()
+    try:
+        result: dict[str, Any] = here.recv() if here.poll(timeout) else {"error": f"took longer than {timeout:.0f} s"}
+    except EOFError:
+        process.join()
+        result = {"error": f"died (exit code {process.exitcode}): out of memory?"}
+    process.kill()
+    process.join()
+    return result
+
+
+def _run(connection: Connection, function: Callable[..., Any], args: Any, threads: int, memory_limit: float) -> None:
+    torch.set_num_threads(threads)
+    limit = int(memory_limit * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    try:
+        connection.send(function(*args))
+    except Exception as error:  # any failure of a peer is a result
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        message = f"{type(error).__name__}: {first_line}"
+        if isinstance(error, MemoryError) or "can't allocate memory" in message or "not enough memory" in message:
+            message = f"needs more than {memory_limit:g} GiB"
+        connection.send({"error": message[:200], "traceback": traceback.format_exc()[-2000:]})
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What the numbers were measured with."""
+    return {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "threads": threads,
+        "cpu": _cpu(),
+        "system": platform.platform(),
+    }
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return f"{found[1]} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def write_json(name: str, result: Mapping[str, Any]) -> Path:
+    """Write ``results/{name}.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    return path

@@ -162,20 +162,20 @@ def test_gamma_is_the_log_determinant(labels: str) -> None:
 
 
 def test_gamma_where_the_matrix_itself_has_lost_its_digits() -> None:
-    """Two columns alike to 1e-9, parameters of unlike scale, det below 1e-308 and p_y − 1 of 1e-10, in 60 digits."""
+    """Two columns alike to 1e-9, parameters of unlike scale, det below 1e-308 and p_y − 1 of 1e-13, in 60 digits."""
     torch.manual_seed(0)
     x = torch.randn(12, 3, dtype=torch.float64)
     x[:, 2] = 1 + 1e-9 * x[:, 2]  # nearly the bias's column: squared, a condition number of 1e18
     model = PinnedLinear(3, 2).double()
     model.linear.weight.data.zero_()
-    model.linear.bias.data.fill_(-23)
+    model.linear.bias.data.fill_(30)
     with mpmath.workdps(60):
-        rest = mpmath.exp(-23) / (1 + mpmath.exp(-23))
+        rest = mpmath.exp(-30) / (1 + mpmath.exp(-30))
         J = mpmath.matrix([[rest * mpmath.mpf(value) for value in (*row, 1.0)] for row in x.tolist()])
         expected = float(mpmath.log(mpmath.det(J.T * J / 12)) - 2 * (200 + 333) * mpmath.log(2))
     scaled = x * torch.tensor([2.0**-200, 2.0**-333, 1.0], dtype=torch.float64)
     assert expected < math.log(1e-308)
-    assert exact_gamma(model, scaled, torch.zeros(12, dtype=torch.long)) == pytest.approx(expected, abs=1e-5)
+    assert exact_gamma(model, scaled, torch.ones(12, dtype=torch.long)) == pytest.approx(expected, abs=1e-5)
 
 
 @settings(max_examples=25, deadline=None)

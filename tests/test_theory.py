@@ -1,16 +1,32 @@
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import math
 from typing import Any
 
 import mpmath
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.theory import gamma_from_subsets, pac_bayes_bound
+from flatminima.exact import exact_fisher, exact_gamma
+from flatminima.gramian import gram
+from flatminima.measures import Characterization, measure
+from flatminima.theory import (
+    fia_criterion,
+    fia_criterion_of,
+    gamma_from_subsets,
+    gamma_of,
+    pac_bayes_bound,
+    pac_bayes_bound_of,
+)
+from oracles import explicit_jacobian
+from small_networks import number_of_parameters, pinned_linear, trained_network
 
 VALID: dict[str, Any] = {
     "log_det_fisher": -40.0,
@@ -116,6 +132,50 @@ def test_delta_of_one_is_allowed() -> None:
     assert pac_bayes_bound(**VALID | {"delta": 1}) == pytest.approx(float(direct_formula(**VALID | {"delta": 1})))
 
 
+def test_bound_leaves_out_a_factor_of_its_proof() -> None:
+    """App. B: the height of the ellipsoid of volume V over the minimum is W^{1/W} A, up to Stirling's approximation."""
+    W, log_volume, gamma, N = 10, -3.0, 4.0, 10**30
+    log_height = 2 / W * (log_volume + math.lgamma(W / 2 + 1)) + gamma / W - math.log(2 * math.pi)
+    A = pac_bayes_bound(
+        log_det_fisher=gamma, num_parameters=W, num_samples=N, train_loss=0, log_volume=log_volume, delta=1
+    )
+    assert math.exp(log_height) / A == pytest.approx(10 ** (1 / 10), rel=1e-2)
+
+
+def test_fia_is_the_printed_formula() -> None:
+    """Sec. 5.1.1, with the likelihood taken over the joint p(x, c) = f(x)_c / N of soft labels."""
+    torch.manual_seed(0)
+    N, W = 50, 12
+    f, y = torch.randn(N, 3).double().softmax(1), torch.randn(N, 3).double().softmax(1)
+    determinant, volume = 3e-5, 0.02
+    likelihood = -(y * (f / N).log()).sum().item()
+    expected = likelihood + W / 2 * math.log(N / (2 * math.pi)) + math.log(volume * math.sqrt(determinant))
+    fia = fia_criterion(
+        log_det_fisher=math.log(determinant),
+        num_parameters=W,
+        num_samples=N,
+        train_loss=-(y * f.log()).sum(1).mean().item(),
+        log_volume=math.log(volume),
+    )
+    assert fia == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"log_det_fisher": -math.inf}, "log_det_fisher must be finite"),
+        ({"log_volume": math.nan}, "log_volume must be finite"),
+        ({"num_parameters": 0}, "num_parameters must be"),
+        ({"num_samples": 0}, "num_samples must be"),
+        ({"train_loss": -0.1}, "train_loss must be"),
+    ],
+)
+def test_fia_refuses(wrong: dict[str, Any], message: str) -> None:
+    valid = {name: value for name, value in VALID.items() if name != "delta"}
+    with pytest.raises(FlatminimaError, match=message):
+        fia_criterion(**valid | wrong)
+
+
 def test_gamma_is_exact_when_the_subset_is_the_imagined_training_set() -> None:
     """W samples, all drawn: ξ = J Jᵀ has the determinant of W · I(w0) = Jᵀ J (Eq. 4)."""
     torch.manual_seed(0)
@@ -145,3 +205,134 @@ def test_gamma_is_exact_for_a_multiple_of_the_identity(num_parameters: int, subs
 def test_gamma_refuses(gamma_hat: float, subset_size: int, message: str) -> None:
     with pytest.raises(FlatminimaError, match=message):
         gamma_from_subsets(gamma_hat, num_parameters=10, subset_size=subset_size)
+
+
+@functools.cache
+def minimum_of_37() -> tuple[nn.Module, Tensor, Tensor]:
+    """A trained network, as many inputs as it has parameters, and the classes it gives them."""
+    model, x, _ = trained_network(37)
+    return model, x, model(x).argmax(1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 36), min_size=1, max_size=36, unique=True))
+def test_eigenvalues_of_a_subset_interlace(subset: list[int]) -> None:
+    """App. C, Theorem 3: ξ of a subset is a principal submatrix of ξ, and λ_r ≤ ν_r ≤ λ_{r+n−k}."""
+    model, x, y = minimum_of_37()
+    whole, part = gram(model, x, y), gram(model, x[subset], y[subset])
+    assert torch.allclose(part, whole[subset][:, subset], rtol=1e-10, atol=1e-12 * whole.abs().max().item())
+    larger, smaller = torch.linalg.eigvalsh(whole), torch.linalg.eigvalsh(part)
+    n, k = len(larger), len(smaller)
+    rounding = n * torch.finfo(torch.float64).eps * larger[-1]
+    assert (larger[:k] <= smaller + rounding).all()
+    assert (smaller <= larger[n - k :] + rounding).all()
+
+
+def estimates_by_size(J: Tensor, size: int) -> Tensor:
+    """The estimate of γ from every single subset of ``size`` rows of J."""
+    subsets = torch.tensor(list(itertools.combinations(range(len(J)), size)))
+    log_dets = 2 * torch.linalg.svdvals(J[subsets]).log().sum(1)
+    W = J.shape[1]
+    values = [gamma_from_subsets(value, num_parameters=W, subset_size=size) for value in log_dets.tolist()]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_estimate_falls_from_the_trace_bound_to_gamma(seed: int) -> None:
+    """Eq. 5 over all subsets of the imagined W samples: non-increasing in N' (Szász), exact at N' = W alone."""
+    model, x = pinned_linear(8, seed=seed)
+    y = model(x).argmax(1)
+    J, fisher = explicit_jacobian(model, x, y), exact_fisher(model, x, y)
+    means = [estimates_by_size(J, size).mean().item() for size in range(1, 9)]
+    assert means[0] <= 8 * (math.log(fisher.trace()) - math.log(8)) + 1e-9
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(means))
+    assert means[0] > means[-1] + 1
+    assert means[-1] == pytest.approx(exact_gamma(model, x, y), abs=1e-6)
+
+
+def test_estimate_from_more_samples_than_parameters_ends_below_gamma() -> None:
+    """ln det is concave; it is the mean determinant that is right (Cauchy-Binet), not the mean of its logarithm."""
+    model, x = pinned_linear(12)
+    y = model(x).argmax(1)
+    W, N, gamma = 8, len(x), exact_gamma(model, x, y)
+    estimates = estimates_by_size(explicit_jacobian(model, x, y), W)
+    assert estimates.mean() < gamma - 1
+    log_mean_det = estimates.logsumexp(0).item() - math.log(len(estimates)) + W * math.log(W)
+    assert math.log(math.comb(N, W)) + log_mean_det - W * math.log(N) == pytest.approx(gamma, abs=1e-8)
+
+
+def test_more_trials_do_not_remove_the_bias() -> None:
+    """T → ∞ at fixed N' converges to the mean over all subsets, within its standard error, and not to γ."""
+    model, x = pinned_linear(8)
+    y = model(x).argmax(1)
+    expected = estimates_by_size(explicit_jacobian(model, x, y), 4).mean().item()
+    c = measured(model, x, y, subset_size=4, trials=400)
+    error = 8 / 4 * c.log_det_fisher.standard_error
+    assert error < 0.5
+    assert abs(gamma_of(c) - expected) < 5 * error
+    assert gamma_of(c) - exact_gamma(model, x, y) > 10 * error
+
+
+def measured(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Characterization:
+    """Measured at a network that classifies all samples rightly, so none of it warns."""
+    return measure(model, (x, y), robustness_samples=0, progress=False, **options)
+
+
+def test_estimate_converges_to_exact_gamma_as_subsets_grow() -> None:
+    """Eq. 5 at a trained minimum of 37 parameters, by ``measure`` itself: nats per parameter above the exact γ."""
+    model, x, y = minimum_of_37()
+    exact, W = exact_gamma(model, x, y), number_of_parameters(model)
+    assert W == len(x) == 37
+    sizes = (1, 4, 8, 16, 24, 32, 36, 37)
+    bias = [(gamma_of(measured(model, x, y, subset_size=size, trials=40)) - exact) / W for size in sizes]
+    assert bias == sorted(bias, reverse=True)
+    assert bias[0] > 2
+    assert bias[-2] < 0.1 * bias[0]
+    assert bias[-1] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def characterization() -> Characterization:
+    return measured(*minimum_of_37(), subset_size=10, trials=5)
+
+
+def test_theory_of_a_characterization(characterization: Characterization) -> None:
+    c = characterization
+    gamma = gamma_from_subsets(c.log_det_fisher.mean, num_parameters=37, subset_size=10)
+    known = {"num_parameters": 37, "num_samples": 37, "train_loss": c.train_loss, "log_volume": -80.0}
+    assert gamma_of(c) == gamma
+    assert pac_bayes_bound_of(c, log_volume=-80.0, delta=0.1) == pac_bayes_bound(
+        log_det_fisher=gamma, delta=0.1, **known
+    )
+    assert fia_criterion_of(c, log_volume=-80.0) == fia_criterion(log_det_fisher=gamma, **known)
+
+
+def test_theory_orders_minima_as_their_measure_does(characterization: Characterization) -> None:
+    c = characterization
+    flatter = dataclasses.replace(
+        c, log_det_fisher=dataclasses.replace(c.log_det_fisher, mean=c.log_det_fisher.mean - 5)
+    )
+    assert gamma_of(flatter) < gamma_of(c)
+    assert pac_bayes_bound_of(flatter, log_volume=0, delta=0.1) < pac_bayes_bound_of(c, log_volume=0, delta=0.1)
+    assert fia_criterion_of(flatter, log_volume=0) < fia_criterion_of(c, log_volume=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_normalization": 0.04}, "logit_normalization=0.04.*measure with logit_normalization=None"),
+        ({"scale_invariant": True}, "scale_invariant=True.*measure with scale_invariant=False"),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss='CrossEntropyLoss'.*loss='cross_entropy'"),
+        ({"batchnorm": 5}, "batchnorm=5.*batchnorm='eval'"),
+    ],
+)
+def test_theory_refuses_other_determinants(options: dict[str, Any], message: str) -> None:
+    c = measured(*minimum_of_37(), subset_size=10, trials=2, **options)
+    for function in (
+        gamma_of,
+        functools.partial(pac_bayes_bound_of, log_volume=0.0, delta=0.1),
+        functools.partial(fia_criterion_of, log_volume=0.0),
+    ):
+        with pytest.raises(FlatminimaError, match=message):
+            function(c)

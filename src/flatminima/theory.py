@@ -31,7 +31,9 @@ def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: in
     * Drawn from N > W samples, it ends below γ at N' = W instead, ln det being concave: by 1.0 nats per parameter for
       N = 2 W, 1.5 for N = 27 W on networks of the same shape.
 
-    It suits comparing minima of one network measured alike, where it orders as γ̂ does; its absolute value does not.
+    And where I(w0) is singular however many samples there are, as for every softmax over K free logits
+    (:func:`~flatminima.exact.exact_gamma`), γ does not exist and the estimate is finite only because N' ≤ rank. So use it
+    to compare minima of one network measured alike, which it orders as γ̂ does, and do not rely on its absolute value.
 
     Args:
         gamma_hat: γ̂, the mean of ln det ξ_t over subsets (``characterization.log_det_fisher.mean``).

@@ -10,6 +10,7 @@ from cases import CASES, Case
 from flatminima.errors import FlatminimaError
 from flatminima.gramian import factored_gram
 from flatminima.lab.models import build_model
+from flatminima.planning import Piece, Plan
 from oracles import explicit_gram
 
 
@@ -110,3 +111,21 @@ def test_parameters_hidden_in_custom_operations_take_the_generic_path() -> None:
     result = factored_gram(model, x, y)
     assert "weight" in result.generic_parameters
     torch.testing.assert_close(result.matrix(), explicit_gram(model, x, y))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_chunks_of_samples_and_passes_over_pieces_give_the_same(case: Case) -> None:
+    """Every parameter cut in two, three samples at a time, a pass for every piece."""
+    model, inputs, targets = case.build()
+    expected = factored_gram(model, inputs, targets)
+    passes = []
+    for name, parameter in model.named_parameters():
+        length = parameter.shape[0] if parameter.dim() else 1
+        half = length // 2
+        if parameter.requires_grad:
+            passes += [(Piece(name, start, stop),) for start, stop in ((0, half), (half, length)) if stop > start]
+    plan = Plan(len(targets), 3, tuple(passes), 0, 0, 0)
+    result = factored_gram(model, inputs, targets, plan=plan)
+    torch.testing.assert_close(result.unit, expected.unit, rtol=1e-10, atol=1e-12 * expected.unit.abs().max().item())
+    torch.testing.assert_close(result.loss, expected.loss)
+    assert set(result.generic_parameters) == set(expected.generic_parameters)

@@ -103,6 +103,8 @@ class Measuring:
     """Samples per subset for the robustness, the costliest measure (none: all of them; 0: leave it out)."""
     on_singular: Literal["raise", "skip"] = "raise"
     """What to do with a subset whose gradients are linearly dependent (duplicates)."""
+    memory_gib: float | None = None
+    """Memory that may be used beside the network, in GiB (none: half of what is free)."""
     double: bool = False
     """Measure in float64."""
 
@@ -352,7 +354,9 @@ def _characterize(model: nn.Module, data: ImageSet, options: Measure) -> Charact
 def _measure_arguments(options: Measure | Compare) -> dict[str, Any]:
     chosen = dataclasses.asdict(options.measuring)
     del chosen["double"]
-    return {**chosen, "progress": options.output.progress}
+    gib = chosen.pop("memory_gib")
+    budget = None if gib is None else int(gib * 2**30)
+    return {**chosen, "memory_budget": budget, "progress": options.output.progress}
 
 
 def _samples(data: Any, options: Measure | Compare) -> Any:

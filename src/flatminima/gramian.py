@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flatminima.batching import Inputs, batch_size, call_model, evaluating, map_tensors, take
+from flatminima.batching import Inputs, batch_size, call_model, device_of, evaluating, map_tensors, take
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import LogitGradient, Loss, logit_gradient, refuse_non_finite
+from flatminima.planning import FREE_SHARE, Piece, Plan, free_bytes, make_plan, saved_bytes
 from flatminima.precision import true_precision
 from flatminima.recording import RecordedUse, Recorder
 
@@ -102,6 +103,7 @@ def factored_gram(
     batchnorm: Literal["eval"] | int = "eval",
     scale_invariant: bool = False,
     shares: bool = False,
+    plan: Plan | None = None,
     spot_check: bool = True,
 ) -> FactoredGram:
     """ξ in factored form. Arguments and errors as for :func:`gram`, and beside them those below.
@@ -116,39 +118,54 @@ def factored_gram(
             samples, on which a sample's gradient then depends (the authors' release: 10). Costs n backward passes.
         scale_invariant: weight the columns of J by the parameters' magnitudes.
         shares: keep every parameter's part of ξ̂.
+        plan: from :func:`plan_for` (default: made here, for half of the free memory).
         spot_check: compare the rows of two samples with plain autograd.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     inputs = map_tensors(torch.Tensor.detach, inputs)
     n = batch_size((inputs, targets))
     parameters = trainable_parameters(model)
     dtype = _common_dtype(parameters)
     xi = _Accumulator(n, parameters, scale_invariant=scale_invariant, shares=shares)
 
-    def gradient_at(logits: Tensor) -> LogitGradient:
+    def gradient_at(logits: Tensor, targets: Tensor) -> LogitGradient:
         return logit_gradient(loss, logits, targets, logit_normalization=logit_normalization)
 
     generic: dict[str, nn.Parameter] = {}
     with evaluating(model), true_precision(), torch.enable_grad():
         if isinstance(batchnorm, int):
             with _batch_statistics(model):
-                delta = gradient_at(_logits_with_batch_statistics(model, inputs, n, batchnorm))
+                delta = gradient_at(_logits_with_batch_statistics(model, inputs, n, batchnorm), targets)
                 _add_with_batch_statistics(xi, model, inputs, delta.direction, parameters, batchnorm)
         else:
-            with _frozen(parameters.values()):
-                recorder = Recorder(n, parameters)
-                logits = recorder.run(model, inputs)
-                delta = gradient_at(logits)
-                generic, unseen = recorder.given_up_parameters(), recorder.unseen_parameters()
-                _backward(logits, delta.direction, recorder, xi)
-                del logits
+            plan = plan or plan_for(model, inputs)
+            delta, generic, unseen = _add_by_rules(xi, model, inputs, targets, gradient_at, parameters, plan)
             if unseen:
-                generic |= _used(model, inputs, delta.direction, unseen)
+                generic |= _used(model, inputs, delta.direction, unseen, plan.chunk)
             _add_one_by_one(xi, model, inputs, delta.direction, generic)
             if spot_check:
                 _check_against_autograd(xi, model, inputs, delta.direction, parameters, SPOT_CHECK_TOLERANCE[dtype])
     refuse_non_finite("gradients", xi.unit)
     return FactoredGram(xi.unit, delta.log_norm, delta.loss, tuple(generic), dtype, xi.shares)
+
+
+def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = None) -> Plan:
+    """How ξ of these samples would be formed within a memory budget. Costs one forward pass of one sample.
+
+    Args:
+        model: as for :func:`gram`.
+        inputs: as for :func:`gram`.
+        memory_budget: bytes (default: half of what is free on the model's device).
+
+    Raises:
+        FlatminimaError: if the budget is too small for one sample and one slice of a parameter.
+    """
+    model = unwrapped(model)
+    parameters = trainable_parameters(model)
+    budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
+    with evaluating(model):
+        per_sample = saved_bytes(model, take(inputs, slice(0, 1)))
+    return make_plan(batch_size(inputs), parameters, per_sample, min(ROWS_BUDGET_BYTES, budget // 4), budget)
 
 
 def warn_generic(names: Sequence[str]) -> None:
@@ -232,13 +249,83 @@ class _Accumulator:
             self.shares[self.names[id(parameter)]] += product
 
 
-def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, xi: _Accumulator) -> None:
-    """Back-propagate ``direction`` through activations only; add JJᵀ of every covered parameter to ξ̂."""
+def _add_by_rules(
+    xi: _Accumulator,
+    model: nn.Module,
+    inputs: Inputs,
+    targets: Tensor,
+    gradient_at: Callable[[Tensor, Tensor], LogitGradient],
+    parameters: Mapping[str, nn.Parameter],
+    plan: Plan,
+) -> tuple[LogitGradient, dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Add JJᵀ of every parameter that rules cover.
+
+    Returns:
+        The gradient at all logits, the parameters that were given up, and those that no call showed.
+    """
+    given_up: dict[str, nn.Parameter] = {}
+    unseen: dict[str, nn.Parameter] = {}
+    deltas: list[LogitGradient] = []
+    with _frozen(parameters.values()):
+        for number, pieces in enumerate(plan.passes):
+            wanted = {piece.name: parameters[piece.name] for piece in pieces}
+            whole = plan.chunk >= plan.samples
+            sink: _Accumulator | _Rows = xi if whole else _Rows(plan.samples, pieces, wanted)
+            for start in range(0, plan.samples, plan.chunk):
+                rows = slice(start, min(start + plan.chunk, plan.samples))
+                recorder = Recorder(rows.stop - start, wanted)
+                logits = recorder.run(model, take(inputs, rows))
+                delta = gradient_at(logits, targets[rows])
+                given_up |= recorder.given_up_parameters()
+                unseen |= recorder.unseen_parameters()
+                if isinstance(sink, _Rows):
+                    sink.samples = rows
+                _backward(logits, delta.direction, recorder, sink)
+                if number == 0:
+                    deltas.append(delta)
+                del logits, recorder
+            if isinstance(sink, _Rows):
+                sink.add_to(xi, {id(p) for p in given_up.values()})
+    joined = LogitGradient(
+        torch.cat([delta.loss for delta in deltas]),
+        torch.cat([delta.direction for delta in deltas]) if len(deltas) > 1 else deltas[0].direction,
+        torch.cat([delta.log_norm for delta in deltas]),
+    )
+    return joined, given_up, {name: p for name, p in unseen.items() if name not in given_up}
+
+
+class _Rows:
+    """The rows of J of some pieces of parameters, filled chunk by chunk of samples and then multiplied out."""
+
+    def __init__(self, samples: int, pieces: Sequence[Piece], parameters: Mapping[str, nn.Parameter]) -> None:
+        self.samples = slice(0, 0)
+        self.rows: dict[int, list[tuple[nn.Parameter, Piece, Tensor]]] = {}
+        for piece in pieces:
+            parameter = parameters[piece.name]
+            shape = (samples, piece.stop - piece.start, *parameter.shape[1:])
+            self.rows.setdefault(id(parameter), []).append((parameter, piece, parameter.new_zeros(shape)))
+
+    def add_use(self, parameter: nn.Parameter, uses: Sequence[RecordedUse]) -> None:
+        """Put this chunk's rows, summed over the parameter's uses, in their place."""
+        for _, piece, rows in self.rows[id(parameter)]:
+            for use in uses:
+                if use.grad is not None:
+                    rows[self.samples] += use.use.rows(use.grad, piece.start, piece.stop)
+
+    def add_to(self, xi: _Accumulator, left_out: set[int]) -> None:
+        """Multiply out; parameters that a later chunk gave up on are left to the generic path."""
+        for key, pieces in self.rows.items():
+            for parameter, piece, rows in pieces if key not in left_out else ():
+                xi.add_rows(parameter, rows, piece.start, piece.stop)
+
+
+def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: _Accumulator | _Rows) -> None:
+    """Back-propagate ``direction`` through activations only; hand every covered parameter's uses to ``sink``."""
 
     def add_when_complete(parameter: nn.Parameter, uses: list[RecordedUse]) -> Callable[[], None]:
         def on_arrival() -> None:
             if all(use.grad is not None for use in uses):
-                xi.add_use(parameter, uses)
+                sink.add_use(parameter, uses)
                 uses.clear()
 
         return on_arrival
@@ -250,7 +337,7 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, xi: _Accumu
     if logits.requires_grad:
         torch.autograd.grad(logits, recorder.root, direction)
     for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
-        xi.add_use(parameter, uses)
+        sink.add_use(parameter, uses)
 
 
 def _slices(parameter: nn.Parameter, n: int) -> Iterator[tuple[int, int]]:
@@ -276,14 +363,17 @@ def _add_product(unit: Tensor, rows: Tensor) -> None:
 
 
 def _used(
-    model: nn.Module, inputs: Inputs, direction: Tensor, candidates: Mapping[str, nn.Parameter]
+    model: nn.Module, inputs: Inputs, direction: Tensor, candidates: Mapping[str, nn.Parameter], chunk: int
 ) -> dict[str, nn.Parameter]:
-    """Those candidates that plain autograd finds in the graph of the whole batch."""
-    logits = call_model(model, inputs)
-    if not logits.requires_grad:
-        return {}
-    grads = torch.autograd.grad(logits, list(candidates.values()), direction, allow_unused=True)
-    return {name: p for (name, p), grad in zip(candidates.items(), grads, strict=True) if grad is not None}
+    """Those candidates that plain autograd finds in the graph of some chunk of samples."""
+    found: dict[str, nn.Parameter] = {}
+    for start in range(0, len(direction), chunk):
+        rows = slice(start, start + chunk)
+        logits = call_model(model, take(inputs, rows))
+        if logits.requires_grad:
+            grads = torch.autograd.grad(logits, list(candidates.values()), direction[rows], allow_unused=True)
+            found |= {name: p for (name, p), grad in zip(candidates.items(), grads, strict=True) if grad is not None}
+    return found
 
 
 def _add_one_by_one(
@@ -400,12 +490,12 @@ def _at_least_1d(values: Tensor, dims: int = 1) -> Tensor:
     return values if values.dim() >= dims else values.unsqueeze(-1)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return _unwrapped(model.module)
+        return unwrapped(model.module)
     compiled = getattr(model, "_orig_mod", None)
-    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model
+    return unwrapped(compiled) if isinstance(compiled, nn.Module) else model
 
 
 def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:

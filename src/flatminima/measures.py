@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from flatminima.batching import Inputs, device_of, to_device
 from flatminima.determinant import log_determinant, numerical_rank
-from flatminima.distributed import perform_trials
 from flatminima.errors import (
     FlatminimaError,
     NotAMinimumWarning,
@@ -28,10 +27,11 @@ from flatminima.errors import (
     SingularTrialWarning,
 )
 from flatminima.evaluation import evaluate
-from flatminima.gramian import FactoredGram, factored_gram, trainable_parameters, warn_generic
+from flatminima.gramian import FactoredGram, factored_gram, plan_for, trainable_parameters, warn_generic
 from flatminima.losses import Loss
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
 from flatminima.sampling import Data, draw_subsets, samples_of
+from flatminima.trials import perform_trials
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
 """A cross entropy (nats) above the first with an accuracy below the second is not called a minimum."""
@@ -226,6 +226,7 @@ def measure(
     max_standard_error: float | None = None,
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
+    memory_budget: int | None = None,
     distributed: bool = False,
     progress: bool = True,
 ) -> Characterization:
@@ -257,6 +258,9 @@ def measure(
             all). It takes K − 1 backward passes and dominates the cost.
         on_singular: what to do with a subset whose ξ is singular (duplicate samples, zero gradients): ``"raise"``, or
             ``"skip"`` to leave it out of ln det ξ with a :class:`~flatminima.errors.SingularTrialWarning`.
+        memory_budget: bytes that may be used beside the model (default: half of what is free). Where the samples or
+            the rows of J do not fit at once, ξ is formed in several passes, exactly; see
+            :func:`flatminima.gramian.plan_for`.
         distributed: split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
             the same arguments and gets the whole result, which is that of a single process.
         progress: show a bar with the time left on a terminal.
@@ -299,6 +303,10 @@ def measure(
             stacklevel=2,
         )
     kept = subset_size if robustness_samples is None else min(robustness_samples, subset_size)
+    first, _ = to_device(samples.fetch(subsets[0]), device_of(model))
+    plan = plan_for(model, first, memory_budget=memory_budget)
+    if progress and len(plan.passes) > 1:
+        Console(stderr=True).print(f"plan: {plan}", highlight=False)
 
     def perform(number: int) -> _Trial:
         inputs, targets = to_device(samples.fetch(subsets[number]), device_of(model))
@@ -311,6 +319,7 @@ def measure(
             batchnorm=batchnorm,
             scale_invariant=scale_invariant,
             shares=per_parameter,
+            plan=plan,
             spot_check=number == 0,
         )
         return _Trial.of(factored, _robustness(model, inputs, kept), number, subsets[number], on_singular)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 import flatminima as fm
-from flatminima.distributed import perform_trials
 from flatminima.errors import FlatminimaError
+from flatminima.trials import perform_trials
 
 OPTIONS = {"subset_size": 10, "trials": 7, "progress": False}
 

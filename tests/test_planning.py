@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+
+import flatminima as fm
+from flatminima.errors import FlatminimaError
+from flatminima.gramian import factored_gram, plan_for
+from flatminima.planning import Plan, make_plan, saved_bytes
+
+
+def covered(plan: Plan) -> dict[str, list[int]]:
+    """Every index of every parameter's first dimension, as often as it is planned."""
+    indices: dict[str, list[int]] = {}
+    for pieces in plan.passes:
+        for piece in pieces:
+            indices.setdefault(piece.name, []).extend(range(piece.start, piece.stop))
+    return indices
+
+
+@given(
+    samples=st.integers(1, 40),
+    shapes=st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=5),
+    sample_bytes=st.integers(1, 3000),
+    budget=st.integers(100, 200_000),
+)
+def test_every_entry_is_planned_once_and_the_budget_holds(samples, shapes, sample_bytes, budget) -> None:
+    parameters = {f"p{i}": nn.Parameter(torch.zeros(shape)) for i, shape in enumerate(shapes)}
+    try:
+        plan = make_plan(samples, parameters, sample_bytes, 100, budget)
+    except FlatminimaError:  # too small a budget; test_a_small_budget_... looks at the message
+        assume(False)
+    lengths = {name: list(range(p.shape[0] if p.dim() else 1)) for name, p in parameters.items()}
+    assert covered(plan) == lengths
+    assert 1 <= plan.chunk <= samples
+    assert plan.activation_bytes + plan.rows_bytes <= budget
+
+
+def test_saved_bytes_of_a_known_network() -> None:
+    """Two linear layers around a tanh: the input, the tanh's output, and four times the logits."""
+    model = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 3))
+    assert saved_bytes(model, torch.randn(1, 10)) == 4 * (10 + 20 + 4 * 3)
+
+
+def test_a_small_budget_gives_more_passes_and_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5)
+    ).double()
+    x, y = torch.randn(20, 3, 8, 8, dtype=torch.float64), torch.arange(20) % 5
+    roomy = plan_for(model, x, memory_budget=2**30)
+    tight = plan_for(model, x, memory_budget=2**19)
+    assert (len(roomy.passes), roomy.chunk) == (1, 20)
+    assert len(tight.passes) > 3
+    assert tight.chunk < 20
+    assert "passes over" in str(tight)
+    expected = factored_gram(model, x, y, plan=roomy)
+    torch.testing.assert_close(factored_gram(model, x, y, plan=tight).unit, expected.unit, rtol=1e-9, atol=1e-9)
+    with pytest.raises(FlatminimaError, match="is too small: one sample takes"):
+        plan_for(model, x, memory_budget=1000)
+
+
+def test_measure_keeps_to_the_budget_given() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    x, y = torch.randn(40, 20, dtype=torch.float64), torch.arange(40) % 3
+    options = {"subset_size": 15, "trials": 2, "loss": nn.MSELoss(), "robustness_samples": 0}
+    targets = nn.functional.one_hot(y, 3).double()
+    whole = fm.measure(model, (x, targets), **options)
+    parts = fm.measure(model, (x, targets), memory_budget=60_000, **options)
+    assert parts.log_det_fisher.mean == pytest.approx(whole.log_det_fisher.mean, rel=1e-10)

@@ -563,17 +563,26 @@ def test_diagnostics_are_what_they_say() -> None:
     assert found["grad_norm"] == pytest.approx(math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters())))
     assert found["clip_rate"] == 0.0
     assert json.loads(json.dumps(found)) == found
-    rounding = torch.finfo(torch.float64).eps * math.sqrt(2 * found["fisher_trace"] / 4)
+    rounding = 5 * torch.finfo(torch.float64).eps * math.sqrt(2 * found["fisher_trace"] / 4)
     assert found["rounding_share"] == pytest.approx(rounding * 21 / penalty_norm)
 
 
-@pytest.mark.parametrize("alpha", [1e-6, 1e-5, 1e-4, 1e-3])
-def test_rounding_share_foretells_the_error_of_float32(alpha: float) -> None:
-    """Within a factor of five either way; at 1 and above there is nothing but rounding."""
-    model, inputs, targets = make(
-        Case(lambda: nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 3))),
-        samples=64,
-    )
+def smooth_mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 3))
+
+
+def smooth_convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 256), nn.Unflatten(1, (1, 16, 16)), nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.GELU(),
+        nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("build", [smooth_mlp, smooth_convolutional])
+def test_rounding_share_foretells_the_error_of_float32(build: Callable[[], nn.Module], alpha: float) -> None:
+    """To an order of magnitude, on networks at both ends of what was measured."""
+    model, inputs, targets = make(Case(build), samples=64)
     penalties = {}
     for dtype in (torch.float64, torch.float32):
         model.to(dtype)
@@ -590,7 +599,7 @@ def test_rounding_share_foretells_the_error_of_float32(alpha: float) -> None:
             for a, b in zip(penalties[torch.float32], penalties[torch.float64], strict=True)
         )
     )
-    assert error / norm / 5 < regularizer.diagnostics()["rounding_share"] < error / norm * 5
+    assert error / norm / 10 < regularizer.diagnostics()["rounding_share"] < error / norm * 10
 
 
 def test_the_limit_has_no_rounding_share() -> None:

@@ -536,6 +536,8 @@ def test_resumed_run_goes_on_to_the_same_bits() -> None:
     assert_same_bits(snapshot(resumed), snapshot(model))
     assert resumed_regularizer.diagnostics() == regularizer.diagnostics()
     assert 0 < regularizer.diagnostics()["clip_rate"] < 1
+    regularizer.load_state_dict({"step": 0, "clipped": 0})
+    assert regularizer.diagnostics() == {}
     with pytest.raises(FlatminimaError, match=r"not a FisherTraceRegularizer's state_dict.*\['lr'\]"):
         regularizer.load_state_dict({"lr": 1})
 

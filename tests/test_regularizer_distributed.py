@@ -54,6 +54,15 @@ def in_each_process(rank: int, folder: str) -> None:
         regularizer.backward(F.cross_entropy, inputs[mine], targets[mine])
         results[name] = (gradients_of(model), exchanges(), float(regularizer.diagnostics()["grad_norm"]))
 
+    model, inputs, targets = make(CASES["mlp"], samples=12)  # DDP owns .grad; the second step is what counts
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    regularizer = FisherTraceRegularizer(wrapped, num_sub_batches=6, **OPTIONS)
+    exchanges = count_exchanges(wrapped)
+    for _ in range(2):
+        wrapped.zero_grad()
+        regularizer.backward(F.cross_entropy, inputs[mine], targets[mine])
+    results["bucket-view"] = (gradients_of(model), exchanges() / 2, float(regularizer.diagnostics()["grad_norm"]))
+
     model, inputs, targets = make(CASES["mlp"], samples=12)  # accumulation: three micro-batches of two samples
     wrapped = DistributedDataParallel(model)
     exchanges = count_exchanges(wrapped)
@@ -105,6 +114,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         ("sub-batches", "mlp", {"main_gradient": "sub-batches"}),
         ("hvp", "mlp", {"estimator": "hvp"}),
         ("tied", "tied", {}),
+        ("bucket-view", "mlp", {}),
         ("accumulated", "mlp", {}),
     ],
 )

@@ -347,7 +347,7 @@ class FisherTraceRegularizer:
             set(state) == {"step", "clipped"}, f"not a FisherTraceRegularizer's state_dict: it has {sorted(state)}"
         )
         self.step, self._clipped = int(state["step"]), int(state["clipped"])
-        self._seen = []
+        self._seen, self.last_step = [], None
 
     def _observed(self, penalty: Penalty) -> RegularizerStep:
         gradient_error = 0.0 if self.estimator == "hvp" else _GRADIENT_ERROR * torch.finfo(penalty.trace.dtype).eps

@@ -32,8 +32,8 @@ def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: in
       N = 2 W, 1.5 for N = 27 W on networks of the same shape.
 
     And where I(w0) is singular however many samples there are, as for every softmax over K free logits
-    (:func:`~flatminima.exact.exact_gamma`), γ does not exist and the estimate is finite only because N' ≤ rank. So use it
-    to compare minima of one network measured alike, which it orders as γ̂ does, and do not rely on its absolute value.
+    (:func:`~flatminima.exact.exact_gamma`), γ does not exist and the estimate is finite only because N' ≤ rank. So use
+    it to compare minima of one network measured alike, which it orders as γ̂ does, not for its absolute value.
 
     Args:
         gamma_hat: γ̂, the mean of ln det ξ_t over subsets (``characterization.log_det_fisher.mean``).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -24,18 +25,46 @@ RESULTS = Path(__file__).parent / "results"
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # the peers, shared with the tests that check them
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with the options that every benchmark has."""
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: the process's own time, which other work on the machine hardly touches; only with one thread",
+    )
+    parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB per process (default: 12)")
+    parser.add_argument("--timeout", type=float, default=1200.0, help="seconds per process (default: 1200)")
+    parser.add_argument("--output", help="name of the record in benchmarks/results (default: the benchmark's)")
+    options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu adds up the threads' times: use it with --threads 1")
+    return options
+
+
+def limits(options: argparse.Namespace) -> dict[str, Any]:
+    """What :func:`in_own_process` takes, from the command line."""
+    return {"threads": options.threads, "memory_limit": options.memory_limit, "timeout": options.timeout}
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], repetitions: int, clock: str) -> dict[str, list[float]]:
     """Seconds per call by name, one call of each per round, so that a busy machine slows all of them alike.
 
     Every other round runs in reverse order. The functions should have run once before.
     """
+    now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for repetition in range(repetitions):
         for name in names if repetition % 2 == 0 else reversed(names):
-            start = time.perf_counter()
+            start = now()
             functions[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now() - start)
     return seconds
 
 
@@ -107,14 +136,15 @@ def _run(connection: Connection, function: Callable[..., Any], args: Any, thread
         connection.send({"error": message[:200], "traceback": traceback.format_exc()[-2000:]})
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers were measured with."""
     return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "threads": threads,
+        "threads": options.threads,
+        "clock": options.clock,
         "cpu": _cpu(),
         "system": platform.platform(),
     }

@@ -152,7 +152,7 @@ def check(network: str, method: str) -> dict[str, Any]:
     return {"peak_bytes": peak, "relative_error": relative_error(results[0], ours(model, loss)(x, y))}
 
 
-def time_all(network: str, methods: list[str], repetitions: int) -> dict[str, Any]:
+def time_all(network: str, methods: list[str], repetitions: int, clock: str) -> dict[str, Any]:
     """Interleaved seconds of the methods and of the floor's pieces."""
     model, x, y, loss = NETWORKS[network].make()
     calls: dict[str, Callable[[], object]] = dict(Floor(model, x, y, loss).pieces())
@@ -161,7 +161,7 @@ def time_all(network: str, methods: list[str], repetitions: int) -> dict[str, An
         calls[method] = lambda call=call: call(x, y)
     for call in calls.values():
         call()
-    return {"seconds": _harness.interleaved(calls, repetitions)}
+    return {"seconds": _harness.interleaved(calls, repetitions, clock)}
 
 
 class Floor:
@@ -263,8 +263,9 @@ def count_flops(network: str) -> dict[str, Any]:
     return {"flops": Floor(model, x, y, loss).flops(), "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def run_network(network: str, methods: list[str], repetitions: int, limits: dict[str, Any]) -> dict[str, Any]:
+def run_network(network: str, methods: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one network."""
+    limits = _harness.limits(options)
     result: dict[str, Any] = {"samples": NETWORKS[network].samples, "methods": {}}
     result |= _harness.in_own_process(count_flops, network, **limits)
     for method in methods:
@@ -272,7 +273,7 @@ def run_network(network: str, methods: list[str], repetitions: int, limits: dict
         result["methods"][method] = _harness.in_own_process(check, network, method, **limits)
     working = [method for method, outcome in result["methods"].items() if "error" not in outcome]
     print(f"{network}: timing {', '.join(working)} ...", flush=True)
-    timed = _harness.in_own_process(time_all, network, working, repetitions, **limits)
+    timed = _harness.in_own_process(time_all, network, working, options.repetitions, options.clock, **limits)
     if "error" in timed:
         return result | {"error": timed["error"]}
     seconds = timed["seconds"]
@@ -334,23 +335,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=PAPERS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB per process (default: 12)")
-    parser.add_argument("--timeout", type=float, default=1200.0, help="seconds per process (default: 1200)")
-    parser.add_argument("--output", default="gram", help="name of the record in benchmarks/results (default: gram)")
-    options = parser.parse_args()
+    options = _harness.parse(parser)
     methods = [PLAIN, *(method for method in options.methods if method != PLAIN)]
-    limits = {"threads": options.threads, "memory_limit": options.memory_limit, "timeout": options.timeout}
     console = Console(width=150)
-    record: dict[str, Any] = {"environment": _harness.environment(options.threads), "networks": {}}
+    record: dict[str, Any] = {"environment": _harness.environment(options), "networks": {}}
     for network in options.networks:
         if network in NEEDS_TRANSFORMERS and not importlib.util.find_spec("transformers"):
             console.print(f"{network}: skipped, transformers is not installed")
             continue
-        record["networks"][network] = run_network(network, methods, options.repetitions, limits)
+        record["networks"][network] = run_network(network, methods, options)
         show(console, network, record["networks"][network])
-        path = _harness.write_json(options.output, record)
+        path = _harness.write_json(options.output or "gram", record)
     if record["networks"]:
         console.print(f"written to {path}")
 

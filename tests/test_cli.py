@@ -199,21 +199,19 @@ def test_demo_prints_the_table_and_where_the_report_is(
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(tmp_path: Path) -> None:
-    arguments = ["train", "digits", "--model", "mlp", "--epochs", "400", "--root", str(tmp_path)]
+    arguments = ["train", "digits", "--model", "mlp", "--epochs", "4000", "--root", str(tmp_path)]
     command = [sys.executable, "-m", "flatminima.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("*/spec.json")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*/state.safetensors")) and time.monotonic() < deadline:  # written every few seconds
         time.sleep(0.05)
-    time.sleep(1.0)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=90)
     assert process.returncode == 130
     assert out == ""
     assert len(err.strip().splitlines()) == 1
     assert "flatminima: interrupted: " in err
-    assert list(tmp_path.glob("*/state.safetensors"))
 
 
 def test_output_may_be_cut_short_by_its_reader(trained: Path) -> None:

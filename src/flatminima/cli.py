@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except KeyboardInterrupt as interruption:
-            _say(f"interrupted: {interruption or 'run the same command to go on'}")
+            _say(f"interrupted: {str(interruption) or 'the same command starts again'}")
             return INTERRUPTED
         except FlatminimaError as error:
             return _fail(error, 2)

@@ -85,8 +85,8 @@ def make_plan(
     smallest = max(samples * _row_bytes(parameter) for parameter in parameters.values())
     if chunk < 1 or for_rows < smallest:
         raise FlatminimaError(
-            f"a memory budget of {_gib(budget)} is too small: one sample takes {_gib(needed)}, the thinnest slice of rows "
-            f"{_gib(smallest)}; allow at least {_gib(2 * needed + 2 * smallest)}, or lower subset_size"
+            f"a memory budget of {_gib(budget)} is too small: one sample takes {_gib(needed)}, the thinnest slice of "
+            f"rows {_gib(smallest)}; allow at least {_gib(2 * needed + 2 * smallest)}, or lower subset_size"
         )
     passes = tuple(_fill(parameters, samples, for_rows))
     rows_bytes = max(sum(samples * (p.stop - p.start) * _row_bytes(parameters[p.name]) for p in one) for one in passes)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,11 +104,11 @@ def penalty_of(
 
 
 def compare(limit: list[Tensor], difference: list[Tensor]) -> dict[str, float]:
-    """Distance in units of the limit, and cosine."""
+    """Distance in units of the limit, and cosine (0 where the difference has vanished)."""
     a, b = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (limit, difference))
     return {
         "relative_error": float((a - b).norm() / a.norm()),
-        "cosine": float(a @ b / (a.norm() * b.norm())) if b.norm() > 0 else math.nan,
+        "cosine": float(a @ b / (a.norm() * b.norm())) if b.norm() > 0 else 0.0,
     }
 
 

@@ -33,9 +33,10 @@ clean: ## remove the environment, the demo's report and caches (runs/ stays)
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last and removed first: an interrupted installation starts over with an empty environment.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt tests/oracles.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("flatminima needs Python >= 3.10: make PYTHON=/path/to/python3")'
 	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
 	@rm -f $@
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r tests/oracles.txt
 	@touch $@

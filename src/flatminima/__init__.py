@@ -1,11 +1,18 @@
 """Which minimum generalizes better, and how to train to it: the Fisher information, for PyTorch."""
 
 from flatminima.comparison import Comparison, compare
+from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
 from flatminima.gramian import gram
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
 from flatminima.measures import Characterization, Estimate, measure
 from flatminima.regularizer import FisherTraceRegularizer
-from flatminima.theory import pac_bayes_bound
+from flatminima.theory import (
+    fia_criterion,
+    fia_criterion_of,
+    gamma_from_subsets,
+    pac_bayes_bound,
+    pac_bayes_bound_of,
+)
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -15,7 +22,14 @@ __all__ = [
     "Estimate",
     "FisherTraceRegularizer",
     "compare",
+    "exact_fisher",
+    "exact_gamma",
+    "exact_hessian",
+    "fia_criterion",
+    "fia_criterion_of",
+    "gamma_from_subsets",
     "gram",
     "measure",
     "pac_bayes_bound",
+    "pac_bayes_bound_of",
 ]

@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import inspect
-import itertools
+import io
 import json
 import os
+import re
+import shlex
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO, TypeVar
 
-from flatminima.errors import FlatminimaError, FlatminimaWarning
+from flatminima.errors import FlatminimaError, FlatminimaWarning, RankDeficientError, TrainingInterrupted
 
 try:
     import tyro
-    from rich.console import Console
-    from tyro.conf import AvoidSubcommands, OmitArgPrefixes, Positional, arg
+    from rich.console import Console, Group, RenderableType
+    from rich.text import Text
+    from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
+    from flatminima.lab.measuring import Measuring
     from flatminima.lab.specs import RECIPES, RegularizerSpec, RunSpec
 except ModuleNotFoundError as missing:  # the library alone is installed
     sys.exit(f"flatminima: error: the command line needs {missing.name}: pip install 'flatminima[lab]'")
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from flatminima.lab.data import ImageSet
-    from flatminima.measures import Characterization
-
 PROGRAM = "flatminima"
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended."""
+NARROWEST_TABLE = 120
+"""Columns of a table that goes to a file or a pipe; on a terminal it is as wide as that."""
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+Options = TypeVar("Options")
+Flag = FlagCreatePairsOff[bool]
 
 
 @dataclass(frozen=True)
 class Output:
     """What a command prints."""
 
-    json: bool = False
+    json: Flag = False
     """Print one JSON object on standard output and nothing else."""
-    progress: bool = True
-    """Show progress bars with the time left, on a terminal."""
+    no_progress: Flag = False
+    """Show no progress bars; otherwise they appear on a terminal, for what takes longer than two seconds."""
+    debug: Flag = False
+    """Show where in the code an error comes from (as FLATMINIMA_DEBUG=1 does)."""
 
 
 @dataclass(frozen=True)
@@ -56,68 +66,75 @@ class Demo:
     Example: flatminima demo
     """
 
-    out: Path = Path("demo")
+    out: Annotated[Path, arg(aliases=("-o",))] = Path("demo")
     """Folder for the report, the summary and the runs."""
-    workers: int | None = None
-    """Networks trained at once (default: one per core)."""
+    workers: Annotated[int | None, arg(aliases=("-w",))] = None
+    """Networks trained at once (None: one per core)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class RunOptions(RunSpec):
+    """A run's description, with short names for what is changed most."""
+
+    model: Annotated[str, arg(aliases=("-m",))] = RunSpec.model
+    data: Annotated[str, arg(aliases=("-d",))] = RunSpec.data
+    epochs: Annotated[int | None, arg(aliases=("-e",))] = RunSpec.epochs
+    batch_size: Annotated[int, arg(aliases=("-b",))] = RunSpec.batch_size
+    seed: Annotated[int, arg(aliases=("-s",))] = RunSpec.seed
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> RunOptions:
+        """The options that stand for ``spec``; the regularizer's are always there to be seen and changed."""
+        return cls(**{**_fields(spec), "regularizer": spec.regularizer or RegularizerSpec()})
+
+    def spec(self, *, regularized: bool) -> RunSpec:
+        """The run described."""
+        return RunSpec(**{**_fields(self), "regularizer": self.regularizer if regularized else None})
 
 
 @dataclass(frozen=True)
 class Train:
     """Train one network into a run folder; the same command again goes on where it stopped.
 
-    RECIPE is one of the paper's trainings, which the options below change. Giving any --regularizer option switches the
-    Fisher trace regularizer on.
+    RECIPE is one of the paper's trainings, and the options below change it. Without RECIPE it is that of the --model,
+    digits for --data digits, or else resnet20. --regularizer, or any of its options, switches the regularizer on.
 
     Example: flatminima train resnet20 --data cifar10 --epochs 3
     """
 
-    spec: Annotated[AvoidSubcommands[RunSpec], arg(name="")]
-    root: Path = Path("runs")
+    run: Annotated[AvoidSubcommands[RunOptions], arg(name="")]
+    root: Annotated[Path, arg(aliases=("-r",))] = Path("runs")
     """Where run folders are kept."""
-    device: str = "auto"
-    """Where to train: auto, cpu, cuda, mps."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train (auto: on a GPU if there is one)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
 
 @dataclass(frozen=True)
-class Measuring:
+class MeasuringOptions(Measuring):
     """How minima are measured."""
 
-    subset_size: int = 100
-    """Samples per subset, N'."""
-    trials: int = 100
-    """Number of subsets, T."""
-    seed: int = 0
-    """Draws the subsets; the same for every network."""
-    batchnorm: Literal["eval"] | int = "eval"
-    """BatchNorm by its running statistics (eval), or by those of chunks of this many samples."""
-    logit_normalization: float | None = None
-    """Divide logits by this times their norm before the loss (the authors' 0.04): for unequal training losses."""
-    scale_invariant: bool = False
-    """Weight gradients by the parameters' magnitudes, so that rescaling layers changes nothing."""
-    max_standard_error: float | None = None
-    """Stop as soon as the standard error of γ̂ is at most this."""
-    robustness_samples: int | None = None
-    """Samples per subset for the robustness, the costliest measure (none: all of them; 0: leave it out)."""
-    on_singular: Literal["raise", "skip"] = "raise"
-    """What to do with a subset whose gradients are linearly dependent (duplicates)."""
-    memory_gib: float | None = None
-    """Memory that may be used beside the network, in GiB (none: half of what is free)."""
-    double: bool = False
-    """Measure in float64."""
+    subset_size: Annotated[int, arg(aliases=("-n",))] = Measuring.subset_size
+    trials: Annotated[int, arg(aliases=("-t",))] = Measuring.trials
+    seed: Annotated[int, arg(aliases=("-s",))] = Measuring.seed
+    scale_invariant: Flag = Measuring.scale_invariant
+    double: Flag = Measuring.double
+
+    def how(self) -> Measuring:
+        """The same without names for the command line."""
+        return Measuring(**_fields(self))
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A network that is not ours."""
+    """A network that is not ours, and the data it was trained on."""
 
-    model: str | None = None
-    """package.module:factory, or one of our networks' names."""
-    checkpoint: Path | None = None
-    """Its weights: .safetensors, or .pt/.pth holding a state dict alone."""
-    data: str | None = None
+    model: Annotated[str | None, arg(aliases=("-m",))] = None
+    """package.module:factory (importable from the current directory too), or the name of one of our networks."""
+    checkpoint: Annotated[Path | None, arg(aliases=("-c",))] = None
+    """Its weights: .safetensors, or .pt/.pth holding a state dict alone (None: those that the factory gives it)."""
+    data: Annotated[str | None, arg(aliases=("-d",))] = None
     """Its training data: digits, cifar10, cifar100, or a folder of parquet files."""
 
 
@@ -129,14 +146,16 @@ class Measure:
     measures, so that asking again costs nothing.
 
     Example: flatminima measure runs/resnet20-0123456789ab
+
+    Example: flatminima measure --model mypackage.nets:build --checkpoint weights.safetensors --data cifar10
     """
 
-    runs: Positional[tuple[Path, ...]] = ()
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")] = ()
     """Run folders."""
     foreign: OmitArgPrefixes[Foreign] = field(default_factory=Foreign)
-    measuring: OmitArgPrefixes[Measuring] = field(default_factory=Measuring)
-    device: str = "auto"
-    """Where to measure: auto, cpu, cuda, mps."""
+    measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure (auto: on a GPU if there is one)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
 
@@ -145,61 +164,85 @@ class Compare:
     """Compare trained minima on the same subsets of the same data: paired differences, ranks.
 
     Takes run folders, each as FOLDER or NAME=FOLDER. They must have been trained on the same clean images, or be
-    compared on the --data given.
+    compared on the --data given; with --model and --data, checkpoints of a network that is not ours stand beside them.
 
     Example: flatminima compare plain=runs/resnet20-0123456789ab regularized=runs/resnet20-ba9876543210
+
+    Example: flatminima compare a.safetensors b.safetensors --model mypackage.nets:build --data cifar10
     """
 
-    runs: Positional[tuple[str, ...]]
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
     """Run folders, as FOLDER or NAME=FOLDER."""
-    data: str | None = None
-    """Compare on this training set instead of the runs' own."""
-    measuring: OmitArgPrefixes[Measuring] = field(default_factory=Measuring)
-    device: str = "auto"
-    """Where to measure: auto, cpu, cuda, mps."""
+    data: Annotated[str | None, arg(aliases=("-d",))] = None
+    """Compare on this training set (digits, cifar10, cifar100, or a folder of parquet files), not on the runs' own."""
+    model: Annotated[str | None, arg(aliases=("-m",))] = None
+    """What the checkpoints among RUNS are of: package.module:factory, or the name of one of our networks."""
+    measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure (auto: on a GPU if there is one)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A command's outcome, for programs and for people."""
+
+    json: Any
+    text: RenderableType
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed, 2 bad input, 130 Ctrl-C)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or bool(os.environ.get("FLATMINIMA_DEBUG"))
     with warnings.catch_warnings():
-        warnings.simplefilter("default", FlatminimaWarning)
+        warnings.simplefilter("always", FlatminimaWarning)
         warnings.showwarning = _show_warning
         try:
-            status = _run(given)
+            _run(given)
             sys.stdout.flush()
-            return status
-        except KeyboardInterrupt as interruption:
-            _say(f"interrupted: {str(interruption) or 'the same command starts again'}")
-            return INTERRUPTED
-        except FlatminimaError as error:
-            return _fail(error, 2)
+            return 0
+        except SystemExit as exit_:  # --help of a command
+            return int(exit_.code or 0)
+        except TrainingInterrupted as interruption:
+            return _fail(f"interrupted: {interruption}", INTERRUPTED, False)
+        except KeyboardInterrupt:
+            return _fail("interrupted: the same command starts again", INTERRUPTED, False)
         except BrokenPipeError:  # the reader of our output has gone, `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with contextlib.suppress(OSError, ValueError):  # so that the interpreter's own flush does not fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except RankDeficientError as error:
+            return _fail(f"error: {error} (options: --on-singular skip, --double, --subset-size)", 2, debug)
+        except (FlatminimaError, FileNotFoundError) as error:
+            return _fail(f"error: {error}", 2, debug)
+        except ModuleNotFoundError as error:
+            return _fail(f"error: the command line needs {error.name}: pip install 'flatminima[lab]'", 1, debug)
         except OSError as error:
-            return _fail(error, 1)
+            return _fail(f"error: {error}", 1, debug)
+        except Exception as error:
+            return _fail(f"error: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
 
 
-def _run(given: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "demo": _demo,
-        "train": _train,
-        "measure": _measure,
-        "compare": _compare,
-    }
+def _run(given: list[str]) -> None:
     if not given or given[0] in ("-h", "--help", "help"):
         print(_usage(), end="")  # noqa: T201
-        return 0
+        return
     if given[0] == "--version":
         from importlib.metadata import version
 
-        print(version("flatminima"))  # noqa: T201
-        return 0
-    if given[0] not in commands:
-        raise FlatminimaError(f"unknown command {given[0]!r}: choose from {', '.join(commands)} (flatminima --help)")
-    return commands[given[0]](given[1:])
+        print(PROGRAM, version(PROGRAM))  # noqa: T201
+        return
+    if given[0] not in COMMANDS:
+        hint = _did_you_mean(given[0], list(COMMANDS))
+        raise FlatminimaError(f"unknown command {given[0]!r}{hint}: choose from {', '.join(COMMANDS)}")
+    as_json, report = COMMANDS[given[0]](given[1:])
+    if as_json:
+        print(json.dumps(report.json, default=str, allow_nan=False))  # noqa: T201
+    else:
+        console = Console()
+        console = console if console.is_terminal else Console(width=NARROWEST_TABLE)
+        console.print(report.text, soft_wrap=isinstance(report.text, Text))
 
 
 def _usage() -> str:
@@ -207,196 +250,198 @@ def _usage() -> str:
     for command in (Demo, Train, Measure, Compare):
         summary = (command.__doc__ or "").splitlines()[0]
         lines.append(f"  {command.__name__.lower():<9} {summary}")
-    lines += ["", f"{PROGRAM} COMMAND --help lists a command's options; {PROGRAM} --version prints the version.", ""]
+    lines += [
+        "",
+        f"Begin with: {PROGRAM} demo",
+        f"{PROGRAM} COMMAND --help explains a command; {PROGRAM} --version prints the version.",
+        "",
+    ]
     return "\n".join(lines)
 
 
-def _demo(given: list[str]) -> int:
-    options = tyro.cli(Demo, prog=f"{PROGRAM} demo", args=given)
-    from flatminima.lab import demo
+def _demo(given: list[str]) -> tuple[bool, Report]:
+    options = _parse(Demo, given, prog="demo")
+    with _standard_output_kept_clean():
+        from flatminima.lab import demo
 
-    summary = demo.demo(options.out, workers=options.workers, progress=options.output.progress)
-    if options.output.json:
-        _print_json(summary)
-    else:
-        console = Console(width=max(Console().width, 120))
-        console.print(demo.table(summary))
-        console.print(f"\n{options.out / 'report.html'} shows it in pictures ({summary['seconds']:.0f} s).")
-    return 0
+        summary = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
+        page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({summary['seconds']:.0f} s).")
+        return options.output.json, Report(summary, Group(demo.table(summary), page))
 
 
-def _train(given: list[str]) -> int:
+def _train(given: list[str]) -> tuple[bool, Report]:
     recipe, rest = _recipe(given)
-    regularized = any(argument.startswith("--regularizer") for argument in rest)
-    rest = [argument for argument in rest if argument != "--regularizer"]
-    default = Train(dataclasses.replace(RECIPES[recipe], regularizer=RECIPES[recipe].regularizer or RegularizerSpec()))
     about = inspect.cleandoc(Train.__doc__ or "")
-    description = f"{about}\n\nRecipes: {', '.join(RECIPES)}. The defaults below are those of {recipe!r}."
-    options = tyro.cli(
+    options = _parse(
         Train,
-        prog=f"{PROGRAM} train [RECIPE]",
-        description=description,
-        default=default,
-        args=rest,
+        [argument for argument in rest if argument != "--regularizer"],
+        prog="train [RECIPE]",
+        description=f"{about}\n\nRecipes: {', '.join(RECIPES)}. The defaults below are those of {recipe!r}.",
+        default=Train(RunOptions.of(RECIPES[recipe])),
     )
-    spec = options.spec if regularized else dataclasses.replace(options.spec, regularizer=None)
-    from flatminima.lab.results import RunFolder
-    from flatminima.lab.training import train
+    spec = options.run.spec(regularized=any(argument.startswith("--regularizer") for argument in rest))
+    with _standard_output_kept_clean():
+        from flatminima.lab.loading import resolve_device
+        from flatminima.lab.results import RunFolder
+        from flatminima.lab.training import train
 
-    before = RunFolder.of(options.root, spec).status
-    result = train(spec, options.root, progress=options.output.progress, accelerator=options.device)
-    if options.output.json:
-        _print_json({**dataclasses.asdict(result), "folder": str(result.folder)})
-        return 0
-    console = Console()
-    said = {"finished": "was trained before", "unfinished": "resumed and finished"}.get(before, "finished")
-    console.print(
-        f"{spec.model} on {spec.data} {said}: {result.epochs} epochs, {result.seconds / result.epochs:.1f} s each"
-    )
-    console.print(f"  test error     {result.test_error:.2%}")
-    console.print(f"  training loss  {result.train_loss:.4g} (accuracy {result.train_accuracy:.2%})")
-    console.print(f"  run folder     {result.folder}", soft_wrap=True)
-    console.print(f"next: {PROGRAM} measure {result.folder}", soft_wrap=True, highlight=False)
-    return 0
+        folder = RunFolder.of(options.root, spec)
+        before = folder.status
+        if before == "unfinished":
+            _say(f"going on with the unfinished run in {folder.path}")
+        accelerator = "auto" if options.device == "auto" else resolve_device(options.device).type
+        result = train(spec, options.root, progress=not options.output.no_progress, accelerator=accelerator)
+    happened = {"finished": "was trained before, nothing to do", "unfinished": "resumed and finished"}
+    seconds = result.seconds / result.epochs
+    lines = [
+        f"{spec.model} on {spec.data}: {happened.get(before, 'finished')}",
+        f"  run folder     {result.folder}",
+        f"  test error     {result.test_error:.2%}",
+        f"  training loss  {result.train_loss:.4g} (accuracy {result.train_accuracy:.2%})",
+        f"  time           {seconds:.3g} s per epoch, {result.epochs} epochs",
+        f"next: {PROGRAM} measure {shlex.quote(str(result.folder))}",
+    ]
+    values = {**dataclasses.asdict(result), "seconds_per_epoch": seconds, "spec": dataclasses.asdict(spec)}
+    return options.output.json, Report(values, Text("\n".join(lines)))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What decides the recipe where none is named."""
+
+    model: Annotated[str | None, arg(aliases=("-m",))] = None
+    data: Annotated[str | None, arg(aliases=("-d",))] = None
 
 
 def _recipe(given: list[str]) -> tuple[str, list[str]]:
-    """The recipe named first; else that of the --model, of --data digits, or ResNet-20's."""
+    """The recipe and the options that change it."""
     if given and not given[0].startswith("-"):
         if given[0] not in RECIPES:
-            raise FlatminimaError(f"unknown recipe {given[0]!r}: choose from {', '.join(RECIPES)}")
+            hint = _did_you_mean(given[0], list(RECIPES))
+            raise FlatminimaError(f"unknown recipe {given[0]!r}{hint}: choose from {', '.join(RECIPES)}")
         return given[0], given[1:]
-    values = dict(itertools.pairwise(given))
-    if values.get("--data") == "digits":
+    subject, _ = _parse(_Subject, given, prog="train", add_help=False, return_unknown_args=True)
+    if subject.data == "digits":
         return "digits", given
-    model = values.get("--model", "")
-    return (model if model in RECIPES else "resnet20"), given
+    return (subject.model if subject.model in RECIPES else "resnet20"), given
 
 
-def _measure(given: list[str]) -> int:
-    options = tyro.cli(Measure, prog=f"{PROGRAM} measure", args=given)
-    foreign = options.foreign
+def _measure(given: list[str]) -> tuple[bool, Report]:
+    options = _parse(Measure, given, prog="measure")
+    foreign, how = options.foreign, options.measuring.how()
     if bool(options.runs) == (foreign.model is not None):
         raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
-    if options.runs:
-        measured = {str(path): _measure_run(path, options) for path in options.runs}
-    elif foreign.data is None:
-        raise FlatminimaError("--model needs its training data too: give --data digits, cifar10, cifar100 or a folder")
-    else:
+    where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
+    with _standard_output_kept_clean():
         from flatminima.lab.data import load_data
         from flatminima.lab.loading import load_model
+        from flatminima.lab.measuring import measure_run
 
-        train_set, _ = load_data(foreign.data)
-        model = load_model(str(foreign.model), foreign.checkpoint, train_set)
-        measured = {str(foreign.model): _characterize(model, train_set, options)}
-    if options.output.json:
-        bodies = {name: json.loads(c.to_json()) for name, c in measured.items()}
-        _print_json(next(iter(bodies.values())) if len(bodies) == 1 else bodies)
-        return 0
-    console = Console()
-    for name, characterization in measured.items():
-        console.print(name, soft_wrap=True, highlight=False)
-        console.print(characterization)
-    return 0
-
-
-def _measure_run(path: Path, options: Measure) -> Characterization:
-    """The run's measures: read from its folder if they were asked for before, else taken and kept there."""
-    from flatminima.lab.results import RunFolder, load_run
-    from flatminima.measures import Characterization
-
-    folder, asked = RunFolder(path), dataclasses.asdict(options.measuring)
-    kept = json.loads(folder.read_measures() or "{}")
-    if kept.get("asked") == asked:
-        return Characterization.from_json(json.dumps(kept["characterization"]))
-    _, model, clean, _ = load_run(path)
-    characterization = _characterize(model, clean, options)
-    folder.write_measures(json.dumps({"asked": asked, "characterization": json.loads(characterization.to_json())}))
-    return characterization
-
-
-def _compare(given: list[str]) -> int:
-    options = tyro.cli(Compare, prog=f"{PROGRAM} compare", args=given)
-    from flatminima.comparison import compare
-    from flatminima.lab.data import load_data
-    from flatminima.lab.results import load_run
-
-    models: dict[str, nn.Module] = {}
-    data = None if options.data is None else load_data(options.data)[0]
-    for run in options.runs:
-        name, _, path = run.rpartition("=")
-        _, model, clean, _ = load_run(path)
-        if data is None:
-            data = clean
-        elif options.data is None and not _same_images(data, clean):
+        if foreign.model is None:
+            if foreign.checkpoint or foreign.data:
+                raise FlatminimaError("--checkpoint and --data go with --model; a run folder has its own")
+            measured = {str(path): measure_run(path, how, **where) for path in options.runs}
+        elif foreign.data is None:
             raise FlatminimaError(
-                f"{path} was trained on other images than {options.runs[0]}: compare runs of one training set, or name "
-                "the set to compare on with --data"
+                "--model needs its training data too: add --data digits, cifar10, cifar100 or a folder"
             )
-        models[name or Path(path).name] = _placed(model, options.device, options.measuring.double)
-    if len(models) < len(options.runs):
-        raise FlatminimaError("two runs have the same name: give them as NAME=FOLDER")
-    comparison = compare(models, _samples(data, options), **_measure_arguments(options))
-    if options.output.json:
-        print(comparison.to_json())  # noqa: T201
-    else:
-        Console(width=max(Console().width, 100)).print(comparison)
-    return 0
+        else:
+            train_set, _ = load_data(foreign.data)
+            model = load_model(foreign.model, foreign.checkpoint, train_set)
+            measured = {foreign.model: how.of(model, train_set, **where)}
+    bodies = {name: json.loads(characterization.to_json()) for name, characterization in measured.items()}
+    tables = [part for name, table in measured.items() for part in (Text(name), table)]
+    return options.output.json, Report(bodies if len(bodies) > 1 else next(iter(bodies.values())), Group(*tables))
 
 
-def _characterize(model: nn.Module, data: ImageSet, options: Measure) -> Characterization:
-    from flatminima.measures import measure
+def _compare(given: list[str]) -> tuple[bool, Report]:
+    options = _parse(Compare, given, prog="compare")
+    paths = dict(map(_named, options.runs))
+    if len(paths) < len(options.runs):
+        raise FlatminimaError("two of them have the same name: give them as NAME=FOLDER")
+    if options.model is not None and options.data is None:
+        raise FlatminimaError("--model needs the training data too: add --data digits, cifar10, cifar100 or a folder")
+    how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
+    with _standard_output_kept_clean():
+        from flatminima.lab.measuring import compare_networks, compare_runs
 
-    model = _placed(model, options.device, options.measuring.double)
-    return measure(model, _samples(data, options), **_measure_arguments(options))
-
-
-def _measure_arguments(options: Measure | Compare) -> dict[str, Any]:
-    chosen = dataclasses.asdict(options.measuring)
-    del chosen["double"]
-    gib = chosen.pop("memory_gib")
-    budget = None if gib is None else int(gib * 2**30)
-    return {**chosen, "memory_budget": budget, "progress": options.output.progress}
-
-
-def _samples(data: Any, options: Measure | Compare) -> Any:
-    """The data, in float64 where the network is."""
-    if not options.measuring.double:
-        return data
-    inputs, labels = data.tensors()
-    return inputs.double(), labels
+        if options.data is None:
+            comparison = compare_runs(paths, how, **where)
+        else:
+            comparison = compare_networks(paths, options.data, options.model, how, **where)
+    return options.output.json, Report(json.loads(comparison.to_json()), comparison)
 
 
-def _placed(model: nn.Module, device: str, double: bool) -> nn.Module:
-    import torch
+def _named(run: str) -> tuple[str, Path]:
+    """NAME=PATH taken apart; a path alone is called like its last part."""
+    name, equals, path = run.partition("=")
+    if equals and not Path(run).exists():
+        return name, Path(path)
+    return Path(run).resolve().name, Path(run)
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {
+    "demo": _demo,
+    "train": _train,
+    "measure": _measure,
+    "compare": _compare,
+}
+
+
+def _parse(command: type[Options], given: list[str], *, prog: str, **parsing: Any) -> Any:
+    """The options given; what is wrong with them as a :class:`FlatminimaError` of one line."""
+    said = io.StringIO()
     try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise FlatminimaError(f"--device {device} cannot be used here ({error}): choose another") from error
-    return model.double() if double else model
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        name = prog.split()[0]
+        raise FlatminimaError(f"{_unboxed(said.getvalue())} ({PROGRAM} {name} --help explains)") from None
 
 
-def _same_images(first: ImageSet, second: ImageSet) -> bool:
-    import torch
+def _unboxed(said: str) -> str:
+    """The message in tyro's box, and the names of the options it takes for the ones meant."""
+    lines = [_TERMINAL_CODES.sub("", line).strip(" │") for line in said.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in filter(None, lines[1:]):  # the first is the title
+        if set(line) <= set("─╰╯-"):
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    sections = [section for section in sections if section]
+    message = re.sub(r"^Error parsing run[.\w]*: | Got errors:.*", "", " ".join(sections[0])).rstrip(".")
+    suggested = sections[1] if len(sections) > 1 and sections[1][:1] == ["Perhaps you meant:"] else []
+    names = [name for line in suggested if line.startswith("-") for name in re.findall(r"--[\w.-]+", line)[:1]]
+    return f"{message}; perhaps you meant {' or '.join(names)}" if names else message
 
-    return torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
+
+@contextlib.contextmanager
+def _standard_output_kept_clean() -> Iterator[None]:
+    """What other code prints goes to standard error: standard output is the report's."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, default=str))  # noqa: T201
+def _did_you_mean(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A dataclass's fields as they are (``dataclasses.asdict`` would take nested ones apart)."""
+    return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
 
 
 def _say(text: str) -> None:
     print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
 
 
-def _fail(error: Exception, status: int) -> int:
-    if os.environ.get("FLATMINIMA_DEBUG"):
-        raise error
-    _say(f"error: {error}")
+def _fail(text: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    _say(text)
     return status
 
 
@@ -408,8 +453,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    if issubclass(category, FlatminimaWarning):
-        _say(f"warning: {message}")
+    _say(f"warning: {message}")
 
 
 if __name__ == "__main__":

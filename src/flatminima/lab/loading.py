@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
+from flatminima.batching import call_model, evaluating
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import ImageSet
 from flatminima.lab.models import MODEL_NAMES, build_model
@@ -29,14 +33,15 @@ def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Modul
 
     Raises:
         FlatminimaError: for a name, module or factory that is not there, a factory that fails or returns no module,
-            and whatever :func:`~flatminima.lab.results.load_weights` refuses.
+            a network that does not take the data's images, and whatever
+            :func:`~flatminima.lab.results.load_weights` refuses.
     """
     arguments = {"num_classes": data.num_classes, "in_channels": data.images.shape[1]}
     if ":" in source:
         model = _from_factory(source, arguments)
     elif source in MODEL_NAMES:
         if checkpoint is None:
-            raise FlatminimaError(f"--model {source} has random weights without a checkpoint: give --checkpoint FILE")
+            raise FlatminimaError(f"model {source} has random weights without a checkpoint: name the checkpoint too")
         model = build_model(source, **arguments)
     else:
         raise FlatminimaError(
@@ -44,25 +49,80 @@ def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Modul
         )
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    return model
+    _check_takes(model, data, source)
+    return model.eval()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the first GPU that CUDA offers, else the CPU.
+
+    Raises:
+        FlatminimaError: if PyTorch cannot use it here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    # An absent device is an AssertionError, a RuntimeError or a NotImplementedError, by its kind.
+    except Exception as error:
+        raise FlatminimaError(f"device {name!r} cannot be used here ({_first_line(error)}): choose another") from error
+    return device
 
 
 def _from_factory(source: str, arguments: dict[str, int]) -> nn.Module:
+    factory = _find(source)
+    try:
+        model = factory(**_accepted(factory, arguments))
+    # Somebody else's code: it can raise anything.
+    except Exception as error:
+        raise FlatminimaError(f"model {source}: calling it failed ({type(error).__name__}: {error})") from error
+    if not isinstance(model, nn.Module):
+        raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _find(source: str) -> Callable[..., Any]:
     module_name, _, factory_name = source.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise FlatminimaError(f"--model {source}: cannot import {module_name!r} ({error})") from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise FlatminimaError(f"--model {source}: {module_name} has no function or class {factory_name!r}")
-    accepted = inspect.signature(factory).parameters
-    try:
-        model = factory(**{name: value for name, value in arguments.items() if name in accepted})
     except Exception as error:
-        raise FlatminimaError(f"--model {source}: calling it failed ({type(error).__name__}: {error})") from error
-    if not isinstance(model, nn.Module):
-        raise FlatminimaError(f"--model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
-    return model
+        raise FlatminimaError(
+            f"model {source}: cannot import {module_name!r} ({type(error).__name__}: {error})"
+        ) from error
+    factory: Callable[..., Any] | None = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise FlatminimaError(f"model {source}: {module_name} has no function or class {factory_name!r}")
+    return factory
+
+
+def _accepted(factory: Callable[..., Any], arguments: dict[str, int]) -> dict[str, int]:
+    """The arguments that ``factory`` names; and ``num_classes`` if it hands on any (as torchvision's factories do)."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # written in C: it does not say
+        return {}
+    hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: n for name, n in arguments.items() if name in parameters or (hands_on and name == "num_classes")}
+
+
+def _check_takes(model: nn.Module, data: ImageSet, source: str) -> None:
+    """Try one image, so that a wrong network is named as such and not found out in the middle of measuring."""
+    parameter = next(model.parameters(), None)
+    image, _ = data.fetch([0])
+    try:
+        with evaluating(model), torch.no_grad():
+            call_model(model, image if parameter is None else image.to(parameter))
+    except FlatminimaError:
+        raise
+    except Exception as error:
+        raise FlatminimaError(
+            f"model {source} does not take images of shape {tuple(image.shape[1:])} ({_first_line(error)}): "
+            "name the network and the data that belong together"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

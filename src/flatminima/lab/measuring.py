@@ -1,0 +1,246 @@
+"""Measures of trained runs, kept in their folders; comparisons of runs on one training set."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flatminima import errors
+from flatminima.comparison import Comparison, comparison_of
+from flatminima.errors import DamagedFileError, DamagedRunWarning, FlatminimaError, FlatminimaWarning
+from flatminima.lab.data import ImageSet, load_data
+from flatminima.lab.loading import load_model, resolve_device
+from flatminima.lab.results import RunFolder, load_run
+from flatminima.measures import Characterization, measure
+from flatminima.progress import track
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How minima are measured."""
+
+    subset_size: int = 100
+    """Samples per subset, N'."""
+    trials: int = 100
+    """Number of subsets, T."""
+    seed: int = 0
+    """Draws the subsets; the same for every network."""
+    batchnorm: Literal["eval"] | int = "eval"
+    """BatchNorm by its running statistics (eval), or by those of chunks of this many samples."""
+    logit_normalization: float | None = None
+    """Divide logits by this times their norm before the loss (the authors' 0.04): for unequal training losses."""
+    scale_invariant: bool = False
+    """Weight gradients by the parameters' magnitudes, so that rescaling layers changes nothing."""
+    max_standard_error: float | None = None
+    """Stop as soon as the standard error of γ̂ is at most this."""
+    robustness_samples: int | None = None
+    """Samples per subset for the robustness, the costliest measure (None: all of them; 0: leave it out)."""
+    on_singular: Literal["raise", "skip"] = "raise"
+    """What to do with a subset whose gradients are linearly dependent (duplicates, say)."""
+    memory_gib: float | None = None
+    """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
+    double: bool = False
+    """Measure in float64."""
+
+    def of(self, model: nn.Module, data: ImageSet, *, device: str = "auto", progress: bool = True) -> Characterization:
+        """Measure ``model`` on ``data``; it stays on ``device``, in float64 if ``double``.
+
+        Raises and warns as :func:`flatminima.measure` does.
+        """
+        model.to(resolve_device(device), torch.float64 if self.double else None)
+        options = dataclasses.asdict(self)
+        del options["double"]
+        gib = options.pop("memory_gib")
+        budget = None if gib is None else int(gib * 2**30)
+        return measure(model, _InNetworksType(data, model), memory_budget=budget, progress=progress, **options)
+
+
+def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: bool = True) -> Characterization:
+    """The measures of a finished run on its clean, un-augmented training images.
+
+    They are kept in the run folder: asked for again, with the same weights, options, device and version of flatminima,
+    they are read from there, with the warnings that were given when they were taken.
+
+    Raises:
+        FlatminimaError: if the run cannot be loaded, or whatever :func:`flatminima.measure` raises.
+
+    Warns:
+        DamagedRunWarning: if what the folder kept cannot be read; it is measured again.
+        FlatminimaWarning: as :func:`flatminima.measure` does.
+    """
+    folder = RunFolder(path)
+    if folder.read_spec() and folder.read_result() is None:
+        raise FlatminimaError(f"the run in {path} is not finished: train it to the end first")
+    asked = _asked(folder, how, device)
+    kept = _read_kept(folder)
+    found = next((entry for entry in kept if entry["asked"] == asked), None)
+    if found is None:
+        _, model, clean, _ = load_run(path)
+        with _recorded() as messages:
+            characterization = how.of(model, clean, device=device, progress=progress)
+        found = {"asked": asked, "warnings": messages, "characterization": json.loads(characterization.to_json())}
+        folder.write_measures(json.dumps([*kept, found]) + "\n")
+    for category, message in found["warnings"]:
+        warnings.warn(message, getattr(errors, category, FlatminimaWarning), stacklevel=2)
+    return Characterization.from_json(json.dumps(found["characterization"]))
+
+
+def compare_runs(
+    runs: Mapping[str, Path], how: Measuring, *, device: str = "auto", progress: bool = True
+) -> Comparison:
+    """Finished runs on the same subsets of the clean images that all of them were trained on.
+
+    Raises:
+        FlatminimaError: with fewer than two runs, if their clean training images differ, or whatever
+            :func:`measure_run` raises, naming the run.
+
+    Warns:
+        UnequalLossWarning: as :func:`flatminima.compare` does; and whatever :func:`measure_run` warns of.
+    """
+    _require_two(runs)
+    digests = {name: _clean_digest(path) for name, path in track(runs.items(), "reading", progress)}
+    first = next(iter(runs))
+    for name, digest in digests.items():
+        if digest != digests[first]:
+            raise FlatminimaError(
+                f"{name} and {first} were trained on different images, so their measures do not compare: compare runs "
+                "of one training set (same data, train_size and seed), or name the data to measure both on"
+            )
+    measured = {}
+    for name, path in runs.items():
+        with _naming(name):
+            measured[name] = measure_run(path, how, device=device, progress=progress)
+    return comparison_of(measured)
+
+
+def compare_networks(
+    paths: Mapping[str, Path],
+    source: str,
+    model: str | None,
+    how: Measuring,
+    *,
+    device: str = "auto",
+    progress: bool = True,
+) -> Comparison:
+    """Run folders, and checkpoints of one ``model``, on the same subsets of one training set.
+
+    Args:
+        paths: run folder or checkpoint by name.
+        source: the training set, as for :func:`~flatminima.lab.data.load_data`.
+        model: what the checkpoints are of, as for :func:`~flatminima.lab.loading.load_model`.
+        how: how they are measured.
+        device: where.
+        progress: show a bar with the time left on a terminal.
+
+    Raises:
+        FlatminimaError: with fewer than two, or whatever loading and measuring raises, naming the network.
+
+    Warns:
+        UnequalLossWarning: as :func:`flatminima.compare` does.
+    """
+    _require_two(paths)
+    data, _ = load_data(source)
+    measured = {}
+    for name, path in paths.items():
+        with _naming(name):
+            if path.is_dir():
+                network = load_run(path)[1]
+            elif model is not None:
+                network = load_model(model, path, data)
+            else:
+                raise FlatminimaError(f"{path} is not a run folder; for a checkpoint name its model too")
+            measured[name] = how.of(network, data, device=device, progress=progress)
+    return comparison_of(measured)
+
+
+class _InNetworksType:
+    """A data set whose images come in the floating-point type of the network's parameters."""
+
+    def __init__(self, data: ImageSet, model: nn.Module) -> None:
+        self.data = data
+        self.dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        images, labels = self.data.fetch(indices)
+        return images.to(self.dtype), labels
+
+
+def _asked(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
+    """What must be equal for kept measures to be the answer."""
+    options = dataclasses.asdict(how)
+    del options["memory_gib"]
+    return {
+        **options,
+        "device": resolve_device(device).type,
+        "weights": hashlib.sha256((folder.path / "checkpoint.safetensors").read_bytes()).hexdigest(),
+        "flatminima": importlib.metadata.version("flatminima"),
+    }
+
+
+def _read_kept(folder: RunFolder) -> list[dict[str, Any]]:
+    try:
+        kept = json.loads(folder.read_measures() or "[]")
+        for entry in kept:
+            entry["asked"], [(category, message) for category, message in entry["warnings"]]
+            Characterization.from_json(json.dumps(entry["characterization"]))
+    except (DamagedFileError, FlatminimaError, ValueError, TypeError, KeyError):
+        warnings.warn(
+            f"the measures kept in {folder.path} are damaged or of another version: measured again",
+            DamagedRunWarning,
+            stacklevel=3,
+        )
+        return []
+    return list(kept)
+
+
+def _clean_digest(path: Path) -> str:
+    clean: ImageSet = load_run(path)[2]
+    digest = hashlib.sha256()
+    for tensor in (clean.images, clean.labels):
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _require_two(runs: Mapping[str, Path]) -> None:
+    if len(runs) < 2:
+        raise FlatminimaError(f"compare needs at least two minima, got {len(runs)}: use measure for one")
+
+
+@contextmanager
+def _recorded() -> Iterator[list[tuple[str, str]]]:
+    """Category and message of every warning of ours, withheld from the caller; the others go on."""
+    messages: list[tuple[str, str]] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FlatminimaWarning)
+        yield messages
+    for warning in caught:
+        if issubclass(warning.category, FlatminimaWarning):
+            messages.append((warning.category.__name__, str(warning.message)))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the network's name before errors and warnings, which otherwise do not say whose they are."""
+    with _recorded() as messages:
+        try:
+            yield
+        except FlatminimaError as error:
+            raise type(error)(f"{name}: {error}") from error
+    for category, message in messages:
+        warnings.warn(f"{name}: {message}", getattr(errors, category), stacklevel=3)

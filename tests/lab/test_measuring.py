@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flatminima as fm
+from flatminima.errors import (
+    DamagedRunWarning,
+    FlatminimaError,
+    FlatminimaWarning,
+    NotAMinimumWarning,
+    UnequalLossWarning,
+)
+from flatminima.lab import measuring
+from flatminima.lab.measuring import Measuring, compare_networks, compare_runs, measure_run
+from flatminima.lab.results import RunFolder, load_run
+from flatminima.lab.specs import RunSpec
+from flatminima.lab.training import train
+
+SPEC = RunSpec(
+    model="mlp", data="digits", train_size=150, augmentation="no-aug", batch_size=50, epochs=40, lr=0.05, nesterov=True
+)
+HOW = Measuring(subset_size=10, trials=3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Minima of the same clean images, one of other images, and a network that is far from any minimum."""
+    root = tmp_path_factory.mktemp("runs")
+    for spec in specs().values():
+        train(spec, root, progress=False)
+    return root
+
+
+def specs() -> dict[str, RunSpec]:
+    return {
+        "plain": SPEC,
+        "confused": replace(SPEC, confusion=30),
+        "others": replace(SPEC, seed=1),
+        "unfit": replace(SPEC, epochs=1, lr=1e-4),
+    }
+
+
+@pytest.fixture
+def paths(root: Path) -> dict[str, Path]:
+    found = {name: RunFolder.of(root, spec).path for name, spec in specs().items()}
+    for path in found.values():
+        (path / "measures.json").unlink(missing_ok=True)
+    return found
+
+
+def refuse_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise FlatminimaError("measured again")
+
+    monkeypatch.setattr(measuring, "measure", refuse)
+
+
+def test_a_run_is_measured_on_its_clean_images(paths: dict[str, Path]) -> None:
+    found = measure_run(paths["confused"], HOW, progress=False)
+    _, model, clean, _ = load_run(paths["confused"])
+    expected = fm.measure(model, clean, subset_size=10, trials=3, progress=False)
+    assert found.log_det_fisher == expected.log_det_fisher
+    assert (found.num_samples, found.train_loss) == (150, expected.train_loss)
+
+
+def test_measures_are_kept_for_every_way_of_measuring(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = [HOW, replace(HOW, seed=1), replace(HOW, double=True)]
+    first = [measure_run(paths["plain"], how, progress=False) for how in ways]
+    assert len({c.log_det_fisher.mean for c in first}) == 3
+    assert [c.settings.dtype for c in first] == ["float32", "float32", "float64"]
+    assert first[2].log_det_fisher.mean == pytest.approx(first[0].log_det_fisher.mean, abs=1e-2)
+    refuse_to_measure(monkeypatch)
+    assert [measure_run(paths["plain"], how, progress=False) for how in ways] == first
+    assert measure_run(paths["plain"], replace(HOW, memory_gib=1.5), progress=False) == first[0]
+    with pytest.raises(FlatminimaError, match="measured again"):
+        measure_run(paths["plain"], replace(HOW, trials=4), progress=False)
+
+
+def test_other_weights_or_another_version_are_measured_again(
+    paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "copy"
+    path.mkdir()
+    for file in paths["plain"].iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    measure_run(path, HOW, progress=False)
+    refuse_to_measure(monkeypatch)
+    measure_run(path, HOW, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "99")
+        with pytest.raises(FlatminimaError, match="measured again"):
+            measure_run(path, HOW, progress=False)
+    (path / "checkpoint.safetensors").write_bytes((paths["confused"] / "checkpoint.safetensors").read_bytes())
+    with pytest.raises(FlatminimaError, match="measured again"):
+        measure_run(path, HOW, progress=False)
+
+
+def test_kept_measures_warn_as_they_did_when_taken(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(NotAMinimumWarning) as first:
+        measure_run(paths["unfit"], HOW, progress=False)
+    refuse_to_measure(monkeypatch)
+    with pytest.warns(NotAMinimumWarning) as again:
+        measure_run(paths["unfit"], HOW, progress=False)
+    assert [str(w.message) for w in first] == [str(w.message) for w in again]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "3", "[3]", '{"old": 1}', '[{"asked": {}}]', '[{"asked": {}, "warnings": 1}]']
+)
+def test_damaged_measures_are_taken_again(content: str, paths: dict[str, Path]) -> None:
+    expected = measure_run(paths["plain"], HOW, progress=False)
+    kept = paths["plain"] / "measures.json"
+    kept.write_text(content)
+    if content:
+        with pytest.warns(DamagedRunWarning, match="measured again"):
+            assert measure_run(paths["plain"], HOW, progress=False) == expected
+    else:
+        assert measure_run(paths["plain"], HOW, progress=False) == expected
+    assert len(json.loads(kept.read_text())) == 1
+
+
+def test_what_cannot_be_measured_is_named(paths: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(FlatminimaError, match="not a run folder"):
+        measure_run(tmp_path, HOW)
+    RunFolder(tmp_path).write_spec(SPEC)
+    with pytest.raises(FlatminimaError, match="is not finished"):
+        measure_run(tmp_path, HOW)
+    with pytest.raises(FlatminimaError, match="fewer than subset_size"):
+        measure_run(paths["plain"], replace(HOW, subset_size=151), progress=False)
+    assert not (paths["plain"] / "measures.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.UnequalLossWarning")
+def test_runs_are_compared_on_the_same_subsets(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = {name: paths[name] for name in ("plain", "confused")}
+    comparison = compare_runs(pair, HOW, progress=False)
+    models = {name: load_run(path)[1] for name, path in pair.items()}
+    expected = fm.compare(models, load_run(paths["plain"])[2], subset_size=10, trials=3, progress=False)
+    assert comparison == expected
+    refuse_to_measure(monkeypatch)
+    assert compare_runs(pair, HOW, progress=False) == comparison
+
+
+def test_runs_of_different_images_are_refused_before_anything_is_measured(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_to_measure(monkeypatch)
+    with pytest.raises(FlatminimaError, match="others and plain were trained on different images"):
+        compare_runs({name: paths[name] for name in ("plain", "others")}, HOW, progress=False)
+    with pytest.raises(FlatminimaError, match="at least two minima, got 1"):
+        compare_runs({"plain": paths["plain"]}, HOW, progress=False)
+    with pytest.raises(FlatminimaError, match=r"^plain: measured again"):
+        compare_runs({name: paths[name] for name in ("plain", "confused")}, HOW, progress=False)
+
+
+def test_runs_of_different_images_compare_on_named_data(paths: dict[str, Path]) -> None:
+    with pytest.warns(FlatminimaWarning) as caught:
+        comparison = compare_networks(
+            {name: paths[name] for name in ("others", "unfit")}, "digits", None, HOW, progress=False
+        )
+    said = {(w.category, str(w.message).split(":")[0]) for w in caught}
+    assert {(NotAMinimumWarning, "others"), (NotAMinimumWarning, "unfit")} < said
+    assert UnequalLossWarning in {category for category, _ in said}
+    assert {c.num_samples for c in comparison.characterizations.values()} == {1297}
+    assert comparison.ranks()["others"] == 1
+
+
+def test_a_budget_of_memory_is_kept_to(paths: dict[str, Path]) -> None:
+    _, model, clean, _ = load_run(paths["plain"])
+    with pytest.raises(FlatminimaError, match=r"(?i)memory"):
+        replace(HOW, memory_gib=1e-6).of(model, clean, progress=False)
+
+
+def test_measuring_in_float64_converts_the_images_batch_by_batch(paths: dict[str, Path]) -> None:
+    _, model, clean, _ = load_run(paths["plain"])
+    assert replace(HOW, double=True).of(model, clean, device="cpu", progress=False).settings.dtype == "float64"
+    assert next(model.parameters()).dtype == torch.float64

@@ -1,7 +1,7 @@
 """What a step with the regularizer costs, as a ratio to a plain step of the same batch, beside SAM and double backward.
 
-    python benchmarks/regularizer.py                                  # about ten minutes on two cores
-    python benchmarks/regularizer.py --networks resnet20 --repetitions 9
+    python benchmarks/regularizer.py                                                 # half an hour on two cores
+    python benchmarks/regularizer.py --networks resnet20 --threads 1 --clock cpu     # on a busy machine
 
 A step is forward, backward and an SGD update. Times are of steps interleaved in one process, peak memory that of a
 fresh process each, beyond model and data. ``every=10`` is the mean of one penalized step and nine between penalties.
@@ -107,20 +107,22 @@ def memory(network: str, batch_size: int, method: str) -> dict[str, Any]:
     return {"peak_bytes": _harness.peak_memory(step)}
 
 
-def times(network: str, batch_size: int, repetitions: int) -> dict[str, Any]:
+def times(network: str, batch_size: int, repetitions: int, clock: str) -> dict[str, Any]:
     """Seconds per step by method."""
     training = Training(network, batch_size)
     steps = methods(training)
-    for step in steps.values():
+    whole = training.inputs, training.targets
+    training.inputs, training.targets = training.inputs[:32], training.targets[:32]
+    for step in steps.values():  # load code and make pools first
         step()
-    return _harness.interleaved(steps, repetitions)
+    training.inputs, training.targets = whole
+    return _harness.interleaved(steps, repetitions, clock)
 
 
-def run_network(
-    network: str, batch_size: int, repetitions: int, with_memory: bool, limits: dict[str, Any]
-) -> dict[str, Any]:
+def run_network(network: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times and memory of every method on one network."""
-    seconds = _harness.in_own_process(times, network, batch_size, repetitions, **limits)
+    limits, batch_size = _harness.limits(options), options.batch_size
+    seconds = _harness.in_own_process(times, network, batch_size, options.repetitions, options.clock, **limits)
     if "error" in seconds:
         return seconds
     result: dict[str, Any] = {}
@@ -129,7 +131,7 @@ def run_network(
             "seconds": _harness.summary(values),
             "ratio": _harness.ratios(values, seconds[PLAIN]),
         }
-        if with_memory:
+        if options.memory:
             result[name] |= _harness.in_own_process(memory, network, batch_size, name, **limits)
         if name not in (PLAIN, OFF, "SAM", "gradient norm penalty by double backward"):
             mixed = [(on + 9 * off) / 10 for on, off in zip(values, seconds[OFF], strict=True)]
@@ -156,25 +158,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB per process (default: 12)")
-    parser.add_argument("--timeout", type=float, default=1200.0, help="seconds per process (default: 1200)")
-    parser.add_argument("--output", default="regularizer", help="name of the record in benchmarks/results")
-    options = parser.parse_args()
-    limits = {"threads": options.threads, "memory_limit": options.memory_limit, "timeout": options.timeout}
+    options = _harness.parse(parser)
     record: dict[str, Any] = {
-        "environment": _harness.environment(options.threads),
+        "environment": _harness.environment(options),
         "batch_size": options.batch_size,
         "repetitions": options.repetitions,
         "networks": {},
     }
     for network in options.networks:
-        result = run_network(network, options.batch_size, options.repetitions, options.memory, limits)
-        record["networks"][network] = result
-        show(network, result)
-        _harness.write_json(options.output, record)
+        record["networks"][network] = run_network(network, options)
+        show(network, record["networks"][network])
+        _harness.write_json(options.output or "regularizer", record)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import resource
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -133,7 +132,7 @@ def _run(connection: Connection, function: Callable[..., Any], args: Any, thread
         message = f"{type(error).__name__}: {first_line}"
         if isinstance(error, MemoryError) or "can't allocate memory" in message or "not enough memory" in message:
             message = f"needs more than {memory_limit:g} GiB"
-        connection.send({"error": message[:200], "traceback": traceback.format_exc()[-2000:]})
+        connection.send({"error": message[:200]})
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:

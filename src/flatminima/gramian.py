@@ -18,8 +18,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from flatminima._distributed import is_sharded
 from flatminima.batching import Inputs, batch_size, call_model, device_of, evaluating, map_tensors, take
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import LogitGradient, Loss, logit_gradient, refuse_non_finite
@@ -193,7 +193,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             f"{type(model).__name__} has no trainable parameter: set requires_grad on those that the measure is over"
         )
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if is_sharded(parameter):
             raise FlatminimaError(
                 f"parameter {name!r} is sharded over processes: gather the weights into a plain module to measure them"
             )

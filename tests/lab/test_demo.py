@@ -14,7 +14,8 @@ from scipy import stats
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab import demo
-from flatminima.lab.experiments import Measurement, paired_difference, rank_correlation, tasks_of
+from flatminima.lab.experiments import paired_difference, rank_correlation, tasks_of
+from flatminima.lab.measuring import Measuring
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "CONFUSION", (0, 200))
         patch.setattr(demo, "SEEDS", (7, 8))
-        patch.setattr(demo, "MEASUREMENT", Measurement(subset_size=20, trials=3))
+        patch.setattr(demo, "MEASURING", Measuring(subset_size=20, trials=3, on_singular="skip"))
         arms = {name: dataclasses.replace(spec, epochs=(spec.epochs or 0) // 4) for name, spec in demo.ARMS.items()}
         patch.setattr(demo, "ARMS", arms)
         yield demo.demo(out, workers=2, progress=False), out
@@ -127,4 +128,4 @@ def test_paired_difference_has_students_interval() -> None:
 
 def test_settings_that_are_one_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FlatminimaError, match="'a' and 'b' are the same run"):
-        tasks_of({"a": demo.PLAIN, "b": demo.PLAIN}, [0], demo.MEASUREMENT, tmp_path)
+        tasks_of({"a": demo.PLAIN, "b": demo.PLAIN}, [0], demo.MEASURING, tmp_path)

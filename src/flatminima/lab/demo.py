@@ -26,12 +26,12 @@ from flatminima.lab.experiments import (
     INDICATORS,
     NORMALIZED,
     Difference,
-    Measurement,
     Outcome,
     paired_difference,
     rank_correlation,
     run_experiment,
 )
+from flatminima.lab.measuring import Measuring
 from flatminima.lab.report import Picture, Theme, lines, picture, scatter, write_page
 from flatminima.lab.specs import MultiStep, RegularizerSpec, RunSpec
 
@@ -60,7 +60,7 @@ ARMS = {
     "plain, equal cost": dataclasses.replace(PLAIN, epochs=COST_OF_REGULARIZED_STEP * (PLAIN.epochs or 0)),
     "regularized": dataclasses.replace(PLAIN, regularizer=REGULARIZER),
 }
-MEASUREMENT = Measurement(subset_size=100, trials=20)
+MEASURING = Measuring(subset_size=100, trials=20, on_singular="skip")
 
 
 def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> dic
     outcomes = run_experiment(
         settings,
         seeds=SEEDS,
-        measurement=MEASUREMENT,
+        measuring=MEASURING,
         root=out / "runs",
         workers=workers or available_cores(),
         progress=progress,
@@ -108,7 +108,7 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "seeds": list(SEEDS),
         "training_images": PLAIN.train_size,
         "regularizer": dataclasses.asdict(REGULARIZER),
-        "measurement": dataclasses.asdict(MEASUREMENT),
+        "measuring": dataclasses.asdict(MEASURING),
         "outcomes": [_record(outcome) for outcome in outcomes],
         "rank_correlation": correlations,
         "regularized_minus": {

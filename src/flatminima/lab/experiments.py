@@ -15,11 +15,12 @@ from scipy import stats
 
 from flatminima.errors import FlatminimaError, FlatminimaWarning
 from flatminima.lab.executors import run_all
-from flatminima.lab.results import RunResult, load_run
+from flatminima.lab.measuring import Measuring, measure_run
+from flatminima.lab.results import RunResult
 from flatminima.lab.specs import RunSpec
 from flatminima.lab.training import train
 from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures import MEASURES, Characterization, measure
+from flatminima.measures import MEASURES, Characterization
 
 NORMALIZED = "log_det_fisher_normalized"
 """γ̂ at normalized logits, for minima of unequal training loss."""
@@ -35,36 +36,12 @@ _BOOTSTRAP_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """How every minimum of an experiment is measured (see :func:`flatminima.measure`)."""
-
-    subset_size: int = 100
-    trials: int = 100
-    seed: int = 0
-    robustness_samples: int | None = None
-
-    def of(self, model: Any, data: Any, *, logit_normalization: float | None = None) -> Characterization:
-        """Measure a minimum; with normalized logits the robustness, which they do not change, is left out."""
-        return measure(
-            model,
-            data,
-            subset_size=self.subset_size,
-            trials=self.trials,
-            seed=self.seed,
-            robustness_samples=self.robustness_samples if logit_normalization is None else 0,
-            logit_normalization=logit_normalization,
-            on_singular="skip",
-            progress=False,
-        )
-
-
-@dataclass(frozen=True)
 class Task:
     """One run of an experiment: a setting's spec with one seed."""
 
     setting: str
     spec: RunSpec
-    measurement: Measurement
+    measuring: Measuring
     root: Path
 
 
@@ -98,7 +75,7 @@ class Outcome:
         return estimate.mean if estimate is not None else math.nan
 
 
-def tasks_of(settings: dict[str, RunSpec], seeds: Sequence[int], measurement: Measurement, root: Path) -> list[Task]:
+def tasks_of(settings: dict[str, RunSpec], seeds: Sequence[int], measuring: Measuring, root: Path) -> list[Task]:
     """Every setting with every seed, seeds outermost: an experiment cut short has all settings with some seeds.
 
     Raises:
@@ -107,19 +84,17 @@ def tasks_of(settings: dict[str, RunSpec], seeds: Sequence[int], measurement: Me
     for (first, spec), (second, other) in itertools.combinations(settings.items(), 2):
         if spec == other:
             raise FlatminimaError(f"settings {first!r} and {second!r} are the same run: leave one out")
-    return [
-        Task(name, replace(spec, seed=seed), measurement, root) for seed in seeds for name, spec in settings.items()
-    ]
+    return [Task(name, replace(spec, seed=seed), measuring, root) for seed in seeds for name, spec in settings.items()]
 
 
 def perform(task: Task) -> Outcome:
-    """Train (or take up, or find finished) one run and measure its minimum."""
+    """Train (or take up, or find finished) one run and measure its minimum; both are kept in the run folder."""
     result = train(task.spec, task.root, progress=False)
+    at_normalized_logits = replace(task.measuring, logit_normalization=LOGIT_NORMALIZATION, robustness_samples=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FlatminimaWarning)
-        _, model, clean, _ = load_run(result.folder)
-        characterization = task.measurement.of(model, clean)
-        normalized = task.measurement.of(model, clean, logit_normalization=LOGIT_NORMALIZATION)
+        characterization = measure_run(result.folder, task.measuring, progress=False)
+        normalized = measure_run(result.folder, at_normalized_logits, progress=False)
     lines = tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, FlatminimaWarning)))
     return Outcome(task.setting, task.spec, result, characterization, normalized, lines)
 
@@ -128,13 +103,13 @@ def run_experiment(
     settings: dict[str, RunSpec],
     *,
     seeds: Sequence[int],
-    measurement: Measurement,
+    measuring: Measuring,
     root: Path,
     workers: int,
     progress: bool = True,
 ) -> list[Outcome]:
     """Every setting with every seed, trained and measured. Finished runs are found again under ``root``."""
-    tasks = tasks_of(settings, seeds, measurement, root)
+    tasks = tasks_of(settings, seeds, measuring, root)
     return run_all(perform, tasks, workers=workers, description="training and measuring", progress=progress)
 
 

@@ -126,13 +126,15 @@ def _run(connection: Connection, function: Callable[..., Any], args: Any, thread
     limit = int(memory_limit * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
-        connection.send(function(*args))
+        result = function(*args)
     except Exception as error:  # any failure of a peer is a result
         first_line = next(iter(str(error).strip().splitlines()), "")
         message = f"{type(error).__name__}: {first_line}"
         if isinstance(error, MemoryError) or "can't allocate memory" in message or "not enough memory" in message:
             message = f"needs more than {memory_limit:g} GiB"
-        connection.send({"error": message[:200]})
+        result = {"error": message[:200]}
+    with contextlib.suppress(BrokenPipeError):  # whoever waited was stopped
+        connection.send(result)
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:

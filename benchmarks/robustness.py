@@ -25,8 +25,8 @@ from flatminima.lab.models import build_model
 from flatminima.robustness import input_jacobian_norms
 
 OURS = "flatminima"
-POWER_TOLERANCE, POWER_STEPS = 1e-6, 1000
-"""Power iteration stops when no sample's value changes by more than this, relative."""
+POWER_TOLERANCE, POWER_STEPS = 1e-6, 200
+"""Power iteration stops when no sample's value changes by more than the first, relative, or after so many steps."""
 
 
 def ours(model: nn.Module, x: Tensor) -> Tensor:
@@ -186,7 +186,8 @@ def main() -> None:
             show(console, title, result)
             setting = dict(zip(("network", "classes", "samples", "sharpness"), made, strict=True))
             record["results"].append(setting | result)
-    console.print(f"written to {_harness.write_json(options.output or 'robustness', record)}")
+            path = _harness.write_json(options.output or "robustness", record)
+    console.print(f"written to {path}")
 
 
 if __name__ == "__main__":

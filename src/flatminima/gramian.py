@@ -326,6 +326,8 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: _Accu
         def on_arrival() -> None:
             if all(use.grad is not None for use in uses):
                 sink.add_use(parameter, uses)
+                for use in uses:  # the graph's hooks keep them alive, and would keep activations and gradients too
+                    del use.grad, use.use
                 uses.clear()
 
         return on_arrival

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,18 +53,22 @@ def take(inputs: Inputs, indices: Tensor | slice) -> Inputs:
     return map_tensors(lambda tensor: tensor[indices], inputs)
 
 
+def run_model(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output, whatever it is: a tuple holds positional arguments, a mapping keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
 def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's logits: its output if that is a tensor, else the output's ``logits`` (Hugging Face models).
 
     Raises:
         FlatminimaError: if the output is neither.
     """
-    if isinstance(inputs, Mapping):
-        output = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        output = model(*inputs)
-    else:
-        output = model(inputs)
+    output = run_model(model, inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise FlatminimaError(
@@ -95,3 +99,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No gradients for the parameters themselves: the backward pass then computes those of activations only."""
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from flatminima._distributed import is_sharded
-from flatminima.batching import Inputs, batch_size, call_model, device_of, evaluating, map_tensors, take
+from flatminima.batching import Inputs, batch_size, call_model, device_of, evaluating, frozen, map_tensors, take
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import LogitGradient, Loss, logit_gradient, refuse_non_finite
-from flatminima.planning import FREE_SHARE, Piece, Plan, free_bytes, make_plan, saved_bytes
+from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, row_bytes, saved_bytes
 from flatminima.precision import true_precision
 from flatminima.recording import RecordedUse, Recorder
 
@@ -266,7 +266,7 @@ def _add_by_rules(
     given_up: dict[str, nn.Parameter] = {}
     unseen: dict[str, nn.Parameter] = {}
     deltas: list[LogitGradient] = []
-    with _frozen(parameters.values()):
+    with frozen(parameters.values()):
         for number, pieces in enumerate(plan.passes):
             wanted = {piece.name: parameters[piece.name] for piece in pieces}
             whole = plan.chunk >= plan.samples
@@ -344,9 +344,8 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: _Accu
 
 def _slices(parameter: nn.Parameter, n: int) -> Iterator[tuple[int, int]]:
     """Ranges of the parameter's first dimension whose rows fit the budget."""
-    length = parameter.shape[0] if parameter.dim() else 1
-    row_bytes = n * (parameter.numel() // max(length, 1)) * parameter.element_size()
-    step = max(1, min(length, ROWS_BUDGET_BYTES // max(row_bytes, 1)))
+    length = first_dimension(parameter)
+    step = max(1, min(length, ROWS_BUDGET_BYTES // max(n * row_bytes(parameter), 1)))
     for start in range(0, length, step):
         yield start, min(start + step, length)
 
@@ -508,16 +507,3 @@ def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
             f"parameters are {names}: measure in one of float32 and float64 (copy.deepcopy(model).float())"
         )
     return dtypes.pop()
-
-
-@contextlib.contextmanager
-def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """No gradients for the parameters themselves: the backward pass then computes those of activations only."""
-    frozen = list(parameters)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)

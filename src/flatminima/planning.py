@@ -76,20 +76,20 @@ def make_plan(
     Raises:
         FlatminimaError: if not even one sample and one slice of a parameter fit.
     """
-    pieces = tuple(Piece(name, 0, _length(p)) for name, p in parameters.items())
+    pieces = tuple(Piece(name, 0, first_dimension(p)) for name, p in parameters.items())
     needed = int(TRANSIENT * sample_bytes)
     if needed * samples + rows_at_once <= budget:
         return Plan(samples, samples, (pieces,), needed * samples, rows_at_once, budget)
     chunk = min(samples, int(ACTIVATION_SHARE * budget) // max(needed, 1))
     for_rows = budget - max(chunk, 1) * needed
-    smallest = max(samples * _row_bytes(parameter) for parameter in parameters.values())
+    smallest = max(samples * row_bytes(parameter) for parameter in parameters.values())
     if chunk < 1 or for_rows < smallest:
         raise FlatminimaError(
             f"a memory budget of {_gib(budget)} is too small: one sample takes {_gib(needed)}, the thinnest slice of "
             f"rows {_gib(smallest)}; allow at least {_gib(2 * needed + 2 * smallest)}, or lower subset_size"
         )
     passes = tuple(_fill(parameters, samples, for_rows))
-    rows_bytes = max(sum(samples * (p.stop - p.start) * _row_bytes(parameters[p.name]) for p in one) for one in passes)
+    rows_bytes = max(sum(samples * (p.stop - p.start) * row_bytes(parameters[p.name]) for p in one) for one in passes)
     return Plan(samples, chunk, passes, chunk * needed, rows_bytes, budget)
 
 
@@ -126,12 +126,12 @@ def _fill(parameters: Mapping[str, nn.Parameter], samples: int, budget: int) -> 
     one: list[Piece] = []
     left = budget
     for name, parameter in parameters.items():
-        row, start = samples * _row_bytes(parameter), 0
-        while start < _length(parameter):
+        row, start = samples * row_bytes(parameter), 0
+        while start < first_dimension(parameter):
             if left < row:
                 yield tuple(one)
                 one, left = [], budget
-            stop = min(_length(parameter), start + left // row)
+            stop = min(first_dimension(parameter), start + left // row)
             one.append(Piece(name, start, stop))
             left -= (stop - start) * row
             start = stop
@@ -139,13 +139,14 @@ def _fill(parameters: Mapping[str, nn.Parameter], samples: int, budget: int) -> 
         yield tuple(one)
 
 
-def _length(parameter: Tensor) -> int:
+def first_dimension(parameter: Tensor) -> int:
+    """The length of the dimension that rows are sliced along; 1 for a scalar."""
     return parameter.shape[0] if parameter.dim() else 1
 
 
-def _row_bytes(parameter: Tensor) -> int:
+def row_bytes(parameter: Tensor) -> int:
     """Bytes of one sample's gradient for one entry of the parameter's first dimension."""
-    return parameter.numel() // max(_length(parameter), 1) * parameter.element_size()
+    return parameter.numel() // max(first_dimension(parameter), 1) * parameter.element_size()
 
 
 def _gib(size: int) -> str:

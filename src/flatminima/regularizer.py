@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from flatminima._distributed import average_gradients, exchange
 from flatminima._isolation import BatchStatistics
 from flatminima._penalty import Closure, Estimator, Penalty, PenaltyPasses, Weights, scalar_loss
-from flatminima.batching import Inputs
+from flatminima.batching import Inputs, run_model
 from flatminima.errors import FlatminimaError, NonFiniteError
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -213,7 +213,7 @@ class FisherTraceRegularizer:
         """
 
         def closure(batch: tuple[Inputs, Any]) -> Tensor:
-            return loss_fn(_forward(self.model, batch[0]), batch[1])
+            return loss_fn(run_model(self.model, batch[0]), batch[1])
 
         return self.backward_closure(closure, (inputs, targets), weight=weight, last=last, scaler=scaler)
 
@@ -377,14 +377,6 @@ def _averaged(seen: list[tuple[float, RegularizerStep]], grad_norm: Tensor) -> R
     names = [field.name for field in fields(RegularizerStep) if field.name != "grad_norm"]
     means = {name: sum(weight / total * getattr(step, name) for weight, step in seen) for name in names}
     return RegularizerStep(**means, grad_norm=grad_norm)
-
-
-def _forward(model: nn.Module, inputs: Inputs) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
 
 
 def _scale_of(scaler: torch.amp.GradScaler, model: nn.Module) -> Tensor:

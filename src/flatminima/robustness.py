@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model, evaluating
+from flatminima.batching import Inputs, call_model, evaluating, frozen
 from flatminima.losses import refuse_non_finite
 from flatminima.precision import true_precision
 
@@ -33,22 +33,16 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
         NonFiniteError: if a logit is NaN or infinite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), true_precision(), torch.enable_grad():
-        try:
-            for parameter in trainable:  # gradients of activations only
-                parameter.requires_grad_(False)
-            x = inputs.detach().requires_grad_()
-            logits = call_model(model, x)
-            refuse_non_finite("logits", logits)
-            scales, directions = _softmax_jacobian(logits.detach().double())
-            rows = []
-            for k in range(directions.shape[2]):
-                direction = directions[:, :, k].to(logits.dtype)
-                (row,) = torch.autograd.grad(logits, x, direction, retain_graph=k + 1 < directions.shape[2])
-                rows.append(row.flatten(1))
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+    with evaluating(model), true_precision(), torch.enable_grad(), frozen(trainable):
+        x = inputs.detach().requires_grad_()
+        logits = call_model(model, x)
+        refuse_non_finite("logits", logits)
+        scales, directions = _softmax_jacobian(logits.detach().double())
+        rows = []
+        for k in range(directions.shape[2]):
+            direction = directions[:, :, k].to(logits.dtype)
+            (row,) = torch.autograd.grad(logits, x, direction, retain_graph=k + 1 < directions.shape[2])
+            rows.append(row.flatten(1))
     jacobian = torch.stack(rows, 1).double() * scales[:, :, None]
     products: Tensor = torch.linalg.eigvalsh(jacobian @ jacobian.transpose(1, 2))
     return products[:, -1]

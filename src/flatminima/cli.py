@@ -297,6 +297,7 @@ def _train(given: list[str]) -> tuple[bool, Report]:
         f"{spec.model} on {spec.data}: {happened.get(before, 'finished')}",
         f"  run folder     {result.folder}",
         f"  test error     {result.test_error:.2%}",
+        *([] if result.validation_error is None else [f"  validation     {result.validation_error:.2%} error"]),
         f"  training loss  {result.train_loss:.4g} (accuracy {result.train_accuracy:.2%})",
         f"  time           {seconds:.3g} s per epoch, {result.epochs} epochs",
         f"next: {PROGRAM} measure {shlex.quote(str(result.folder))}",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab import data
-from flatminima.lab.data import AUGMENTATIONS, ImageSet, augment, confuse, default_cache_dir, load_data
+from flatminima.lab.data import AUGMENTATIONS, ImageSet, augment, confuse, default_cache_dir, hold_out, load_data
 
 PADDING = {"no-aug": 0, "flip-only": 0, "1-crop-f": 1, "4-crop-f": 4}
 
@@ -748,3 +748,29 @@ def test_cifar(cache: Path, name: str, classes: int, mean: list[float], std: lis
     assert torch.bincount(test.labels).tolist() == [10_000 // classes] * classes
     torch.testing.assert_close(train.mean, torch.tensor(mean), rtol=0, atol=6e-5)
     torch.testing.assert_close(train.std, torch.tensor(std), rtol=0, atol=6e-5)
+
+
+@given(total=st.integers(1, 60), draw=st.data())
+def test_held_out_images_are_the_same_every_time_and_the_others_keep_their_order(
+    total: int, draw: st.DataObject
+) -> None:
+    count = draw.draw(st.integers(0, total - 1))
+    train = numbered_set(total, 3)
+    kept, held_out = hold_out(train, count)
+    assert len(held_out) == count
+    assert numbers(kept) == sorted(set(range(total)) - set(numbers(held_out)))
+    assert held_out.labels.tolist() == train.labels[numbers(held_out)].tolist()
+    assert numbers(hold_out(train, count)[1]) == numbers(held_out)
+
+
+def test_held_out_images_come_from_all_over_the_set() -> None:
+    _, held_out = hold_out(numbered_set(10_000, 2), 1000)
+    parts = torch.bincount(torch.tensor(numbers(held_out)) // 1000, minlength=10)
+    assert (parts > 60).all()  # 100 expected, with a standard deviation of 9
+
+
+@pytest.mark.parametrize("count", [-1, 10, 11])
+def test_something_must_be_left_to_train_on(count: int) -> None:
+    with pytest.raises(FlatminimaError, match=f"cannot hold out {count} of 10 training images") as caught:
+        hold_out(numbered_set(10, 2), count)
+    one_line(caught)

@@ -368,6 +368,23 @@ def test_the_whole_set_keeps_its_order_whatever_the_seed() -> None:
     assert sets[0].clean is sets[0].train
 
 
+def test_held_out_images_are_never_trained_on_and_do_not_depend_on_the_seed() -> None:
+    sets = [load_sets(replace(SPEC, validation=300, seed=seed)) for seed in (0, 1)]
+    assert torch.equal(sets[0].validation.images, sets[1].validation.images)
+    everything = replace(SPEC, train_size=None, validation=300, confusion=0)
+    rest, whole = load_sets(everything), load_sets(replace(everything, validation=0))
+    assert len(whole.validation) == 0
+    assert (len(rest.train), len(rest.validation)) == (len(whole.train) - 300, 300)
+    # a digit may be there twice, so count them
+    together = torch.cat([rest.train.images, rest.validation.images]).flatten(1)
+    assert torch.equal(
+        *(images.unique(dim=0, return_counts=True)[1] for images in (together, whole.train.images.flatten(1)))
+    )
+    with pytest.raises(FlatminimaError, match="from 997"):
+        load_sets(replace(SPEC, validation=300, train_size=998))
+    assert rest.digest() != whole.digest()
+
+
 def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
     RunFolder(tmp_path).write_spec(SPEC)
     with pytest.raises(FlatminimaError, match="is not finished; train it to the end first"):

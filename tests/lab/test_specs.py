@@ -142,6 +142,7 @@ def test_every_field_changes_the_key() -> None:
         "data": "digits",
         "train_size": 10,
         "confusion": 1,
+        "validation": 1,
         "augmentation": "no-aug",
         "batch_size": 64,
         "epochs": 3,
@@ -153,6 +154,7 @@ def test_every_field_changes_the_key() -> None:
         "weight_decay": 0.0,
         "label_smoothing": 0.1,
         "regularizer": RegularizerSpec(),
+        "evaluate_every": 2,
         "precision": "bf16-mixed",
         "seed": 1,
     }
@@ -163,7 +165,7 @@ def test_every_field_changes_the_key() -> None:
 
 def test_the_key_does_not_change_between_versions() -> None:
     # A changed key orphans every run folder there is: raise this only with a reason to.
-    assert RunSpec().key == "af0326ed9362"
+    assert RunSpec().key == "3df6075f8b5c"
 
 
 def test_an_int_where_a_float_belongs_is_the_same_run() -> None:
@@ -179,6 +181,8 @@ def test_an_int_where_a_float_belongs_is_the_same_run() -> None:
         ({"data": ""}, "data must name"),
         ({"train_size": 0}, "train_size must be >= 1"),
         ({"confusion": -1}, "confusion must not be negative"),
+        ({"validation": -1}, "validation must not be negative"),
+        ({"evaluate_every": 0}, "evaluate_every must be >= 1"),
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"batch_size": 64.0}, "RunSpec.batch_size must be int, got 64.0"),
         ({"epochs": 0}, "epochs must be >= 1"),

@@ -61,6 +61,8 @@ EVERYTHING = RunSpec(
     regularizer=RegularizerSpec(num_sub_batches=4, beta=5.0, max_grad_norm=1.0, start_epoch=1),
     precision="bf16-mixed",
     seed=5,
+    validation=50,
+    evaluate_every=2,
 )
 # 2 updates in each of 3 epochs; running statistics, which the penalty must not touch.
 BATCHNORM = RunSpec(
@@ -211,6 +213,19 @@ def test_history_and_result_say_what_happened(uninterrupted: Path) -> None:
     assert [record.lr for record in history] == [
         PLAIN.lr * PLAIN.schedule.multiplier(0, 1, losses[:epoch]) for epoch in range(3)
     ]
+
+
+def test_evaluation_is_as_often_as_asked_and_after_the_last_epoch(uninterrupted: Path) -> None:
+    folder = RunFolder.of(uninterrupted, EVERYTHING)
+    history, result = folder.read_history(), folder.read_result()
+    assert result is not None
+    assert [record.test_error is not None for record in history] == [False, True, True]
+    assert [record.validation_error is not None for record in history] == [False, True, True]
+    assert (result.test_error, result.validation_error) == (history[-1].test_error, history[-1].validation_error)
+    model = build_model("mlp", in_channels=1)
+    results.load_weights(model, folder.path / "checkpoint.safetensors")
+    assert result.validation_error == evaluate(model, results.load_sets(EVERYTHING).validation).error
+    assert all(record.validation_error is None for record in RunFolder.of(uninterrupted, PLAIN).read_history())
 
 
 def test_the_final_loss_is_that_of_the_unaugmented_training_set(uninterrupted: Path) -> None:

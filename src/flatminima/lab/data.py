@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from flatminima.errors import FlatminimaError
 
-__all__ = ["AUGMENTATIONS", "ImageSet", "augment", "confuse", "default_cache_dir", "load_data"]
+__all__ = ["AUGMENTATIONS", "ImageSet", "augment", "confuse", "default_cache_dir", "hold_out", "load_data"]
 
 _HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 _IMAGE_COLUMNS = ("img", "image")
@@ -464,6 +464,8 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 AUGMENTATIONS: tuple[str, ...] = ("no-aug", "flip-only", "1-crop-f", "4-crop-f")
 """The schemes of Scenario II, from none to the standard one."""
 
+_HELD_OUT_SEED = -1  # no run's: those are not negative
+
 _CROP_PADDING = {"flip-only": 0, "1-crop-f": 1, "4-crop-f": 4}
 
 
@@ -502,6 +504,26 @@ def augment(images: Tensor, scheme: str, generator: torch.Generator) -> Tensor:
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (B, H, W)
     pixels = pixels.reshape(batch, 1, height * width).expand(batch, channels, -1)
     return padded.flatten(2).gather(2, pixels).reshape(images.shape)
+
+
+def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+    """``count`` images drawn at random, the same on every call: whoever compares runs compares them on the same images.
+
+    Args:
+        train: The set to draw from.
+        count: Images to hold out.
+
+    Returns:
+        The images that are left, in their order, and those held out.
+
+    Raises:
+        FlatminimaError: The count is negative, or leaves none.
+    """
+    if not 0 <= count < len(train):
+        raise FlatminimaError(f"cannot hold out {count} of {len(train)} training images; leave at least 1 to train on")
+    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(_HELD_OUT_SEED))
+    kept = train.subset(drawn[count:].sort().values) if count else train  # without a copy
+    return kept, train.subset(drawn[:count])
 
 
 def confuse(train: ImageSet, *, num_clean: int | None, num_confused: int, seed: int) -> tuple[ImageSet, ImageSet]:

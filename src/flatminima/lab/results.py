@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import DamagedFileError, FlatminimaError
-from flatminima.lab.data import ImageSet, confuse, load_data
+from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
 from flatminima.lab.models import build_model
 from flatminima.lab.specs import RunSpec
 
@@ -70,10 +70,12 @@ class EpochRecord:
     """Fraction of the mini-batches' images classified rightly, likewise."""
     fisher_trace: float | None
     """Mean over the updates of mean_i ‖g_i‖², the regularizer's trace estimate (Sec. 6); None without penalty."""
-    test_error: float
-    """Fraction of test images classified wrongly at the epoch's end, in evaluation mode."""
+    test_error: float | None
+    """Fraction of test images classified wrongly at the epoch's end, in evaluation mode; None if not evaluated."""
     seconds: float
     """Wall-clock time of the epoch, over all its sittings."""
+    validation_error: float | None = None
+    """Fraction of the held-out images classified wrongly, likewise; None without such."""
 
 
 @dataclass
@@ -112,6 +114,8 @@ class RunResult:
     """Digest of the training and test images and labels."""
     environment: Mapping[str, str | int]
     """Versions, device and threads."""
+    validation_error: float | None = None
+    """Fraction of the held-out training images classified wrongly; None without such."""
 
 
 @dataclass(frozen=True)
@@ -326,12 +330,15 @@ class TrainingSets:
     """What is trained on: the clean images and the confusion set."""
     test: ImageSet
     """The test set."""
+    validation: ImageSet
+    """Training images held out."""
 
     def digest(self) -> str:
         """A digest of all images and labels."""
         digest = hashlib.sha256()
-        for tensor in (self.train.images, self.train.labels, self.test.images, self.test.labels):
-            digest.update(_bytes(tensor))
+        for images in (self.train, self.test, self.validation):
+            digest.update(_bytes(images.images))
+            digest.update(_bytes(images.labels))
         return digest.hexdigest()
 
 
@@ -342,10 +349,11 @@ def load_sets(spec: RunSpec, *, cache_dir: Path | None = None) -> TrainingSets:
         FlatminimaError: The data cannot be loaded, or has too few images.
     """
     full, test = load_data(spec.data, cache_dir=cache_dir)
+    full, validation = hold_out(full, spec.validation)
     if spec.train_size is None and spec.confusion == 0:
-        return TrainingSets(clean=full, train=full, test=test)  # in the order of the files, whatever the seed
+        return TrainingSets(full, full, test, validation)  # in the order of the files, whatever the seed
     clean, train = confuse(full, num_clean=spec.train_size, num_confused=spec.confusion, seed=spec.seed)
-    return TrainingSets(clean=clean, train=train, test=test)
+    return TrainingSets(clean, train, test, validation)
 
 
 def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpec, nn.Module, ImageSet, ImageSet]:

@@ -133,6 +133,9 @@ class RunSpec:
     """Train on this many images with their own labels, drawn at random (none: on all that are not confused)."""
     confusion: int = 0
     """Add this many other training images with random labels (the confusion set of Sec. 7.1, scenario I)."""
+    validation: int = 0
+    """Hold out this many training images, the same whatever the seed, and evaluate on them; they are never trained on.
+    """
     augmentation: str = "4-crop-f"
     """Augmentation of the training images: no-aug, flip-only, 1-crop-f, 4-crop-f (Sec. 7.1, scenario II)."""
     batch_size: int = 128
@@ -155,6 +158,8 @@ class RunSpec:
     """Probability moved from the label to the uniform distribution."""
     regularizer: RegularizerSpec | None = None
     """The Fisher trace regularizer (none: plain training)."""
+    evaluate_every: int = 1
+    """Evaluate on the test images (and those held out) after every so many epochs, and after the last."""
     precision: Precision = "32-true"
     """Arithmetic of the training passes; penalties and evaluation are float32 in any case."""
     seed: int = 0
@@ -167,6 +172,7 @@ class RunSpec:
         _require(self.data != "", "data must name a data set or a folder, got an empty string")
         _require(self.train_size is None or self.train_size >= 1, f"train_size must be >= 1, got {self.train_size}")
         _require(self.confusion >= 0, f"confusion must not be negative, got {self.confusion}")
+        _require(self.validation >= 0, f"validation must not be negative, got {self.validation}")
         _require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
         _require(
             self.epochs is not None or self.iterations is not None,
@@ -174,6 +180,7 @@ class RunSpec:
         )
         _require(self.epochs is None or self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
         _require(self.iterations is None or self.iterations >= 1, f"iterations must be >= 1, got {self.iterations}")
+        _require(self.evaluate_every >= 1, f"evaluate_every must be >= 1, got {self.evaluate_every}")
         _require(self.lr > 0, f"lr must be positive, got {self.lr}")
         _require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
         _require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")

@@ -37,7 +37,7 @@ from flatminima.errors import (
     TrainingInterrupted,
 )
 from flatminima.evaluation import evaluate
-from flatminima.lab.data import augment
+from flatminima.lab.data import ImageSet, augment
 from flatminima.lab.models import build_model
 from flatminima.lab.results import (
     EpochRecord,
@@ -124,7 +124,9 @@ class _Run:
         self.spec = spec
         self.data_digest = sets.digest()
         self.fabric = Fabric(accelerator=accelerator, devices=1, precision=spec.precision)
-        self.train_set, self.test_set = sets.train.to(self.fabric.device), sets.test.to(self.fabric.device)
+        device = self.fabric.device
+        self.train_set, self.test_set = sets.train.to(device), sets.test.to(device)
+        self.validation_set = sets.validation.to(device)
         self.iterations_per_epoch = spec.iterations_per_epoch(len(self.train_set))
         self.total_iterations = spec.total_iterations(len(self.train_set))
 
@@ -182,9 +184,11 @@ class _Run:
         return self.iteration % self.iterations_per_epoch == 0 or self.iteration == self.total_iterations
 
     def end_epoch(self) -> None:
-        """Evaluate and add the record."""
+        """Evaluate, if it is time, and add the record."""
         updates = self.iteration - self.epoch * self.iterations_per_epoch
-        test_error = evaluate(self.network, self.test_set).error
+        evaluated = (self.epoch + 1) % self.spec.evaluate_every == 0 or self.iteration == self.total_iterations
+        test_error = self._error(self.test_set) if evaluated else None
+        validation_error = self._error(self.validation_set) if evaluated else None
         self._count_seconds()
         record = EpochRecord(
             epoch=self.epoch + 1,
@@ -195,6 +199,7 @@ class _Run:
             fisher_trace=self.sums.trace / updates if self.penalty_is_on else None,
             test_error=test_error,
             seconds=self.sums.seconds,
+            validation_error=validation_error,
         )
         self.history.append(record)
         self.sums = EpochSums()
@@ -233,18 +238,23 @@ class _Run:
 
     def result(self, folder: Path) -> RunResult:
         """Evaluate the trained network."""
-        trained = evaluate(self.network, self.train_set)
+        trained, last = evaluate(self.network, self.train_set), self.history[-1]
+        assert last.test_error is not None
         return RunResult(
             folder=folder,
             epochs=self.epoch,
             iterations=self.iteration,
             train_loss=trained.loss,
             train_accuracy=trained.accuracy,
-            test_error=self.history[-1].test_error,
+            test_error=last.test_error,
             seconds=sum(record.seconds for record in self.history),
             data_digest=self.data_digest,
             environment=_environment(self.fabric.device),
+            validation_error=last.validation_error,
         )
+
+    def _error(self, images: ImageSet) -> float | None:
+        return evaluate(self.network, images).error if len(images) else None
 
     def _next_batch(self) -> tuple[Tensor, Tensor]:
         """The next mini-batch, augmented and normalized, on the device."""
@@ -370,7 +380,9 @@ def _headline(run: _Run) -> str:
     epochs = math.ceil(run.total_iterations / run.iterations_per_epoch)
     headline = f"{run.spec.model}, epoch {min(run.epoch + 1, epochs)}/{epochs}"
     if run.history:
-        headline += f", loss {run.history[-1].train_loss:.3g}, test error {run.history[-1].test_error:.1%}"
+        headline += f", loss {run.history[-1].train_loss:.3g}"
+        evaluated = [record.test_error for record in run.history if record.test_error is not None]
+        headline += f", test error {evaluated[-1]:.1%}" if evaluated else ""
     return headline
 
 

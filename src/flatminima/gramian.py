@@ -357,8 +357,9 @@ def _add_product(unit: Tensor, rows: Tensor) -> None:
     ln det ξ by less than 1e-5, a hundredth of what the float32 rows themselves err by.
     """
     n = rows.shape[0]
-    outer = [d for d in range(1, rows.dim()) if rows.stride(d) > rows.stride(0)]
-    inner = [d for d in range(1, rows.dim()) if d not in outer]
+    columns = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)  # their order does not matter, as in memory
+    outer = [d for d in columns if rows.stride(d) > rows.stride(0)]
+    inner = columns[len(outer) :]
     for block in rows.permute(*outer, 0, *inner).reshape(math.prod(rows.shape[d] for d in outer), n, -1):
         unit += block @ block.T
 

@@ -25,6 +25,12 @@ Rows = Callable[[Tensor, int, int], Tensor]
 Product = Callable[[Tensor], Tensor]
 Rule = Callable[..., "list[ParameterUse] | None"]
 
+_CACHE_BYTES = 2**21
+"""What a core multiplies fastest: copies of a convolution's input that stay in its share of the cache."""
+
+_COPIES_BYTES = 2**28
+"""The same on an accelerator, where large products are fastest and only memory limits them."""
+
 
 @dataclass
 class ParameterUse:
@@ -99,7 +105,7 @@ def convolution(
         return None
     kernel = tuple(weight.shape[2:])
     strides, dilations = _tuple(stride, spatial), _tuple(dilation, spatial)
-    pads = _padding(padding, kernel, dilations)
+    pads = [before for before, _ in _padding(padding, kernel, dilations)]
 
     def weight_rows(grad: Tensor, start: int, stop: int) -> Tensor:
         rows = convolution_weight_rows(input, grad, kernel, strides, pads, dilations, groups, (start, stop))
@@ -113,23 +119,19 @@ def convolution_weight_rows(
     grad: Tensor,
     kernel: tuple[int, ...],
     strides: tuple[int, ...],
-    pads: Sequence[tuple[int, int]],
+    pads: Sequence[int],
     dilations: tuple[int, ...],
     groups: int,
     channels: tuple[int, int],
 ) -> Tensor:
     """Per-sample weight gradients of a convolution, for some of its output channels.
 
-    Nothing is unfolded. The padded input is cut into its stride phases (at stride 1: itself), each laid out on one
-    grid, flattened, and the output gradient is laid out on the same grid: every kernel tap is then *one offset* into
-    the flat input, and its gradient one batched matrix product of views.
-
     Args:
         input: (N, C_in, *spatial).
         grad: (N, C_out, *output spatial).
         kernel: kernel size per spatial dimension.
         strides: stride per spatial dimension.
-        pads: (before, after) zero padding per spatial dimension.
+        pads: zero padding before the first entry, per spatial dimension.
         dilations: dilation per spatial dimension.
         groups: number of groups that channels are split into.
         channels: (start, stop), the output channels wanted.
@@ -137,88 +139,102 @@ def convolution_weight_rows(
     Returns:
         (N, stop − start, C_in / groups, *kernel).
     """
-    n, c_in = input.shape[:2]
     start, stop = channels
-    per_group_out, per_group_in = grad.shape[1] // groups, c_in // groups
-    first, last = start // per_group_out, (stop - 1) // per_group_out + 1
-    out_size = grad.shape[2:]
-    # A grid must hold each output position plus the tap's offset in its phase.
-    reach = [d * (k - 1) // s for k, s, d in zip(kernel, strides, dilations, strict=True)]
-    grid = [o + r for o, r in zip(out_size, reach, strict=True)]
-    phases = _stride_phases(
-        input[:, first * per_group_in : last * per_group_in],
-        grid,
-        strides,
-        pads,
-        needed=_phases_used(kernel, strides, dilations),
-    )
-    g = grad[:, start:stop]
-    if grid[1:] != list(out_size[1:]):  # the leading dimension needs no room: offsets only run forward along it
-        room = [(0, r) for r in reach[1:]]
-        g = F.pad(g, [side for pair in reversed(room) for side in pair])
-    g = g.flatten(2)
-    # The last row of the gradient's grid ends in zeros that no tap may run past the end with.
-    length = g.shape[2] - sum(r * math.prod(grid[i + 2 :]) for i, r in enumerate(reach[1:]))
-    taps = []
-    for tap in itertools.product(*map(range, kernel)):
-        shifts = [t * d for t, d in zip(tap, dilations, strict=True)]
-        phase = tuple(shift % s for shift, s in zip(shifts, strides, strict=True))
-        offset = sum(
-            shift // s * math.prod(grid[i + 1 :]) for i, (shift, s) in enumerate(zip(shifts, strides, strict=True))
-        )
-        taps.append((phases[phase], offset))
-    rows = g.new_empty(len(taps), n, stop - start, per_group_in)
-    for row, (x, offset) in zip(rows, taps, strict=True):
-        window = x[:, :, offset : offset + length]
-        if groups == 1:
-            torch.bmm(g[:, :, :length], window.transpose(1, 2), out=row)
-        else:
-            _grouped_product(g[:, :, :length], window, row, per_group_out, per_group_in, start)
-    return rows.permute(1, 2, 3, 0).view(n, stop - start, per_group_in, *kernel)
+    if groups > 1:  # whole groups, of which the wanted channels are cut out in the end
+        out_size, in_size = grad.shape[1] // groups, input.shape[1] // groups
+        first, last = start // out_size, (stop - 1) // out_size + 1
+        input, grad = input[:, first * in_size : last * in_size], grad[:, first * out_size : last * out_size]
+        rows = _correlation(input, grad, kernel, strides, pads, dilations, last - first)
+        return rows[:, start - first * out_size : stop - first * out_size]
+    grad = grad[:, start:stop]
+    swapped_pads = [d * (k - 1) - pad for d, k, pad in zip(dilations, kernel, pads, strict=True)]
+    if grad.shape[1] < input.shape[1] and set(strides) == {1} and min(swapped_pads) >= 0:
+        # Without strides the two may change places, which mirrors the taps: the narrower is cheaper to displace.
+        swapped = _correlation(grad, input, kernel, strides, swapped_pads, dilations, 1)
+        return swapped.transpose(1, 2).flip(tuple(range(3, swapped.dim())))
+    return _correlation(input, grad, kernel, strides, pads, dilations, 1)
 
 
-def _grouped_product(
-    grad: Tensor, window: Tensor, out: Tensor, per_group_out: int, per_group_in: int, start: int
-) -> None:
-    """``out[:, o] = grad[:, o] · window[:, channels of o's group]`` for grouped convolutions."""
-    n, channels = grad.shape[:2]
-    if start % per_group_out == 0 and channels % per_group_out == 0:
-        groups = channels // per_group_out
-        g = grad.reshape(n, groups, per_group_out, -1)
-        x = window.reshape(n, groups, per_group_in, -1)
-        out.copy_(torch.matmul(g, x.transpose(2, 3)).flatten(1, 2))
-        return
-    for channel in range(channels):  # a chunk of rows that cuts through a group
-        group = (start + channel) // per_group_out - start // per_group_out
-        x = window[:, group * per_group_in : (group + 1) * per_group_in]
-        out[:, channel] = torch.bmm(x, grad[:, channel, :, None])[:, :, 0]
-
-
-def _phases_used(kernel: tuple[int, ...], strides: tuple[int, ...], dilations: tuple[int, ...]) -> set[tuple[int, ...]]:
-    per_dimension = [{t * d % s for t in range(k)} for k, s, d in zip(kernel, strides, dilations, strict=True)]
-    return set(itertools.product(*per_dimension))
-
-
-def _stride_phases(
+def _correlation(
     input: Tensor,
-    grid: list[int],
+    grad: Tensor,
+    kernel: tuple[int, ...],
     strides: tuple[int, ...],
-    pads: Sequence[tuple[int, int]],
-    needed: set[tuple[int, ...]],
-) -> dict[tuple[int, ...], Tensor]:
-    """``{phase: (N, C, prod(grid))}``: the zero-padded input at the positions ``phase + stride · i``, i on the grid."""
-    span = [size * s for size, s in zip(grid, strides, strict=True)]
-    widths = [
-        (before, max(length - before - size, 0))
-        for (before, _), length, size in zip(pads, span, input.shape[2:], strict=True)
-    ]
-    if any(before or after for before, after in widths):
-        input = F.pad(input, [side for pair in reversed(widths) for side in pair])
-    phases = {}
-    for phase in needed:
-        index = tuple(slice(p, length, s) for p, length, s in zip(phase, span, strides, strict=True))
-        phases[phase] = input[(slice(None), slice(None), *index)].flatten(2)
-    return phases
+    pads: Sequence[int],
+    dilations: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """Per sample, input channels times gradient channels, summed over positions, at the displacement of every tap.
+
+    Unfolding would copy the input once per tap. Here only the taps of the *last* dimension get a copy each, of a few
+    samples at a time so that they stay in the cache. All copies are displaced along the other dimensions at once by a
+    view, one offset into the flat grid, and multiplied with the gradient in one batched product. Where a stride
+    skips positions of those dimensions, they are taken apart by phase, within which a displacement is a view again.
+
+    Returns:
+        (N, C_grad, C_in / groups, *kernel).
+    """
+    n, lead = input.shape[0], len(kernel) - 1
+    x = input.reshape(n, groups, -1, *input.shape[2:])
+    reach = [d * (k - 1) // s for k, s, d in zip(kernel[:lead], strides, dilations, strict=False)]
+    grid = [size + more for size, more in zip(grad.shape[2:], [*reach, 0], strict=True)]
+    # The gradient on the same grid. Its first dimension needs no room, as displacements only run forward along it; and
+    # what it ends in is zeros, with which no tap may run past the grid's end.
+    room = [0, 0, *(side for more in reversed(reach[1:]) for side in (0, more))]
+    g = F.pad(grad, room).reshape(n, groups, grad.shape[1] // groups, -1)
+    g = g[..., : g.shape[3] - sum(more * math.prod(grid[i + 2 :]) for i, more in enumerate(reach[1:]))]
+
+    c_in, c_grad = x.shape[2], g.shape[2]
+    rows = grad.new_empty(math.prod(kernel[:lead]), n * groups, kernel[-1] * c_in, c_grad)
+    in_place = kernel[-1] == 1 and list(x.shape[3:]) == grid and not any(pads)
+    sample_bytes = groups * kernel[-1] * c_in * math.prod(grid) * x.element_size()
+    chunk = n if in_place else min(n, _samples_in_cache(sample_bytes, x.device))
+    for phase, taps in _taps_by_phase(kernel[:lead], strides, dilations, grid).items():
+        copies = x.unsqueeze(2) if in_place else x.new_zeros(chunk, groups, kernel[-1], c_in, *grid)
+        starts = [p - pad for p, pad in zip(phase, pads, strict=False)]
+        for first in range(0, n, chunk):
+            part = slice(first, min(first + chunk, n))
+            displaced = copies[: part.stop - first]
+            for tap in range(0 if in_place else kernel[-1]):
+                _copy_overlap(x[part], displaced[:, :, tap], [*starts, tap * dilations[lead] - pads[lead]], strides)
+            flat = displaced.reshape((part.stop - first) * groups, kernel[-1] * c_in, -1)
+            target = g[part].flatten(0, 1).transpose(1, 2)
+            for row, offset in taps:
+                window = flat[:, :, offset : offset + target.shape[1]]
+                torch.bmm(window, target, out=rows[row, first * groups : part.stop * groups])
+    shaped = rows.view(*kernel[:lead], n, groups, kernel[lead], c_in, c_grad)
+    return shaped.permute(lead, lead + 1, lead + 4, lead + 3, *range(lead), lead + 2).flatten(1, 2)
+
+
+def _taps_by_phase(
+    kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], grid: Sequence[int]
+) -> dict[tuple[int, ...], list[tuple[int, int]]]:
+    """``{phase: [(number of the tap, its offset into the flat grid of that phase), ...]}``."""
+    by_phase: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for number, tap in enumerate(itertools.product(*map(range, kernel))):
+        displacements = [t * d for t, d in zip(tap, dilations, strict=False)]
+        phase = tuple(by % s for by, s in zip(displacements, strides, strict=False))
+        offset = sum(by // strides[i] * math.prod(grid[i + 1 :]) for i, by in enumerate(displacements))
+        by_phase.setdefault(phase, []).append((number, offset))
+    return by_phase
+
+
+def _copy_overlap(source: Tensor, target: Tensor, starts: Sequence[int], strides: Sequence[int]) -> None:
+    """``target[i] = source[start + stride · i]`` in every spatial dimension, wherever the source has that entry."""
+    to, of = [], []
+    for have, wanted, start, stride in zip(source.shape[3:], target.shape[3:], starts, strides, strict=True):
+        low, high = max(0, -(start // stride)), min(wanted, (have - 1 - start) // stride + 1)
+        if low >= high:
+            return
+        to.append(slice(low, high))
+        of.append(slice(start + stride * low, start + stride * (high - 1) + 1, stride))
+    target[(slice(None), slice(None), slice(None), *to)] = source[(slice(None), slice(None), slice(None), *of)]
+
+
+def _samples_in_cache(sample_bytes: int, device: torch.device) -> int:
+    """How many samples' copies to work on at once."""
+    budget = _CACHE_BYTES * torch.get_num_threads() if device.type == "cpu" else _COPIES_BYTES
+    return max(1, budget // sample_bytes)
 
 
 def batch_norm(
@@ -235,19 +251,28 @@ def batch_norm(
     """Batch normalization with running statistics (eval mode): an affine map per channel."""
     if training or running_mean is None or running_var is None:
         return None
-    shape = (1, -1) + (1,) * (input.dim() - 2)
+    samples, channels = input.shape[:2]
 
-    def normalized() -> Tensor:
-        return (input - running_mean.view(shape)) * (running_var.view(shape) + eps).rsqrt()
+    def weight_rows(grad: Tensor, start: int, stop: int) -> Tensor:
+        # Samples as further channels: then the weight's gradient, one fused sum per channel, is a row per sample.
+        x, g = (values.reshape(1, samples * channels, -1) for values in (input, grad))
+        mean, variance = running_mean.repeat(samples), running_var.repeat(samples)
+        _, rows, _ = torch.ops.aten.native_batch_norm_backward(
+            g, x, None, mean, variance, None, None, False, eps, [False, True, False]
+        )
+        return _sum_positions(rows.view(samples, channels), n)[:, start:stop]
 
-    return _affine_uses(n, input, weight, bias, normalized, channel_dim=1)
+    uses = [ParameterUse(weight, weight_rows, input)] if weight is not None else []
+    return [*uses, *_bias_use(bias, n, channel_last=False)]
 
 
 def group_norm(
     n: int, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> list[ParameterUse]:
     """Group normalization: the affine map after it, per channel."""
-    return _affine_uses(n, input, weight, bias, lambda: F.group_norm(input, num_groups, eps=eps), channel_dim=1)
+    return _affine_uses(
+        input, weight, bias, lambda: F.group_norm(input, num_groups, eps=eps), lambda values: _sum_channels(values, n)
+    )
 
 
 def instance_norm(
@@ -264,7 +289,9 @@ def instance_norm(
     """Instance normalization by the input's own statistics: the affine map after it, per channel."""
     if not use_input_stats:
         return batch_norm(n, input, running_mean, running_var, weight, bias, eps=eps)
-    return _affine_uses(n, input, weight, bias, lambda: F.instance_norm(input, eps=eps), channel_dim=1)
+    return _affine_uses(
+        input, weight, bias, lambda: F.instance_norm(input, eps=eps), lambda values: _sum_channels(values, n)
+    )
 
 
 def layer_norm(
@@ -277,7 +304,13 @@ def layer_norm(
 ) -> list[ParameterUse]:
     """Layer normalization: the affine map after it, per element of ``normalized_shape``."""
     shape = list(normalized_shape)
-    return _affine_uses(n, input, weight, bias, lambda: F.layer_norm(input, shape, eps=eps), tail=len(shape))
+    return _affine_uses(
+        input,
+        weight,
+        bias,
+        lambda: F.layer_norm(input, shape, eps=eps),
+        lambda values: values.reshape(n, -1, *shape).sum(1),
+    )
 
 
 def rms_norm(
@@ -285,7 +318,13 @@ def rms_norm(
 ) -> list[ParameterUse]:
     """Root-mean-square normalization: the scale after it, per element of ``normalized_shape``."""
     shape = list(normalized_shape)
-    return _affine_uses(n, input, weight, None, lambda: F.rms_norm(input, shape, eps=eps), tail=len(shape))
+    return _affine_uses(
+        input,
+        weight,
+        None,
+        lambda: F.rms_norm(input, shape, eps=eps),
+        lambda values: values.reshape(n, -1, *shape).sum(1),
+    )
 
 
 def embedding(
@@ -355,23 +394,16 @@ def _broadcast_use(
 
 
 def _affine_uses(
-    n: int,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     normalized: Callable[[], Tensor],
-    *,
-    channel_dim: int | None = None,
-    tail: int = 0,
+    reduce: Callable[[Tensor], Tensor],
 ) -> list[ParameterUse]:
-    """The scale and shift after a normalization; ``normalized()`` gives what they are applied to."""
+    """The scale and shift after a normalization.
 
-    def reduce(values: Tensor) -> Tensor:
-        if channel_dim is not None:
-            return _sum_positions(values.flatten(2).sum(2) if values.dim() > 2 else values, n)
-        kept = values.shape[values.dim() - tail :]
-        return values.reshape(n, -1, *kept).sum(1)
-
+    ``normalized()`` is what they are applied to, ``reduce`` sums over what they are broadcast over.
+    """
     uses = []
     if weight is not None:
         uses.append(ParameterUse(weight, lambda grad, start, stop: reduce(grad * normalized())[:, start:stop], input))
@@ -387,7 +419,7 @@ def _bias_use(bias: Tensor | None, n: int, *, channel_last: bool) -> list[Parame
     def rows(grad: Tensor, start: int, stop: int) -> Tensor:
         if channel_last:
             return _positions(grad, n)[:, :, start:stop].sum(1)
-        return _sum_positions(grad[:, start:stop].flatten(2).sum(2), n)
+        return _sum_channels(grad[:, start:stop], n)
 
     return [ParameterUse(bias, rows)]
 
@@ -400,6 +432,11 @@ def _positions(values: Tensor, n: int) -> Tensor:
 def _sum_positions(rows: Tensor, n: int) -> Tensor:
     """(N·T, ...) → (N, ...): the sum over the T positions of each sample."""
     return rows if rows.shape[0] == n else rows.reshape(n, -1, *rows.shape[1:]).sum(1)
+
+
+def _sum_channels(values: Tensor, n: int) -> Tensor:
+    """(N·T, C, ...) → (N, C): the sum over everything but samples and channels."""
+    return _sum_positions(values.flatten(2).sum(2) if values.dim() > 2 else values, n)
 
 
 def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:

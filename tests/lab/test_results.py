@@ -150,6 +150,7 @@ def test_another_class_count_is_refused_and_the_model_left_alone(tmp_path: Path)
 def resume_point() -> ResumePoint:
     return ResumePoint(
         tensors={"weights/a": torch.randn(3, 2), "weights/count": torch.tensor(7), "momentum/a": torch.randn(3, 2)},
+        regularizer={"step": 3, "clipped": 1},
         iteration=14,
         sums=EpochSums(loss=0.1 + 0.2, correct=5, trace=1e-17, seconds=0.25),
         history=tuple(RECORDS),

@@ -221,6 +221,8 @@ def test_a_bad_field_is_named_in_one_line(changes: dict[str, Any], message: str)
         (lambda: RegularizerSpec(beta=-1.0), "regularizer.beta must not be negative"),
         (lambda: RegularizerSpec(num_sub_batches=0), "regularizer.num_sub_batches must be >= 1"),
         (lambda: RegularizerSpec(max_grad_norm=0.0), "regularizer.max_grad_norm must be positive"),
+        (lambda: RegularizerSpec(every=0), "regularizer.every must be >= 1"),
+        (lambda: RegularizerSpec(estimator="exact"), "RegularizerSpec.estimator must be"),  # type: ignore[arg-type]
         (lambda: RegularizerSpec(start_epoch=-1), "regularizer.start_epoch must not be negative"),
     ],
 )

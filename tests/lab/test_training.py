@@ -74,7 +74,15 @@ BATCHNORM = RunSpec(
     epochs=3,
     regularizer=RegularizerSpec(num_sub_batches=2, max_grad_norm=1.0),
 )
-SPECS = pytest.mark.parametrize("spec", [PLAIN, EVERYTHING, BATCHNORM], ids=["plain", "everything", "batchnorm"])
+# The regularizer's other ways: 4 updates in each of 3 epochs, the penalty at every third from the fifth on.
+SPARSE = replace(
+    EVERYTHING,
+    regularizer=RegularizerSpec(
+        num_sub_batches=3, estimator="hvp", main_gradient="sub-batches", every=3, start_epoch=1, max_grad_norm=1.0
+    ),
+)
+ALL = {"plain": PLAIN, "everything": EVERYTHING, "batchnorm": BATCHNORM, "sparse": SPARSE}
+SPECS = pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +96,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with all three runs, each trained in one go."""
+    """A root with all runs, each trained in one go."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("uninterrupted")
-    for spec in (PLAIN, EVERYTHING, BATCHNORM):
+    for spec in ALL.values():
         train(spec, root)
     torch.set_num_threads(threads)
     return root
@@ -256,9 +264,46 @@ def test_a_penalty_of_weight_zero_changes_nothing(tmp_path: Path) -> None:
         assert replace(a, fisher_trace=b.fisher_trace, seconds=b.seconds) == b
 
 
-def test_penalized_updates_are_those_of_algorithm_1(tmp_path: Path) -> None:
+def test_the_trace_is_the_mean_over_the_updates_with_a_penalty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[float | None] = []
+    backward = FisherTraceRegularizer.backward
+
+    def observed(regularizer: FisherTraceRegularizer, *args: Any) -> torch.Tensor:
+        penalized = regularizer.step % 3 == 0
+        loss = backward(regularizer, *args)
+        assert regularizer.last_step is not None
+        traces.append(float(regularizer.last_step.trace) if penalized else None)
+        return loss
+
+    monkeypatch.setattr(FisherTraceRegularizer, "backward", observed)
+    train(SPARSE, tmp_path)
+    assert [trace is not None for trace in traces] == [True, False, False, True, False, False, True, False]
+    first, second, third = (trace for trace in traces if trace is not None)
+    records = RunFolder.of(tmp_path, SPARSE).read_history()
+    assert [record.fisher_trace for record in records] == [None, pytest.approx((first + second) / 2), third]
+
+
+@pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
+def test_accuracy_is_counted_once_however_the_gradient_is_formed(tmp_path: Path, estimator: Any) -> None:
+    """Without BatchNorm the sub-batches' outputs are the whole batch's."""
+    regularizer = RegularizerSpec(num_sub_batches=3, estimator=estimator, beta=0.0)
+    whole = replace(PLAIN, regularizer=regularizer)
+    split = replace(PLAIN, regularizer=replace(regularizer, main_gradient="sub-batches"))
+    train(whole, tmp_path)
+    train(split, tmp_path)
+    accuracies = [[r.train_accuracy for r in RunFolder.of(tmp_path, s).read_history()] for s in (whole, split)]
+    assert accuracies[0] == accuracies[1]
+    assert 0 < accuracies[0][0] < 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"estimator": "hvp"}, {"main_gradient": "sub-batches"}, {"every": 3}],
+    ids=["defaults", "hvp", "sub-batches", "every"],
+)
+def test_penalized_updates_are_those_of_algorithm_1(tmp_path: Path, changes: dict[str, Any]) -> None:
     """One update on the whole set, against the regularizer called by hand with the spec's own settings."""
-    settings = {"alpha": 1e-3, "beta": 20.0, "num_sub_batches": 4, "max_grad_norm": 0.5}
+    settings = {"alpha": 1e-3, "beta": 20.0, "num_sub_batches": 4, "max_grad_norm": 0.5, **changes}
     spec = replace(
         PLAIN, train_size=64, batch_size=64, iterations=1, weight_decay=0.0, regularizer=RegularizerSpec(**settings)
     )

@@ -69,7 +69,7 @@ class EpochRecord:
     train_accuracy: float
     """Fraction of the mini-batches' images classified rightly, likewise."""
     fisher_trace: float | None
-    """Mean over the updates of mean_i ‖g_i‖², the regularizer's trace estimate (Sec. 6); None without penalty."""
+    """Mean over the updates with a penalty of mean_i ‖g_i‖², its trace estimate (Sec. 6); None without such updates."""
     test_error: float | None
     """Fraction of test images classified wrongly at the epoch's end, in evaluation mode; None if not evaluated."""
     seconds: float
@@ -88,6 +88,8 @@ class EpochSums:
     """Images classified rightly."""
     trace: float = 0.0
     """Sum of the regularizer's trace estimates."""
+    penalized: int = 0
+    """Updates with a penalty."""
     seconds: float = 0.0
     """Wall-clock time."""
 
@@ -124,6 +126,8 @@ class ResumePoint:
 
     tensors: Mapping[str, Tensor]
     """Weights, buffers and the optimizer's state, by name."""
+    regularizer: Mapping[str, int]
+    """The regularizer's counters; empty without one."""
     iteration: int
     """Updates made."""
     sums: EpochSums

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from flatminima._penalty import Estimator
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import AUGMENTATIONS
 from flatminima.lab.models import MODEL_NAMES
+from flatminima.regularizer import MainGradient
 
 __all__ = ["RECIPES", "MultiStep", "Plateau", "Precision", "RegularizerSpec", "RunSpec"]
 
@@ -95,6 +97,12 @@ class RegularizerSpec:
     """τ, the global norm the gradient is clipped to (none: not clipped)."""
     start_epoch: int = 0
     """Epochs trained without the penalty before it is switched on."""
+    estimator: Estimator = "finite-difference"
+    """How the penalty's gradient is formed: by the paper's finite difference, or exactly, its limit for small α."""
+    main_gradient: MainGradient = "whole-batch"
+    """The main gradient by a pass of its own, or as the mean of the sub-batches', which saves that pass."""
+    every: int = 1
+    """Only each so-manieth update has the penalty, that many times as strong."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -106,6 +114,7 @@ class RegularizerSpec:
             f"regularizer.max_grad_norm must be positive or None, got {self.max_grad_norm}",
         )
         _require(self.start_epoch >= 0, f"regularizer.start_epoch must not be negative, got {self.start_epoch}")
+        _require(self.every >= 1, f"regularizer.every must be >= 1, got {self.every}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -196,7 +196,7 @@ class _Run:
             lr=self.sgd.param_groups[0]["lr"],
             train_loss=self.sums.loss / updates,
             train_accuracy=self.sums.correct / (updates * self.spec.batch_size),
-            fisher_trace=self.sums.trace / updates if self.penalty_is_on else None,
+            fisher_trace=self.sums.trace / self.sums.penalized if self.sums.penalized else None,
             test_error=test_error,
             seconds=self.sums.seconds,
             validation_error=validation_error,
@@ -213,6 +213,7 @@ class _Run:
                 tensors[f"momentum/{name}"] = momentum
         return ResumePoint(
             tensors=tensors,
+            regularizer={} if self.regularizer is None else self.regularizer.state_dict(),
             iteration=self.iteration,
             sums=replace(self.sums),
             history=tuple(self.history),
@@ -232,6 +233,8 @@ class _Run:
             momentum = point.tensors.get(f"momentum/{name}")
             if momentum is not None:
                 self.sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum).detach()
+        if self.regularizer is not None:
+            self.regularizer.load_state_dict(point.regularizer)
         self.iteration = point.iteration
         self.sums = replace(point.sums)
         self.history = list(point.history)
@@ -278,21 +281,30 @@ class _Run:
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         """Set the gradients; return the mini-batch's loss and the number of images classified rightly."""
         correct = 0
+        counted: list[Tensor] = []
+        spec = self.spec.regularizer
+        main_pass_is_split = spec is not None and spec.main_gradient == "sub-batches"
 
         def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
             nonlocal correct
-            if targets is labels:  # the whole mini-batch: the main pass, not the penalty's on sub-batches
-                correct = int((logits.argmax(1) == labels).sum())
+            # A pass at moved weights comes after the one at w, with the same targets.
+            in_main_pass = targets is labels or main_pass_is_split
+            if in_main_pass and not any(targets is before for before in counted):
+                correct += int((logits.argmax(1) == targets).sum())
+                counted.append(targets)
             return F.cross_entropy(logits, targets, label_smoothing=self.spec.label_smoothing)
 
         if self.regularizer is None or not self.penalty_is_on:
             loss = loss_fn(self.model(images), labels)
             self.fabric.backward(loss)
             return float(loss.detach()), correct
+        last_step = self.regularizer.last_step
         with self.fabric.autocast():
             loss = self.regularizer.backward(loss_fn, images, labels)
-        assert self.regularizer.last_step is not None
-        self.sums.trace += float(self.regularizer.last_step.trace)
+        step = self.regularizer.last_step
+        if step is not None and step is not last_step:  # only updates with a penalty leave a new one
+            self.sums.trace += float(step.trace)
+            self.sums.penalized += 1
         return float(loss), correct
 
     def _count_seconds(self) -> None:
@@ -389,13 +401,9 @@ def _headline(run: _Run) -> str:
 def _regularizer(network: nn.Module, spec: RegularizerSpec | None) -> FisherTraceRegularizer | None:
     if spec is None:
         return None
-    return FisherTraceRegularizer(
-        network,
-        alpha=spec.alpha,
-        beta=spec.beta,
-        num_sub_batches=spec.num_sub_batches,
-        max_grad_norm=spec.max_grad_norm,
-    )
+    options = asdict(spec)
+    del options["start_epoch"]
+    return FisherTraceRegularizer(network, **options)
 
 
 def _derived_seed(seed: int, purpose: str, index: int) -> int:

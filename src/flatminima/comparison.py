@@ -155,7 +155,7 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
     if len({_drawn(c) for c in characterizations.values()}) > 1:
         raise FlatminimaError(
             "the minima were measured on different subsets or with different settings: measure all with the same data, "
-            "subset_size, seed, loss, batchnorm, logit_normalization and scale_invariant"
+            "subset_size, seed, loss, fisher, batchnorm, logit_normalization and scale_invariant"
         )
     losses = {name: c.train_loss for name, c in characterizations.items()}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
@@ -176,5 +176,5 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
 def _drawn(c: Characterization) -> tuple[Any, ...]:
     """What must be equal for per-trial values to be paired."""
     s = c.settings
-    same = (s.subset_size, s.seed, s.loss, s.batchnorm, s.logit_normalization, s.scale_invariant)
+    same = (s.subset_size, s.seed, s.loss, s.fisher, s.batchnorm, s.logit_normalization, s.scale_invariant)
     return c.num_samples, *same

@@ -19,7 +19,7 @@ def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) 
 
     Args:
         factored: ξ in factored form.
-        names: what to call the samples in messages (their indices in the data); default 0..N'−1.
+        names: the sample that each row is of (its index in the data), for messages; default 0..N'−1.
 
     Raises:
         RankDeficientError: if ξ is singular to the network's precision; names the samples and the rank.
@@ -30,7 +30,7 @@ def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) 
     zero = (~(squared > 0) | factored.log_scale.isneginf()).nonzero().flatten().tolist()
     if zero:
         raise RankDeficientError(
-            f"samples {[names[i] for i in zero[:5]]} have zero gradient, so ξ is singular "
+            f"samples {list(dict.fromkeys(names[i] for i in zero))[:5]} have zero gradient, so ξ is singular "
             f"(rank at most {n - len(zero)} of {n}): check for dead units or unused inputs"
         )
     norms = squared.sqrt()
@@ -46,9 +46,10 @@ def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) 
 def _singularity(correlation: Tensor, names: Sequence[int], dtype: torch.dtype) -> str:
     """Why a Gram matrix of unit diagonal is singular, and what to do about it."""
     same = (correlation.abs() > 1 - 100 * torch.finfo(dtype).eps).triu(1).nonzero().tolist()
-    pairs = ", ".join(f"{names[i]} and {names[j]}" for i, j in same[:5])
+    pairs = dict.fromkeys(f"{names[i]} and {names[j]}" for i, j in same if names[i] != names[j])
     if pairs:
-        return f"samples {pairs} have the same gradient up to scale (duplicates): remove one of each from the data"
+        named = ", ".join(list(pairs)[:5])
+        return f"samples {named} have the same gradient up to scale (duplicates): remove one of each from the data"
     if dtype == torch.float32:
         return (
             "its smallest eigenvalues are lost in float32: measure copy.deepcopy(model).double(), or lower subset_size"

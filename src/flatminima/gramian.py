@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flatminima._distributed import is_sharded
 from flatminima.batching import Inputs, batch_size, call_model, device_of, evaluating, frozen, map_tensors, take
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
-from flatminima.losses import LogitGradient, Loss, logit_gradient, refuse_non_finite
+from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient, refuse_non_finite
 from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, row_bytes, saved_bytes
 from flatminima.precision import true_precision
 from flatminima.recording import RecordedUse, Recorder
@@ -98,7 +98,7 @@ def factored_gram(
     inputs: Inputs,
     targets: Tensor,
     *,
-    loss: Loss = "cross_entropy",
+    loss: Loss | FactoredLoss = "cross_entropy",
     logit_normalization: float | None = None,
     batchnorm: Literal["eval"] | int = "eval",
     scale_invariant: bool = False,
@@ -168,7 +168,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     return make_plan(batch_size(inputs), parameters, per_sample, min(ROWS_BUDGET_BYTES, budget // 4), budget)
 
 
-def warn_generic(names: Sequence[str]) -> None:
+def warn_generic(names: Sequence[str], *, stacklevel: int = 3) -> None:
     """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any."""
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -176,7 +176,7 @@ def warn_generic(names: Sequence[str]) -> None:
             f"{len(names)} parameters ({shown}) are used in a way no layer rule covers: "
             "their gradients were formed one sample at a time, which is exact but slower",
             GenericPathWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

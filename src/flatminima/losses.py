@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,13 @@ class LogitGradient:
     log_norm: Tensor
 
 
-class _Gradient(Protocol):
+@runtime_checkable
+class FactoredLoss(Protocol):
     """A loss with a gradient at float64 logits that keeps its digits however small it is."""
 
-    def gradient(self, logits: Tensor, targets: Tensor) -> LogitGradient: ...
+    def gradient(self, logits: Tensor, targets: Tensor) -> LogitGradient:
+        """Losses and factored gradients at float64 logits."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ the per-sample loss it averages; or any per-sample loss."""
 
 
 def logit_gradient(
-    loss: Loss, logits: Tensor, targets: Tensor, *, logit_normalization: float | None = None
+    loss: Loss | FactoredLoss, logits: Tensor, targets: Tensor, *, logit_normalization: float | None = None
 ) -> LogitGradient:
     """Per-sample losses and their gradients at the logits.
 
@@ -201,7 +204,7 @@ def per_sample_loss(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     return logit_gradient(loss, logits, targets).loss
 
 
-def per_sample_form(loss: Loss) -> _Gradient | PerSampleLoss:
+def per_sample_form(loss: Loss | FactoredLoss) -> FactoredLoss | PerSampleLoss:
     """The per-sample loss that ``loss`` names, is, or averages.
 
     Raises:
@@ -209,7 +212,7 @@ def per_sample_form(loss: Loss) -> _Gradient | PerSampleLoss:
     """
     if loss == "cross_entropy":
         return CrossEntropy()
-    if isinstance(loss, (CrossEntropy, BinaryCrossEntropy)):
+    if isinstance(loss, FactoredLoss):
         return loss
     if isinstance(loss, nn.CrossEntropyLoss):
         weight = None if loss.weight is None else tuple(loss.weight.tolist())
@@ -259,10 +262,9 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _gradient(loss: _Gradient | PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitGradient:
-    if isinstance(loss, (CrossEntropy, BinaryCrossEntropy)):
+def _gradient(loss: FactoredLoss | PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitGradient:
+    if isinstance(loss, FactoredLoss):
         return loss.gradient(logits, targets)
-    assert callable(loss)
     return _by_autograd(loss, logits, targets)
 
 
@@ -284,7 +286,7 @@ def _by_autograd(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitG
 
 
 def _at_normalized_logits(
-    loss: _Gradient | PerSampleLoss, logits: Tensor, targets: Tensor, kappa: float
+    loss: FactoredLoss | PerSampleLoss, logits: Tensor, targets: Tensor, kappa: float
 ) -> LogitGradient:
     """∂ℓ(z/(κ‖z‖))/∂z = (δ − ẑ ẑᵀδ) / (κ‖z‖), δ the gradient at the normalized logits and ẑ = z/‖z‖."""
     shape = (-1,) + (1,) * (logits.dim() - 1)

@@ -27,10 +27,11 @@ from flatminima.errors import (
     SingularTrialWarning,
 )
 from flatminima.evaluation import evaluate
+from flatminima.fisher import Fisher, FisherRows
 from flatminima.gramian import FactoredGram, factored_gram, plan_for, trainable_parameters, warn_generic
 from flatminima.losses import Loss
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
-from flatminima.sampling import Data, draw_subsets, samples_of
+from flatminima.sampling import Data, Samples, draw_subsets, samples_of
 from flatminima.trials import perform_trials
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
@@ -72,7 +73,7 @@ class Share:
     Attributes:
         fisher_trace: its part of the trace of the Fisher information; the parts add up to the whole.
         log_det: ln det J_p J_pᵀ; None where that is singular in some trial, as it must be for a parameter with fewer
-            than N' entries. These do not add up: ln det of a sum is at least that of each summand.
+            entries than J has rows. These do not add up: ln det of a sum is at least that of each summand.
         rank: the smallest rank of J_p J_pᵀ over the trials.
     """
 
@@ -85,14 +86,17 @@ class Share:
 class Characterization:
     """The measures of one trained minimum; smaller means better generalization, at similar training loss.
 
+    F_i is sample i's part of the Fisher information: g_i g_iᵀ of its loss gradient g_i (Eq. 4), so that ‖F_i‖_F² is
+    ξ_ii²; with ``fisher="labels"`` or ``"model"`` it is Σ_c y_c ∇ℓ_c ∇ℓ_cᵀ (Eq. 2), and J has K − 1 rows per sample.
+
     Attributes:
         log_det_fisher: γ̂ = (1/T) Σ_t ln det ξ_t (Eq. 5), natural logarithm.
         spectral_radius: (1/T) Σ_t ‖J_t‖₂², the largest eigenvalue of ξ_t (App. D; Keskar et al.).
-        frobenius_norm: mean_i ‖g_i g_iᵀ‖_F² = mean_i ξ_ii² (App. D; Wu et al.), exact instead of sampled.
+        frobenius_norm: mean_i ‖F_i‖_F² over samples (App. D; Wu et al.), exact instead of sampled.
         fisher_frobenius_norm: ‖(1/N') J_tᵀJ_t‖_F² = ‖ξ_t‖_F² / N'², of the subset's Fisher information itself.
-        fisher_trace: mean_i ‖g_i‖² = mean_i ξ_ii (Sec. 6).
+        fisher_trace: mean_i tr F_i over samples = tr ξ_t / N' (Sec. 6).
         robustness: mean_i ‖J_x[f_w(x_i)]‖₂² (Sokolić et al.); None where the input is not one floating-point tensor.
-        spectrum: (N',) eigenvalues of ξ_t in descending order, averaged over trials.
+        spectrum: eigenvalues of ξ_t in descending order, averaged over trials; as many as J has rows.
         train_loss: mean loss over all of ``data``; measures compare at similar values only.
         train_accuracy: fraction of ``data`` classified right; None for losses other than the cross entropy.
         num_parameters: W, trainable parameters.
@@ -158,7 +162,8 @@ class Characterization:
         if self.train_accuracy is not None:
             table.add_row("training accuracy", f"{self.train_accuracy:.4%}", "")
         drawn = f"{s.trials} subsets of {s.subset_size} from {self.num_samples:,} samples, seed {s.seed}"
-        table.caption = f"{drawn}, BatchNorm {s.batchnorm}"
+        fisher = "" if s.fisher == "empirical" else f", exact Fisher by {s.fisher}"
+        table.caption = f"{drawn}, BatchNorm {s.batchnorm}{fisher}"
         return table
 
     def __str__(self) -> str:
@@ -171,6 +176,7 @@ class Settings:
 
     Attributes:
         loss: ``"cross_entropy"``, or the callable's name.
+        fisher: which Fisher information, see :data:`~flatminima.fisher.Fisher`.
         subset_size: N'.
         trials: T.
         seed: draws the subsets.
@@ -186,6 +192,7 @@ class Settings:
     """
 
     loss: str
+    fisher: Fisher
     subset_size: int
     trials: int
     seed: int
@@ -216,6 +223,7 @@ def measure(
     data: Data,
     *,
     loss: Loss = "cross_entropy",
+    fisher: Fisher = "empirical",
     subset_size: int = 100,
     trials: int = 100,
     seed: int = 0,
@@ -238,6 +246,12 @@ def measure(
         model: any module; its output is the logits, or an object with ``.logits``.
         data: the training data: a map-style Dataset, a DataLoader, or a tuple of tensors (inputs, targets).
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
+        fisher: ``"empirical"``: one gradient per sample, that of its loss (Eq. 4; the paper's measures). Or the exact
+            Fisher information (Eq. 2), of all K classes weighted by the loss's label distribution (``"labels"``, which
+            is the same unless the loss smooths its labels) or by the model's own probabilities (``"model"``). J then
+            has K − 1 rows per sample: time and memory are K − 1 times as large, those of ξ itself (K − 1)² times, and
+            subset_size · (K − 1) may not exceed the number of parameters. γ̂ is then another quantity, which compares
+            with its like alone.
         subset_size: N', samples per subset (paper: 100).
         trials: T, number of subsets (paper: 100); at most, with ``max_standard_error``.
         seed: draws the subsets; the same seed draws the same ones for every model.
@@ -253,7 +267,7 @@ def measure(
         per_parameter: also report every parameter's share of ξ, in ``Characterization.shares``.
         max_standard_error: stop before ``trials`` as soon as γ̂'s standard error is at most this (and at least
             five trials are done). Trials are added in the same order whatever the model, so results stay
-            paired as far as both go.
+            paired as far as both go. (:func:`flatminima.compare` stops by the error of the differences instead.)
         robustness_samples: on how many of each subset's samples robustness is computed (default: all; 0: not at
             all). It takes K − 1 backward passes and dominates the cost.
         on_singular: what to do with a subset whose ξ is singular (duplicate samples, zero gradients): ``"raise"``, or
@@ -285,96 +299,180 @@ def measure(
         >>> len(c.log_det_fisher.per_trial)
         5
     """
-    _check_options(batchnorm, on_singular, robustness_samples, max_standard_error)
-    num_parameters = sum(p.numel() for p in trainable_parameters(model).values())
-    if subset_size > num_parameters:
-        raise FlatminimaError(
-            f"subset_size={subset_size} exceeds the model's {num_parameters} trainable parameters, "
-            f"so every ξ is singular: lower subset_size to at most {num_parameters}"
-        )
-    samples = samples_of(data)
-    subsets = draw_subsets(len(samples), subset_size, trials, seed)
-    train = evaluate(model, samples, loss, progress=progress)
-    if train.correct is not None and train.loss > MINIMUM_LOSS and train.accuracy < MINIMUM_ACCURACY:
-        warnings.warn(
-            f"training loss {train.loss:.3g} and accuracy {train.accuracy:.1%} are too far from a minimum for the "
-            "measures to mean what they say: train on, or read them with care",
-            NotAMinimumWarning,
-            stacklevel=2,
-        )
-    kept = subset_size if robustness_samples is None else min(robustness_samples, subset_size)
-    first, _ = to_device(samples.fetch(subsets[0]), device_of(model))
-    plan = plan_for(model, first, memory_budget=memory_budget)
-    if progress and len(plan.passes) > 1:
-        Console(stderr=True).print(f"plan: {plan}", highlight=False)
-
-    def perform(number: int) -> _Trial:
-        inputs, targets = to_device(samples.fetch(subsets[number]), device_of(model))
-        factored = factored_gram(
-            model,
-            inputs,
-            targets,
-            loss=loss,
-            logit_normalization=logit_normalization,
-            batchnorm=batchnorm,
-            scale_invariant=scale_invariant,
-            shares=per_parameter,
-            plan=plan,
-            spot_check=number == 0,
-        )
-        return _Trial.of(factored, _robustness(model, inputs, kept), number, subsets[number], on_singular)
-
-    def precise_enough(done: Sequence[_Trial]) -> bool:
-        return max_standard_error is not None and _standard_error(done) <= max_standard_error
-
-    done = perform_trials(perform, trials, precise_enough, distributed=distributed, progress=progress)
-    warn_generic(done[0].generic_parameters)
-    return _characterize(
-        done,
-        train_loss=train.loss,
-        train_accuracy=None if train.correct is None else train.accuracy,
-        num_parameters=num_parameters,
-        num_samples=len(samples),
-        settings=Settings(
-            loss=loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
-            subset_size=subset_size,
-            trials=len(done),
-            seed=seed,
-            batchnorm=batchnorm,
-            logit_normalization=logit_normalization,
-            scale_invariant=scale_invariant,
-            robustness_samples=kept,
-            generic_parameters=list(done[0].generic_parameters),
-            dtype=done[0].dtype,
-            device=str(device_of(model)),
-        ),
+    options = Options(
+        loss=loss,
+        fisher=fisher,
+        subset_size=subset_size,
+        trials=trials,
+        seed=seed,
+        batchnorm=batchnorm,
+        logit_normalization=logit_normalization,
+        scale_invariant=scale_invariant,
+        per_parameter=per_parameter,
+        max_standard_error=max_standard_error,
+        robustness_samples=robustness_samples,
+        on_singular=on_singular,
+        memory_budget=memory_budget,
+        distributed=distributed,
+        progress=progress,
     )
-
-
-def _check_options(
-    batchnorm: str | int, on_singular: str, robustness_samples: int | None, max_standard_error: float | None
-) -> None:
-    if batchnorm != "eval" and not isinstance(batchnorm, int):
-        raise FlatminimaError(
-            f"unknown batchnorm={batchnorm!r}: use 'eval' (running statistics) or the number of samples in a chunk"
-        )
-    if max_standard_error is not None and not max_standard_error > 0:
-        raise FlatminimaError(f"max_standard_error must be positive, got {max_standard_error}")
-    if on_singular not in ("raise", "skip"):
-        raise FlatminimaError(f"unknown on_singular={on_singular!r}: use 'raise' or 'skip'")
-    if robustness_samples is not None and robustness_samples < 0:
-        raise FlatminimaError(f"robustness_samples must be 0 or more, got {robustness_samples}")
-
-
-def _robustness(model: nn.Module, inputs: Inputs, samples: int) -> float:
-    """The mean over the first ``samples`` samples; NaN where there is none."""
-    if not samples or not has_input_jacobian(inputs):
-        return math.nan
-    return input_jacobian_norms(model, inputs[:samples]).mean().item()
+    subject = Subject(model, samples_of(data), options)
+    done = perform_trials(
+        subject.perform,
+        trials,
+        lambda done: options.precise_enough([trial.log_det_fisher for trial in done]),
+        distributed=distributed,
+        progress=progress,
+    )
+    return subject.characterize(done)
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Options:
+    """The arguments of :func:`measure` beside model and data, checked; they are explained there."""
+
+    loss: Loss
+    fisher: Fisher
+    subset_size: int
+    trials: int
+    seed: int
+    batchnorm: Literal["eval"] | int
+    logit_normalization: float | None
+    scale_invariant: bool
+    per_parameter: bool
+    max_standard_error: float | None
+    robustness_samples: int | None
+    on_singular: Literal["raise", "skip"]
+    memory_budget: int | None
+    distributed: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if self.batchnorm != "eval" and not isinstance(self.batchnorm, int):
+            raise FlatminimaError(
+                f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
+                "chunk"
+            )
+        if self.fisher != "empirical" and (self.batchnorm != "eval" or self.logit_normalization is not None):
+            raise FlatminimaError(
+                f"fisher={self.fisher!r} is the exact Fisher of the network in eval mode at its own logits: "
+                "leave batchnorm and logit_normalization out, or use fisher='empirical'"
+            )
+        if self.max_standard_error is not None and not self.max_standard_error > 0:
+            raise FlatminimaError(f"max_standard_error must be positive, got {self.max_standard_error}")
+        if self.on_singular not in ("raise", "skip"):
+            raise FlatminimaError(f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'")
+        if self.robustness_samples is not None and self.robustness_samples < 0:
+            raise FlatminimaError(f"robustness_samples must be 0 or more, got {self.robustness_samples}")
+
+    def precise_enough(self, values: Sequence[float]) -> bool:
+        """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""
+        if self.max_standard_error is None:
+            return False
+        kept = [value for value in values if not math.isnan(value)]
+        return len(kept) >= MINIMUM_TRIALS and Estimate.of(kept).standard_error <= self.max_standard_error
+
+
+class Subject:
+    """One model with all that its trials need: what :func:`measure` has one of, and a comparison several.
+
+    Making one evaluates the training loss, and raises and warns of what :func:`measure` does before its first trial.
+    """
+
+    def __init__(self, model: nn.Module, samples: Samples, options: Options) -> None:
+        self.model, self.samples, self.options = model, samples, options
+        self.num_parameters = sum(p.numel() for p in trainable_parameters(model).values())
+        self.subsets = draw_subsets(len(samples), options.subset_size, options.trials, options.seed)
+        first = self._batch(0)
+        self.rows = FisherRows.of(options.fisher, options.loss, model, first[0])
+        self._refuse_more_rows_than_parameters()
+        self.train = evaluate(model, samples, options.loss, progress=options.progress)
+        self._warn_unless_minimum()
+        self.plan = plan_for(model, self.rows.of_batch(*first)[0], memory_budget=options.memory_budget)
+        if options.progress and len(self.plan.passes) > 1:
+            Console(stderr=True).print(f"plan: {self.plan}", highlight=False)
+
+    def perform(self, number: int) -> Trial:
+        """The trial on subset ``number``."""
+        inputs, targets = self._batch(number)
+        factored = factored_gram(
+            self.model,
+            *self.rows.of_batch(inputs, targets),
+            loss=self.rows.loss,
+            logit_normalization=self.options.logit_normalization,
+            batchnorm=self.options.batchnorm,
+            scale_invariant=self.options.scale_invariant,
+            shares=self.options.per_parameter,
+            plan=self.plan,
+            spot_check=number == 0,
+        )
+        names = self.rows.names(self.subsets[number])
+        return Trial.of(
+            factored, self.rows.per_sample, self._robustness(inputs), number, names, self.options.on_singular
+        )
+
+    def characterize(self, done: Sequence[Trial]) -> Characterization:
+        """What the trials so far say of the model; warns of what :func:`measure` does after its last trial."""
+        options, loss = self.options, self.options.loss
+        warn_generic(done[0].generic_parameters, stacklevel=4)
+        return _characterize(
+            done,
+            train_loss=self.train.loss,
+            train_accuracy=None if self.train.correct is None else self.train.accuracy,
+            num_parameters=self.num_parameters,
+            num_samples=len(self.samples),
+            settings=Settings(
+                loss=loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
+                fisher=options.fisher,
+                subset_size=options.subset_size,
+                trials=len(done),
+                seed=options.seed,
+                batchnorm=options.batchnorm,
+                logit_normalization=options.logit_normalization,
+                scale_invariant=options.scale_invariant,
+                robustness_samples=self._robustness_samples,
+                generic_parameters=list(done[0].generic_parameters),
+                dtype=done[0].dtype,
+                device=str(device_of(self.model)),
+            ),
+        )
+
+    @property
+    def _robustness_samples(self) -> int:
+        asked, size = self.options.robustness_samples, self.options.subset_size
+        return size if asked is None else min(asked, size)
+
+    def _batch(self, number: int) -> tuple[Inputs, Tensor]:
+        return to_device(self.samples.fetch(self.subsets[number]), device_of(self.model))
+
+    def _robustness(self, inputs: Inputs) -> float:
+        """The mean over the samples it was asked for; NaN where there is none."""
+        if not self._robustness_samples or not has_input_jacobian(inputs):
+            return math.nan
+        return input_jacobian_norms(self.model, inputs[: self._robustness_samples]).mean().item()
+
+    def _refuse_more_rows_than_parameters(self) -> None:
+        size, per_sample = self.options.subset_size, self.rows.per_sample
+        if size * per_sample > self.num_parameters:
+            rows = "" if per_sample == 1 else f" times {per_sample} rows per sample (fisher={self.options.fisher!r})"
+            raise FlatminimaError(
+                f"subset_size={size}{rows} exceeds the model's {self.num_parameters} trainable parameters, "
+                f"so every ξ is singular: lower subset_size to at most {self.num_parameters // per_sample}"
+            )
+
+    def _warn_unless_minimum(self) -> None:
+        train = self.train
+        if train.correct is not None and train.loss > MINIMUM_LOSS and train.accuracy < MINIMUM_ACCURACY:
+            warnings.warn(
+                f"training loss {train.loss:.3g} and accuracy {train.accuracy:.1%} are too far from a minimum for the "
+                "measures to mean what they say: train on, or read them with care",
+                NotAMinimumWarning,
+                stacklevel=4,
+            )
+
+
+@dataclass(frozen=True)
+class Trial:
     """One subset's values; ``log_det_fisher`` is NaN where ξ is singular and that is to be skipped."""
 
     log_det_fisher: float
@@ -390,10 +488,17 @@ class _Trial:
 
     @classmethod
     def of(
-        cls, factored: FactoredGram, robustness: float, number: int, subset: Sequence[int], on_singular: str
-    ) -> _Trial:
+        cls,
+        factored: FactoredGram,
+        per_sample: int,
+        robustness: float,
+        number: int,
+        names: Sequence[int],
+        on_singular: str,
+    ) -> Trial:
+        """The values of one ξ with ``per_sample`` rows for each sample; ``names`` says whose each row is."""
         try:
-            log_det = log_determinant(factored, subset)
+            log_det = log_determinant(factored, names)
         except RankDeficientError as error:
             if on_singular == "raise":
                 raise RankDeficientError(
@@ -402,30 +507,38 @@ class _Trial:
             log_det = math.nan
         xi = factored.matrix()
         spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0).cpu()
+        samples = len(xi) // per_sample
+        own = xi.view(samples, per_sample, samples, per_sample).diagonal(dim1=0, dim2=2)  # the samples' blocks
         return cls(
             log_det_fisher=log_det,
             spectral_radius=spectrum[0].item(),
-            frobenius_norm=xi.diagonal().square().mean().item(),
-            fisher_frobenius_norm=xi.square().sum().item() / len(xi) ** 2,
-            fisher_trace=xi.diagonal().mean().item(),
+            frobenius_norm=own.square().sum().item() / samples,
+            fisher_frobenius_norm=xi.square().sum().item() / samples**2,
+            fisher_trace=xi.trace().item() / samples,
             robustness=robustness,
             spectrum=spectrum,
-            shares=None if factored.shares is None else {name: _share(factored, name) for name in factored.shares},
+            shares=_shares(factored, samples),
             generic_parameters=factored.generic_parameters,
             dtype=str(factored.dtype).removeprefix("torch."),
         )
 
 
-def _share(factored: FactoredGram, name: str) -> tuple[float, float, int]:
+def _shares(factored: FactoredGram, samples: int) -> dict[str, tuple[float, float, int]] | None:
+    if factored.shares is None:
+        return None
+    return {name: _share(factored, name, samples) for name in factored.shares}
+
+
+def _share(factored: FactoredGram, name: str, samples: int) -> tuple[float, float, int]:
     """(trace, ln det or NaN, rank) of one parameter's part of ξ."""
     assert factored.shares is not None
     part = dataclasses.replace(factored, unit=factored.shares[name], shares=None)
     rank = numerical_rank(part)
     log_det = log_determinant(part) if rank == len(part.unit) else math.nan
-    return part.matrix().diagonal().mean().item(), log_det, rank
+    return part.matrix().trace().item() / samples, log_det, rank
 
 
-def _joined_shares(trials: Sequence[_Trial]) -> dict[str, Share] | None:
+def _joined_shares(trials: Sequence[Trial]) -> dict[str, Share] | None:
     parts = [trial.shares for trial in trials if trial.shares is not None]
     if not parts:
         return None
@@ -437,13 +550,7 @@ def _joined_shares(trials: Sequence[_Trial]) -> dict[str, Share] | None:
     return joined
 
 
-def _standard_error(trials: Sequence[_Trial]) -> float:
-    """Of γ̂; infinite before there are enough trials to tell."""
-    kept = [trial.log_det_fisher for trial in trials if not math.isnan(trial.log_det_fisher)]
-    return Estimate.of(kept).standard_error if len(kept) >= MINIMUM_TRIALS else math.inf
-
-
-def _characterize(trials: Sequence[_Trial], **known: Any) -> Characterization:
+def _characterize(trials: Sequence[Trial], **known: Any) -> Characterization:
     singular = tuple(i for i, trial in enumerate(trials) if math.isnan(trial.log_det_fisher))
     if len(singular) == len(trials):
         raise RankDeficientError("ξ is singular in every trial: use on_singular='raise' to see why")
@@ -451,7 +558,7 @@ def _characterize(trials: Sequence[_Trial], **known: Any) -> Characterization:
         warnings.warn(
             f"{len(singular)} of {len(trials)} trials (first: {singular[:5]}) have a singular ξ: left out of ln det ξ",
             SingularTrialWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     robustness = [trial.robustness for trial in trials]
     return Characterization(

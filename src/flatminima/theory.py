@@ -19,8 +19,11 @@ from flatminima.errors import FlatminimaError
 from flatminima.measures import Characterization
 
 
-def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: int) -> float:
+def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: int, rows_per_sample: int = 1) -> float:
     """Estimate γ = ln det I(w0) from γ̂: γ ≈ (W/N') · (γ̂ − N' ln W) (Eq. 5, derived in App. C).
+
+    With r rows of J per sample (the exact Fisher: r = K − 1) the training set that App. C imagines, which makes J
+    square, has W/r samples, and the same derivation gives γ ≈ (W/N'r) · (γ̂ − N'r ln(W/r)).
 
     The estimate is biased, and more subsets (T → ∞) do not remove the bias; only N' → W does:
 
@@ -38,17 +41,21 @@ def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: in
     Args:
         gamma_hat: γ̂, the mean of ln det ξ_t over subsets (``characterization.log_det_fisher.mean``).
         num_parameters: W.
-        subset_size: N', the samples per subset, at most W.
+        subset_size: N', the samples per subset, at most W/r.
+        rows_per_sample: r.
 
     Raises:
         FlatminimaError: if γ̂ is not finite or a count is out of range.
     """
     _require(math.isfinite(gamma_hat), f"gamma_hat must be finite, got {gamma_hat}: was a subset's ξ singular?")
+    _require(rows_per_sample >= 1, f"rows_per_sample must be at least 1, got {rows_per_sample}")
+    largest = num_parameters // rows_per_sample
     _require(
-        1 <= subset_size <= num_parameters,
-        f"subset_size must lie in 1..num_parameters = {num_parameters}, got {subset_size}",
+        1 <= subset_size <= largest,
+        f"subset_size must lie in 1..num_parameters/rows_per_sample = {largest}, got {subset_size}",
     )
-    return num_parameters * (gamma_hat / subset_size - math.log(num_parameters))
+    rows = subset_size * rows_per_sample
+    return num_parameters * (gamma_hat / rows - math.log(num_parameters / rows_per_sample))
 
 
 def gamma_of(characterization: Characterization) -> float:
@@ -74,6 +81,7 @@ def gamma_of(characterization: Characterization) -> float:
         characterization.log_det_fisher.mean,
         num_parameters=characterization.num_parameters,
         subset_size=settings.subset_size,
+        rows_per_sample=len(characterization.spectrum) // settings.subset_size,
     )
 
 

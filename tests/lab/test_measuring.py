@@ -70,10 +70,11 @@ def test_a_run_is_measured_on_its_clean_images(paths: dict[str, Path]) -> None:
 
 
 def test_measures_are_kept_for_every_way_of_measuring(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = [HOW, replace(HOW, seed=1), replace(HOW, double=True)]
+    ways = [HOW, replace(HOW, seed=1), replace(HOW, double=True), replace(HOW, fisher="model", subset_size=5)]
     first = [measure_run(paths["plain"], how, progress=False) for how in ways]
-    assert len({c.log_det_fisher.mean for c in first}) == 3
-    assert [c.settings.dtype for c in first] == ["float32", "float32", "float64"]
+    assert len({c.log_det_fisher.mean for c in first}) == 4
+    assert [c.settings.dtype for c in first] == ["float32", "float32", "float64", "float32"]
+    assert [c.settings.fisher for c in first] == [*["empirical"] * 3, "model"]
     assert first[2].log_det_fisher.mean == pytest.approx(first[0].log_det_fisher.mean, abs=1e-2)
     refuse_to_measure(monkeypatch)
     assert [measure_run(paths["plain"], how, progress=False) for how in ways] == first

@@ -36,6 +36,8 @@ class Measuring:
     """Number of subsets, T."""
     seed: int = 0
     """Draws the subsets; the same for every network."""
+    fisher: Literal["empirical", "model"] = "empirical"
+    """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
     batchnorm: Literal["eval"] | int = "eval"
     """BatchNorm by its running statistics (eval), or by those of chunks of this many samples."""
     logit_normalization: float | None = None

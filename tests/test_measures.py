@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import math
 import warnings
 
@@ -341,7 +343,7 @@ def test_compare_warns_of_unequal_losses_and_names_the_model_that_fails() -> Non
     with pytest.warns(UnequalLossWarning, match="training losses differ"):
         fm.compare({"a": model, "b": sharper}, (x, y), subset_size=10, trials=2)
     sharper[-1].weight.data *= math.nan
-    with pytest.raises(NonFiniteError, match="model 'b': NaN"):
+    with pytest.raises(NonFiniteError, match=r"^b: NaN"):
         fm.compare({"a": model, "b": sharper}, (x, y), subset_size=10, trials=2)
     with pytest.raises(FlatminimaError, match="at least two models"):
         fm.compare({"a": model}, (x, y))
@@ -458,6 +460,47 @@ def test_trials_stop_at_the_standard_error_asked_for() -> None:
     assert before > target or done == 5
     with pytest.raises(FlatminimaError, match="max_standard_error must be positive"):
         fm.measure(model, (x, y), subset_size=12, trials=40, max_standard_error=0)
+
+
+def test_comparisons_stop_at_the_standard_error_of_their_differences() -> None:
+    """Of all three pairs, which is far below that of either mean; what is done is what all trials begin with."""
+    model, x, y = minimum()
+    models = {"a": model, "b": copy.deepcopy(model), "c": copy.deepcopy(model)}
+    models["b"][0].weight.data *= 1.001
+    models["c"][5].weight.data += 1e-3 * torch.randn_like(models["c"][5].weight)
+    options = {"subset_size": 12, "robustness_samples": 0, "trials": 30}
+    everything = fm.compare(models, (x, y), **options)
+    per_trial = {name: c.log_det_fisher.per_trial for name, c in everything.characterizations.items()}
+    pairs = list(itertools.combinations(models, 2))
+
+    def error(first: str, second: str, trials: int) -> float:
+        differences = [p - q for p, q in zip(per_trial[first], per_trial[second], strict=True)]
+        return torch.tensor(differences[:trials]).std().item() / math.sqrt(trials)
+
+    widest = [max(error(*pair, trials) for pair in pairs) for trials in range(5, 31)]
+    target = 1.0001 * widest[12]
+    due = 5 + next(i for i, value in enumerate(widest) if value <= target)
+    assert 5 < due < 30
+    c = fm.compare(models, (x, y), max_standard_error=target, **options)
+    for name, characterization in c.characterizations.items():
+        assert characterization.settings.trials == due
+        assert characterization.log_det_fisher.per_trial == per_trial[name][:due]
+        assert characterization.log_det_fisher.standard_error > target
+    assert max(c.difference(*pair).standard_error for pair in pairs) <= target
+
+
+def test_a_difference_without_a_common_trial_is_nan() -> None:
+    model, x, y = minimum()
+    c = fm.measure(model, (x, y), subset_size=12, trials=2)
+    a, b = ((values, math.nan)[::order] for values, order in ((1.0, 1), (2.0, -1)))
+    minima = {name: dataclasses.replace(c, log_det_fisher=Estimate.of(v)) for name, v in (("a", a), ("b", b))}
+    assert math.isnan(comparison_of(minima).difference("a", "b").mean)
+
+
+def test_comparing_takes_the_options_of_measuring() -> None:
+    model, x, y = minimum()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'subset'"):
+        fm.compare({"a": model, "b": model}, (x, y), subset=12)
 
 
 def test_minima_measured_on_different_numbers_of_trials_are_paired_as_far_as_both_go() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -29,12 +30,15 @@ def rank_process(rank: int, world: int, port: int, out: str) -> None:
     model, data = network_and_data()
     whole = fm.measure(model, data, distributed=True, **OPTIONS)
     short = fm.measure(model, data, distributed=True, max_standard_error=1e9, **OPTIONS)
+    other = nn.Linear(20, 3).double()
+    other.load_state_dict({name: 1.01 * value for name, value in model.state_dict().items()})
+    differing = fm.compare({"a": model, "b": other}, data, distributed=True, max_standard_error=1e9, **OPTIONS)
     try:
         fm.measure(model, (data[0].where(torch.arange(40)[:, None] != 7, 0), data[1]), distributed=True, **OPTIONS)
         failed = ""
     except FlatminimaError as error:
         failed = str(error)
-    Path(f"{out}.{rank}").write_text("\n".join([whole.to_json(), short.to_json(), failed]))
+    Path(f"{out}.{rank}").write_text("\n".join([whole.to_json(), short.to_json(), differing.to_json(), failed]))
     dist.destroy_process_group()
 
 
@@ -48,13 +52,18 @@ def test_every_rank_ends_with_the_result_of_a_single_process(world: int, tmp_pat
     alone = fm.measure(model, data, **OPTIONS)
     stopped = fm.measure(model, data, max_standard_error=1e9, **OPTIONS)
     for rank in range(world):
-        whole, short, failed = (tmp_path / f"out.{rank}").read_text().split("\n")
+        whole, short, differing, failed = (tmp_path / f"out.{rank}").read_text().split("\n")
         together = fm.Characterization.from_json(whole)
         assert together.log_det_fisher.per_trial == pytest.approx(alone.log_det_fisher.per_trial, rel=1e-10)
         assert together.robustness.mean == pytest.approx(alone.robustness.mean, rel=1e-10)
         cut = fm.Characterization.from_json(short)
         assert cut.settings.trials == stopped.settings.trials == 5
         assert cut.log_det_fisher.mean == pytest.approx(stopped.log_det_fisher.mean, rel=1e-10)
+        for c in json.loads(differing)["characterizations"].values():
+            assert c["settings"]["trials"] == 5
+        assert json.loads(differing)["characterizations"]["a"]["log_det_fisher"]["per_trial"] == pytest.approx(
+            stopped.log_det_fisher.per_trial, rel=1e-10
+        )
         assert failed == ""  # a zero input still has a gradient at the bias
 
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 from torch import nn
 
-from flatminima.errors import FlatminimaError, UnequalLossWarning
+from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors
 from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures import MEASURES, Characterization, Estimate, measure, nan_to_none, rendered
-from flatminima.sampling import Data
+from flatminima.measures import (
+    MEASURES,
+    Characterization,
+    Estimate,
+    Options,
+    Subject,
+    Trial,
+    measure,
+    nan_to_none,
+    rendered,
+)
+from flatminima.sampling import Data, samples_of
+from flatminima.trials import perform_trials
 
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
@@ -38,7 +48,7 @@ class Comparison:
         """``first`` − ``second``, paired by subset; negative: ``first`` is the better minimum by this measure.
 
         Pairing removes what the subsets share: its standard error is usually far below that of either mean. Where one
-        was measured on fewer trials (``max_standard_error``), the trials both have are paired.
+        was measured on fewer trials, the trials both have are paired.
 
         Raises:
             FlatminimaError: for an unknown name or measure, or a measure that one of the two lacks.
@@ -107,7 +117,8 @@ def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comp
     Args:
         models: name → trained model.
         data: the training data all were trained on, as for :func:`measure`.
-        **options: as for :func:`measure`.
+        **options: as for :func:`measure`; but ``max_standard_error`` is of γ̂'s paired differences here, which are
+            what is compared: trials, the same for all models, end when that of every pair is at most this.
 
     Raises:
         FlatminimaError: with fewer than two models; and whatever :func:`measure` raises, naming the model.
@@ -128,19 +139,32 @@ def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comp
     """
     if len(models) < 2:
         raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
-    characterizations = {}
+    asked = Options(**{**(measure.__kwdefaults__ or {}), **options})
+    samples = samples_of(data)
+    subjects = {}
     for name, model in models.items():
-        with _naming(name):
-            characterizations[name] = measure(model, data, **options)
+        with naming(name):
+            subjects[name] = Subject(model, samples, asked)
+
+    def perform(number: int) -> dict[str, Trial]:
+        trials = {}
+        for name, subject in subjects.items():
+            with naming_errors(name):
+                trials[name] = subject.perform(number)
+        return trials
+
+    def enough(done: Sequence[dict[str, Trial]]) -> bool:
+        return all(
+            asked.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
+            for a, b in itertools.combinations(models, 2)
+        )
+
+    done = perform_trials(perform, asked.trials, enough, distributed=asked.distributed, progress=asked.progress)
+    characterizations = {}
+    for name, subject in subjects.items():
+        with naming(name):
+            characterizations[name] = subject.characterize([trial[name] for trial in done])
     return comparison_of(characterizations)
-
-
-@contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except FlatminimaError as error:
-        raise type(error)(f"model {name!r}: {error}") from error
 
 
 def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:

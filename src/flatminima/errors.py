@@ -6,6 +6,10 @@ a caller can catch or silence them by name.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FlatminimaError(ValueError):
     """Bad input or an undefined result. The message says what is wrong, where, and what to do."""
@@ -64,3 +68,35 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     It is no error, and ``except Exception`` around one run of many must not swallow it.
     """
+
+
+@contextmanager
+def recorded_warnings() -> Iterator[list[FlatminimaWarning]]:
+    """Every warning of ours, withheld from the caller; the others go on."""
+    recorded: list[FlatminimaWarning] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FlatminimaWarning)
+        yield recorded
+    for warning in caught:
+        if isinstance(warning.message, FlatminimaWarning):
+            recorded.append(warning.message)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@contextmanager
+def naming_errors(name: str) -> Iterator[None]:
+    """Put the model's name before our errors, which otherwise do not say whose they are."""
+    try:
+        yield
+    except FlatminimaError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the model's name before our errors and warnings."""
+    with recorded_warnings() as recorded, naming_errors(name):
+        yield
+    for warning in recorded:
+        warnings.warn(f"{name}: {warning}", type(warning), stacklevel=4)

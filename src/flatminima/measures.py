@@ -57,10 +57,11 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate from one value per trial; at least one must not be NaN."""
+        """The estimate from one value per trial; NaN where all of them are."""
         kept = [value for value in values if not math.isnan(value)]
+        mean = statistics.fmean(kept) if kept else math.nan
         error = statistics.stdev(kept) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
-        return cls(statistics.fmean(kept), error, tuple(values))
+        return cls(mean, error, tuple(values))
 
     def __str__(self) -> str:
         return f"{self.mean:.6g} ± {self.standard_error:.2g}"
@@ -266,8 +267,7 @@ def measure(
             2017 showed that it otherwise can; Sec. 5.1.)
         per_parameter: also report every parameter's share of ξ, in ``Characterization.shares``.
         max_standard_error: stop before ``trials`` as soon as γ̂'s standard error is at most this (and at least
-            five trials are done). Trials are added in the same order whatever the model, so results stay
-            paired as far as both go. (:func:`flatminima.compare` stops by the error of the differences instead.)
+            five trials are done). In :func:`flatminima.compare`: the standard error of the differences.
         robustness_samples: on how many of each subset's samples robustness is computed (default: all; 0: not at
             all). It takes K − 1 backward passes and dominates the cost.
         on_singular: what to do with a subset whose ξ is singular (duplicate samples, zero gradients): ``"raise"``, or

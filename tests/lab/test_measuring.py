@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,28 @@ def test_runs_are_compared_on_the_same_subsets(paths: dict[str, Path], monkeypat
     assert comparison == expected
     refuse_to_measure(monkeypatch)
     assert compare_runs(pair, HOW, progress=False) == comparison
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.UnequalLossWarning")
+def test_runs_are_measured_together_until_their_differences_are_known(paths: dict[str, Path]) -> None:
+    how = replace(HOW, trials=20, robustness_samples=0, max_standard_error=1e9)
+    pair = {name: paths[name] for name in ("plain", "confused")}
+    comparison = compare_runs(pair, how, progress=False)
+    assert [c.settings.trials for c in comparison.characterizations.values()] == [5, 5]
+    models = {name: load_run(path)[1] for name, path in pair.items()}
+    clean = load_run(paths["plain"])[2]
+    expected = fm.compare(models, clean, subset_size=10, trials=5, robustness_samples=0, progress=False)
+    assert comparison == expected
+    assert not (paths["plain"] / "measures.json").exists()
+
+
+def test_networks_of_two_types_compare_in_float64_alone(paths: dict[str, Path]) -> None:
+    _, model, clean, _ = load_run(paths["plain"])
+    models = {"single": model, "double": copy.deepcopy(model).double()}
+    with pytest.raises(FlatminimaError, match=r"single: torch.float32, double: torch.float64.*in float64"):
+        HOW.compare(models, clean, device="cpu", progress=False)
+    comparison = replace(HOW, double=True).compare(models, clean, device="cpu", progress=False)
+    assert comparison.difference("single", "double").mean == 0
 
 
 def test_runs_of_different_images_are_refused_before_anything_is_measured(

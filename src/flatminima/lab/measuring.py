@@ -7,8 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from flatminima import errors
-from flatminima.comparison import Comparison, comparison_of
-from flatminima.errors import DamagedFileError, DamagedRunWarning, FlatminimaError, FlatminimaWarning
+from flatminima.comparison import Comparison, compare, comparison_of
+from flatminima.errors import (
+    DamagedFileError,
+    DamagedRunWarning,
+    FlatminimaError,
+    FlatminimaWarning,
+    naming,
+    recorded_warnings,
+)
 from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.loading import load_model, resolve_device
 from flatminima.lab.results import RunFolder, load_run
@@ -45,7 +51,7 @@ class Measuring:
     scale_invariant: bool = False
     """Weight gradients by the parameters' magnitudes, so that rescaling layers changes nothing."""
     max_standard_error: float | None = None
-    """Stop as soon as the standard error of γ̂ is at most this."""
+    """Stop as soon as the standard error of γ̂, or in a comparison of its paired differences, is at most this."""
     robustness_samples: int | None = None
     """Samples per subset for the robustness, the costliest measure (None: all of them; 0: leave it out)."""
     on_singular: Literal["raise", "skip"] = "raise"
@@ -60,12 +66,34 @@ class Measuring:
 
         Raises and warns as :func:`flatminima.measure` does.
         """
+        self._place(model, device)
+        return measure(model, _InNetworksType(data, model), progress=progress, **self._options())
+
+    def compare(
+        self, models: Mapping[str, nn.Module], data: ImageSet, *, device: str = "auto", progress: bool = True
+    ) -> Comparison:
+        """Compare ``models`` on ``data``, trial by trial; they stay on ``device``, in float64 if ``double``.
+
+        Raises and warns as :func:`flatminima.compare` does; networks of several floating-point types it refuses.
+        """
+        for model in models.values():
+            self._place(model, device)
+        types = {name: _type_of(model) for name, model in models.items()}
+        if len(set(types.values())) > 1:
+            found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
+            raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
+        inputs = _InNetworksType(data, next(iter(models.values())))
+        return compare(models, inputs, progress=progress, **self._options())
+
+    def _place(self, model: nn.Module, device: str) -> None:
         model.to(resolve_device(device), torch.float64 if self.double else None)
+
+    def _options(self) -> dict[str, Any]:
+        """Those of :func:`flatminima.measure`."""
         options = dataclasses.asdict(self)
         del options["double"]
         gib = options.pop("memory_gib")
-        budget = None if gib is None else int(gib * 2**30)
-        return measure(model, _InNetworksType(data, model), memory_budget=budget, progress=progress, **options)
+        return {**options, "memory_budget": None if gib is None else int(gib * 2**30)}
 
 
 def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: bool = True) -> Characterization:
@@ -89,8 +117,9 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     found = next((entry for entry in kept if entry["asked"] == asked), None)
     if found is None:
         _, model, clean, _ = load_run(path)
-        with _recorded() as messages:
+        with recorded_warnings() as recorded:
             characterization = how.of(model, clean, device=device, progress=progress)
+        messages = [(type(warning).__name__, str(warning)) for warning in recorded]
         found = {"asked": asked, "warnings": messages, "characterization": json.loads(characterization.to_json())}
         folder.write_measures(json.dumps([*kept, found]) + "\n")
     for category, message in found["warnings"]:
@@ -102,6 +131,9 @@ def compare_runs(
     runs: Mapping[str, Path], how: Measuring, *, device: str = "auto", progress: bool = True
 ) -> Comparison:
     """Finished runs on the same subsets of the clean images that all of them were trained on.
+
+    Each is measured as by :func:`measure_run`, and read where it was measured before. With ``max_standard_error`` they
+    are measured together instead, until their differences are that precise, which nothing is kept of.
 
     Raises:
         FlatminimaError: with fewer than two runs, if their clean training images differ, or whatever
@@ -119,9 +151,12 @@ def compare_runs(
                 f"{name} and {first} were trained on different images, so their measures do not compare: compare runs "
                 "of one training set (same data, train_size and seed), or name the data to measure both on"
             )
+    if how.max_standard_error is not None:
+        models = {name: load_run(path)[1] for name, path in runs.items()}
+        return how.compare(models, load_run(runs[first])[2], device=device, progress=progress)
     measured = {}
     for name, path in runs.items():
-        with _naming(name):
+        with naming(name):
             measured[name] = measure_run(path, how, device=device, progress=progress)
     return comparison_of(measured)
 
@@ -153,17 +188,16 @@ def compare_networks(
     """
     _require_two(paths)
     data, _ = load_data(source)
-    measured = {}
+    networks: dict[str, nn.Module] = {}
     for name, path in paths.items():
-        with _naming(name):
+        with naming(name):
             if path.is_dir():
-                network = load_run(path)[1]
+                networks[name] = load_run(path)[1]
             elif model is not None:
-                network = load_model(model, path, data)
+                networks[name] = load_model(model, path, data)
             else:
                 raise FlatminimaError(f"{path} is not a run folder; for a checkpoint name its model too")
-            measured[name] = how.of(network, data, device=device, progress=progress)
-    return comparison_of(measured)
+    return how.compare(networks, data, device=device, progress=progress)
 
 
 class _InNetworksType:
@@ -171,7 +205,7 @@ class _InNetworksType:
 
     def __init__(self, data: ImageSet, model: nn.Module) -> None:
         self.data = data
-        self.dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+        self.dtype = _type_of(model)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -179,6 +213,10 @@ class _InNetworksType:
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         images, labels = self.data.fetch(indices)
         return images.to(self.dtype), labels
+
+
+def _type_of(model: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in model.parameters()), torch.float32)
 
 
 def _asked(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
@@ -220,29 +258,3 @@ def _clean_digest(path: Path) -> str:
 def _require_two(runs: Mapping[str, Path]) -> None:
     if len(runs) < 2:
         raise FlatminimaError(f"compare needs at least two minima, got {len(runs)}: use measure for one")
-
-
-@contextmanager
-def _recorded() -> Iterator[list[tuple[str, str]]]:
-    """Category and message of every warning of ours, withheld from the caller; the others go on."""
-    messages: list[tuple[str, str]] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FlatminimaWarning)
-        yield messages
-    for warning in caught:
-        if issubclass(warning.category, FlatminimaWarning):
-            messages.append((warning.category.__name__, str(warning.message)))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the network's name before errors and warnings, which otherwise do not say whose they are."""
-    with _recorded() as messages:
-        try:
-            yield
-        except FlatminimaError as error:
-            raise type(error)(f"{name}: {error}") from error
-    for category, message in messages:
-        warnings.warn(f"{name}: {message}", getattr(errors, category), stacklevel=3)

@@ -9,7 +9,7 @@ from torch import nn
 import flatminima as fm
 from flatminima.errors import FlatminimaError
 from flatminima.gramian import factored_gram, plan_for
-from flatminima.planning import Plan, make_plan, saved_bytes
+from flatminima.planning import Plan, make_plan, pass_bytes
 
 
 def covered(plan: Plan) -> dict[str, list[int]]:
@@ -39,10 +39,17 @@ def test_every_entry_is_planned_once_and_the_budget_holds(samples, shapes, sampl
     assert plan.activation_bytes + plan.rows_bytes <= budget
 
 
-def test_saved_bytes_of_a_known_network() -> None:
-    """Two linear layers around a tanh: the input, the tanh's output, and four times the logits."""
+def test_pass_bytes_of_a_known_network() -> None:
+    """Two linear layers around a tanh: its output is saved, the input was there before; and eight times the logits."""
     model = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 3))
-    assert saved_bytes(model, torch.randn(1, 10)) == 4 * (10 + 20 + 4 * 3)
+    images = torch.randn(50, 10)
+    assert pass_bytes(model, images[:1]) == 1.25 * 4 * 20 + 8 * 4 * 3
+
+
+def test_rows_get_the_memory_that_activations_do_not_need() -> None:
+    """40 units of rows in a budget of 30: two passes with up to 10 samples at once, but three with more."""
+    plan = make_plan(20, {"p": nn.Parameter(torch.zeros(40))}, sample_bytes=80, rows_at_once=1000, budget=2400)
+    assert (len(plan.passes), plan.chunk) == (2, 10)
 
 
 def test_a_small_budget_gives_more_passes_and_the_same_numbers() -> None:
@@ -52,7 +59,7 @@ def test_a_small_budget_gives_more_passes_and_the_same_numbers() -> None:
     ).double()
     x, y = torch.randn(20, 3, 8, 8, dtype=torch.float64), torch.arange(20) % 5
     roomy = plan_for(model, x, memory_budget=2**30)
-    tight = plan_for(model, x, memory_budget=2**19)
+    tight = plan_for(model, x, memory_budget=2**18)
     assert (len(roomy.passes), roomy.chunk) == (1, 20)
     assert len(tight.passes) > 3
     assert tight.chunk < 20
@@ -61,6 +68,17 @@ def test_a_small_budget_gives_more_passes_and_the_same_numbers() -> None:
     torch.testing.assert_close(factored_gram(model, x, y, plan=tight).unit, expected.unit, rtol=1e-9, atol=1e-9)
     with pytest.raises(FlatminimaError, match="is too small: one sample takes"):
         plan_for(model, x, memory_budget=1000)
+
+
+def test_several_passes_over_all_samples_at_once() -> None:
+    """What a budget gives that holds all activations, but few rows beside them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(7, 6, dtype=torch.float64), torch.arange(7) % 3
+    parameters = dict(model.named_parameters())
+    plan = make_plan(7, parameters, sample_bytes=100, rows_at_once=3000, budget=2900)
+    assert (len(plan.passes), plan.chunk) == (3, 7)
+    torch.testing.assert_close(factored_gram(model, x, y, plan=plan).unit, factored_gram(model, x, y).unit)
 
 
 def test_measure_keeps_to_the_budget_given() -> None:

@@ -23,7 +23,7 @@ from flatminima._distributed import is_sharded
 from flatminima.batching import Inputs, batch_size, call_model, device_of, evaluating, frozen, map_tensors, take
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient, refuse_non_finite
-from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, row_bytes, saved_bytes
+from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, pass_bytes, row_bytes
 from flatminima.precision import true_precision
 from flatminima.recording import RecordedUse, Recorder
 
@@ -164,7 +164,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     parameters = trainable_parameters(model)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
     with evaluating(model):
-        per_sample = saved_bytes(model, take(inputs, slice(0, 1)))
+        per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
     return make_plan(batch_size(inputs), parameters, per_sample, min(ROWS_BUDGET_BYTES, budget // 4), budget)
 
 
@@ -237,11 +237,10 @@ class _Accumulator:
             use, grad = arrived[0]
             self._add(parameter, use.product(grad))  # type: ignore[misc]
             return
-        for start, stop in _slices(parameter, len(self)) if arrived else ():
-            rows = arrived[0][0].rows(arrived[0][1], start, stop)
-            for use, grad in arrived[1:]:
-                rows = rows + use.rows(grad, start, stop)
-            self.add_rows(parameter, rows, start, stop)
+        for start, stop in _slices(parameter, len(self), 0, first_dimension(parameter)):
+            rows = _summed_rows(uses, start, stop)
+            if rows is not None:
+                self.add_rows(parameter, rows, start, stop)
 
     def _add(self, parameter: nn.Parameter, product: Tensor) -> None:
         self.unit += product
@@ -269,8 +268,7 @@ def _add_by_rules(
     with frozen(parameters.values()):
         for number, pieces in enumerate(plan.passes):
             wanted = {piece.name: parameters[piece.name] for piece in pieces}
-            whole = plan.chunk >= plan.samples
-            sink: _Accumulator | _Rows = xi if whole else _Rows(plan.samples, pieces, wanted)
+            sink: _Accumulator | _Rows = xi if plan.at_once else _Rows(plan.samples, pieces, wanted)
             for start in range(0, plan.samples, plan.chunk):
                 rows = slice(start, min(start + plan.chunk, plan.samples))
                 recorder = Recorder(rows.stop - start, wanted)
@@ -298,25 +296,48 @@ class _Rows:
     """The rows of J of some pieces of parameters, filled chunk by chunk of samples and then multiplied out."""
 
     def __init__(self, samples: int, pieces: Sequence[Piece], parameters: Mapping[str, nn.Parameter]) -> None:
+        self.total = samples
         self.samples = slice(0, 0)
-        self.rows: dict[int, list[tuple[nn.Parameter, Piece, Tensor]]] = {}
+        self.pieces: dict[int, list[tuple[int, int]]] = {}
         for piece in pieces:
-            parameter = parameters[piece.name]
-            shape = (samples, piece.stop - piece.start, *parameter.shape[1:])
-            self.rows.setdefault(id(parameter), []).append((parameter, piece, parameter.new_zeros(shape)))
+            self.pieces.setdefault(id(parameters[piece.name]), []).extend(
+                _slices(parameters[piece.name], samples, piece.start, piece.stop)
+            )
+        self.rows: dict[tuple[int, int, int], Tensor] = {}
+        self.parameters = {id(parameter): parameter for parameter in parameters.values()}
 
     def add_use(self, parameter: nn.Parameter, uses: Sequence[RecordedUse]) -> None:
         """Put this chunk's rows, summed over the parameter's uses, in their place."""
-        for _, piece, rows in self.rows[id(parameter)]:
-            for use in uses:
-                if use.grad is not None:
-                    rows[self.samples] += use.use.rows(use.grad, piece.start, piece.stop)
+        for start, stop in self.pieces[id(parameter)]:
+            rows = _summed_rows(uses, start, stop)
+            if rows is not None:
+                key = id(parameter), start, stop
+                if key not in self.rows:
+                    self.rows[key] = _zeros_laid_out_like(rows, self.total)
+                self.rows[key][self.samples] = rows
 
     def add_to(self, xi: _Accumulator, left_out: set[int]) -> None:
         """Multiply out; parameters that a later chunk gave up on are left to the generic path."""
-        for key, pieces in self.rows.items():
-            for parameter, piece, rows in pieces if key not in left_out else ():
-                xi.add_rows(parameter, rows, piece.start, piece.stop)
+        for (parameter, start, stop), rows in self.rows.items():
+            if parameter not in left_out:
+                xi.add_rows(self.parameters[parameter], rows, start, stop)
+
+
+def _summed_rows(uses: Sequence[RecordedUse], start: int, stop: int) -> Tensor | None:
+    """The rows of J for ``parameter[start:stop]``, summed over its uses; None where no gradient reached any."""
+    total = None
+    for use in uses:
+        if use.grad is not None:
+            rows = use.use.rows(use.grad, start, stop)
+            total = rows if total is None else total + rows
+    return total
+
+
+def _zeros_laid_out_like(rows: Tensor, samples: int) -> Tensor:
+    """Zeros for more samples in the memory layout of ``rows``, so that copying them over is one sweep."""
+    order = sorted(range(rows.dim()), key=rows.stride, reverse=True)
+    zeros = rows.new_zeros([samples if d == 0 else rows.shape[d] for d in order])
+    return zeros.permute([order.index(d) for d in range(rows.dim())])
 
 
 def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: _Accumulator | _Rows) -> None:
@@ -342,12 +363,11 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: _Accu
         sink.add_use(parameter, uses)
 
 
-def _slices(parameter: nn.Parameter, n: int) -> Iterator[tuple[int, int]]:
-    """Ranges of the parameter's first dimension whose rows fit the budget."""
-    length = first_dimension(parameter)
-    step = max(1, min(length, ROWS_BUDGET_BYTES // max(n * row_bytes(parameter), 1)))
-    for start in range(0, length, step):
-        yield start, min(start + step, length)
+def _slices(parameter: nn.Parameter, n: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Ranges of ``parameter[start:stop]``'s first dimension whose rows for n samples fit the budget."""
+    step = max(1, ROWS_BUDGET_BYTES // max(n * row_bytes(parameter), 1))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 def _add_product(unit: Tensor, rows: Tensor) -> None:

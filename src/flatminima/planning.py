@@ -9,17 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model
+from flatminima.batching import Inputs, call_model, tensors_of
 from flatminima.errors import FlatminimaError
 
 FREE_SHARE = 0.5
 """The part of the free memory that is used if the user names no budget."""
 
-ACTIVATION_SHARE = 0.5
-"""The part of the budget that activations may take; the rows of J take the rest."""
+EFFICIENT_CHUNK = 8
+"""Samples in a pass below which it takes notably longer per sample. Beyond, memory is better spent on rows of J."""
 
-TRANSIENT = 2.0
-"""What a backward pass needs beside the saved activations, as a factor: gradients of activations, padded copies."""
+TRANSIENT = 1.25
+"""A pass's memory as a factor of the saved activations: gradients and copies come, but activations go meanwhile."""
+
+LOGITS = 8
+"""Tensors of the logits' size that the loss's gradient takes: it is formed in float64."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Plan:
     rows_bytes: int
     budget: int
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all rows are formed in one pass over all samples, and multiplied out as they come."""
+        return len(self.passes) == 1 and self.chunk >= self.samples
+
     def __str__(self) -> str:
         chunks = -(-self.samples // self.chunk)
         return (
@@ -69,7 +77,7 @@ def make_plan(
     Args:
         samples: N'.
         parameters: by name.
-        sample_bytes: what is saved for one sample between forward and backward (:func:`saved_bytes`).
+        sample_bytes: what a forward and backward pass takes for one sample (:func:`pass_bytes`).
         rows_at_once: bytes of rows held at once while all samples fit one chunk.
         budget: bytes.
 
@@ -77,20 +85,21 @@ def make_plan(
         FlatminimaError: if not even one sample and one slice of a parameter fit.
     """
     pieces = tuple(Piece(name, 0, first_dimension(p)) for name, p in parameters.items())
-    needed = int(TRANSIENT * sample_bytes)
-    if needed * samples + rows_at_once <= budget:
-        return Plan(samples, samples, (pieces,), needed * samples, rows_at_once, budget)
-    chunk = min(samples, int(ACTIVATION_SHARE * budget) // max(needed, 1))
-    for_rows = budget - max(chunk, 1) * needed
+    if sample_bytes * samples + rows_at_once <= budget:
+        return Plan(samples, samples, (pieces,), sample_bytes * samples, rows_at_once, budget)
     smallest = max(samples * row_bytes(parameter) for parameter in parameters.values())
-    if chunk < 1 or for_rows < smallest:
+    most = min(samples, (budget - smallest) // max(sample_bytes, 1))
+    if most < 1:
         raise FlatminimaError(
-            f"a memory budget of {_gib(budget)} is too small: one sample takes {_gib(needed)}, the thinnest slice of "
-            f"rows {_gib(smallest)}; allow at least {_gib(2 * needed + 2 * smallest)}, or lower subset_size"
+            f"a memory budget of {_gib(budget)} is too small: one sample takes {_gib(sample_bytes)}, the thinnest "
+            f"slice of rows {_gib(smallest)}; allow at least {_gib(sample_bytes + smallest)}, or lower subset_size"
         )
-    passes = tuple(_fill(parameters, samples, for_rows))
-    rows_bytes = max(sum(samples * (p.stop - p.start) * row_bytes(parameters[p.name]) for p in one) for one in passes)
-    return Plan(samples, chunk, passes, chunk * needed, rows_bytes, budget)
+    plans = []
+    for chunk in range(most, min(most, EFFICIENT_CHUNK) - 1, -1):
+        passes = tuple(_fill(parameters, samples, budget - chunk * sample_bytes))
+        held = max(sum(samples * (p.stop - p.start) * row_bytes(parameters[p.name]) for p in one) for one in passes)
+        plans.append(Plan(samples, chunk, passes, chunk * sample_bytes, held, budget))
+    return min(plans, key=lambda plan: len(plan.passes))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -105,20 +114,20 @@ def free_bytes(device: torch.device) -> int:
     return 8 * 2**30  # where the system does not tell: what a laptop has to spare
 
 
-def saved_bytes(model: nn.Module, inputs: Inputs) -> int:
-    """Bytes that autograd saves for a backward pass of these inputs, parameters and buffers left out."""
-    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
+    """Bytes that a forward and backward pass of these inputs takes beside model and inputs: an estimate."""
+    existing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *tensors_of(inputs))}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
+        if storage.data_ptr() not in existing:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = call_model(model, inputs)
-    return sum(saved.values()) + 4 * logits.numel() * logits.element_size()
+    return int(TRANSIENT * sum(saved.values())) + LOGITS * logits.numel() * logits.element_size()
 
 
 def _fill(parameters: Mapping[str, nn.Parameter], samples: int, budget: int) -> Iterator[tuple[Piece, ...]]:

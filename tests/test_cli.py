@@ -21,6 +21,7 @@ from flatminima import cli
 from flatminima.errors import FlatminimaWarning
 from flatminima.lab import demo, training
 from flatminima.lab.models import build_model
+from flatminima.lab.specs import RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 TRAIN = ["train", "digits", "--model", "mlp", "--epochs", "2", "--train-size", "200", "--no-progress"]
 MEASURE = ["--subset-size", "20", "--trials", "2", "--no-progress"]
@@ -70,6 +71,26 @@ def test_regularizer_options_switch_it_on(trained: Path) -> None:
     specs = [json.loads(path.read_text()) for path in trained.glob("*/spec.json")]
     regularizers = sorted((spec["regularizer"] or {}).get("beta", 0) for spec in specs)
     assert regularizers == [0, 50]
+
+
+@pytest.mark.parametrize(
+    ("options", "regularizer"),
+    [
+        ([], None),
+        (["--regularizer"], RegularizerSpec()),
+        (["--sam"], SharpnessAwareSpec()),
+        (["--sam.rho", "0.5", "--sam.adaptive"], SharpnessAwareSpec(rho=0.5, adaptive=True)),
+    ],
+)
+def test_one_option_switches_on_the_regularizer_or_its_rival(
+    options: list[str], regularizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(spec: RunSpec, *args: Any, **kwargs: Any) -> None:
+        assert spec.regularizer == regularizer
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", trained)
+    assert cli.main([*TRAIN, *options, "--root", str(tmp_path)]) == cli.INTERRUPTED
 
 
 def test_json_is_all_of_standard_output(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +195,7 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "digits", "--epoch", "3"], "perhaps you meant --regularizer.start-epoch or --epochs"),
+        (["train", "digits", "--epoch", "3"], "perhaps you meant"),
         (["train", "digits", "extra"], "extra"),
         (["train", "--epochs", "many"], "--epochs"),
         (["train", "--seed"], "--seed"),
@@ -182,6 +203,8 @@ def test_bad_input_is_one_line(trained: Path, tmp_path: Path, capsys: pytest.Cap
         (["train", "--model", "resnet2"], "did you mean 'resnet20'?"),
         (["train", "resnet2"], "did you mean 'resnet20'?"),
         (["train", "--lr", "-1"], "error: lr must be positive"),
+        (["train", "--sam.rho", "0"], "error: sam.rho must be positive"),
+        (["train", "--sam", "--regularizer.beta", "1"], "--regularizer and --sam are rivals"),
         (["train", "--regularizer.beta", "-1"], "error: regularizer.beta must not be negative"),
         (["train", "digits", "--data", "nowhere"], "no data set 'nowhere'"),
         (["train", "digits", "--batch-size", "5000"], "batch_size 5000 is larger"),

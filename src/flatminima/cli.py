@@ -28,7 +28,7 @@ try:
     from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
     from flatminima.lab.measuring import Measuring
-    from flatminima.lab.specs import RECIPES, RegularizerSpec, RunSpec
+    from flatminima.lab.specs import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec
 except ModuleNotFoundError as missing:  # the library alone is installed
     sys.exit(f"flatminima: error: the command line needs {missing.name}: pip install 'flatminima[lab]'")
 
@@ -37,6 +37,8 @@ INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended."""
 NARROWEST_TABLE = 120
 """Columns of a table that goes to a file or a pipe; on a terminal it is as wide as that."""
+REGULARIZERS = ("regularizer", "sam")
+"""Groups of options of `train` of which at most one is switched on, by giving any of them."""
 
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -82,15 +84,23 @@ class RunOptions(RunSpec):
     epochs: Annotated[int | None, arg(aliases=("-e",))] = RunSpec.epochs
     batch_size: Annotated[int, arg(aliases=("-b",))] = RunSpec.batch_size
     seed: Annotated[int, arg(aliases=("-s",))] = RunSpec.seed
+    regularizer: RegularizerSpec = field(default_factory=RegularizerSpec)
+    """The Fisher trace regularizer."""
+    sam: SharpnessAwareSpec = field(default_factory=SharpnessAwareSpec)
+    """Its rival, sharpness-aware minimization."""
 
     @classmethod
-    def of(cls, spec: RunSpec) -> RunOptions:
-        """The options that stand for ``spec``; the regularizer's are always there to be seen and changed."""
-        return cls(**{**_fields(spec), "regularizer": spec.regularizer or RegularizerSpec()})
+    def of(cls, recipe: RunSpec) -> RunOptions:
+        """The options that stand for ``recipe``; those of both regularizers are always there to be seen and changed."""
+        return cls(**{**_fields(recipe), "regularizer": RegularizerSpec()})
 
-    def spec(self, *, regularized: bool) -> RunSpec:
-        """The run described."""
-        return RunSpec(**{**_fields(self), "regularizer": self.regularizer if regularized else None})
+    def spec(self, switched_on: Sequence[str]) -> RunSpec:
+        """The run described, with one of ``regularizer`` and ``sam``, or neither."""
+        if len(switched_on) > 1:
+            raise FlatminimaError("--regularizer and --sam are rivals: give the options of one of them")
+        fields = _fields(self)
+        found = {name: fields.pop(name) for name in REGULARIZERS}
+        return RunSpec(**fields, regularizer=found[switched_on[0]] if switched_on else None)
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,8 @@ class Train:
     """Train one network into a run folder; the same command again goes on where it stopped.
 
     RECIPE is one of the paper's trainings, and the options below change it. Without RECIPE it is that of the --model,
-    digits for --data digits, or else resnet20. --regularizer, or any of its options, switches the regularizer on.
+    digits for --data digits, or else resnet20. --regularizer, or any of its options, switches the regularizer on; and
+    --sam, or any of its options, sharpness-aware minimization in its place.
 
     Example: flatminima train resnet20 --data cifar10 --epochs 3
     """
@@ -274,12 +285,14 @@ def _train(given: list[str]) -> tuple[bool, Report]:
     about = inspect.cleandoc(Train.__doc__ or "")
     options = _parse(
         Train,
-        [argument for argument in rest if argument != "--regularizer"],
+        [argument for argument in rest if argument not in [f"--{name}" for name in REGULARIZERS]],
         prog="train [RECIPE]",
         description=f"{about}\n\nRecipes: {', '.join(RECIPES)}. The defaults below are those of {recipe!r}.",
         default=Train(RunOptions.of(RECIPES[recipe])),
     )
-    spec = options.run.spec(regularized=any(argument.startswith("--regularizer") for argument in rest))
+    spec = options.run.spec(
+        [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
+    )
     with _standard_output_kept_clean():
         from flatminima.lab.loading import resolve_device
         from flatminima.lab.results import RunFolder

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec
+from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 CIFAR_SIZE = 50_000
 
@@ -125,7 +125,11 @@ def test_plateau_agrees_with_torch(losses: list[float], patience: int, threshold
 # Identity and validation
 # ---------------------------------------------------------------------------------------------------------------------
 
-SPECS = [*RECIPES.values(), RunSpec(regularizer=RegularizerSpec(max_grad_norm=5.0), precision="bf16-mixed")]
+SPECS = [
+    *RECIPES.values(),
+    RunSpec(regularizer=SharpnessAwareSpec(rho=0.5, adaptive=True)),
+    RunSpec(regularizer=RegularizerSpec(max_grad_norm=5.0), precision="bf16-mixed"),
+]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.key)
@@ -221,6 +225,9 @@ def test_a_bad_field_is_named_in_one_line(changes: dict[str, Any], message: str)
         (lambda: RegularizerSpec(beta=-1.0), "regularizer.beta must not be negative"),
         (lambda: RegularizerSpec(num_sub_batches=0), "regularizer.num_sub_batches must be >= 1"),
         (lambda: RegularizerSpec(max_grad_norm=0.0), "regularizer.max_grad_norm must be positive"),
+        (lambda: SharpnessAwareSpec(rho=0.0), "sam.rho must be positive"),
+        (lambda: SharpnessAwareSpec(max_grad_norm=0.0), "sam.max_grad_norm must be positive"),
+        (lambda: SharpnessAwareSpec(start_epoch=-1), "sam.start_epoch must not be negative"),
         (lambda: RegularizerSpec(every=0), "regularizer.every must be >= 1"),
         (lambda: RegularizerSpec(estimator="exact"), "RegularizerSpec.estimator must be"),  # type: ignore[arg-type]
         (lambda: RegularizerSpec(start_epoch=-1), "regularizer.start_epoch must not be negative"),
@@ -239,6 +246,7 @@ def test_a_bad_nested_field_is_named_in_one_line(build: Any, message: str) -> No
         (lambda values: values | {"optimizer": "adam"}, "RunSpec has no field optimizer"),
         (lambda values: values | {"schedule": {"kind": "Cosine"}}, "unknown schedule.kind 'Cosine'"),
         (lambda values: values | {"schedule": {"kind": "Plateau", "steps": 3}}, "Plateau has no field steps"),
+        (lambda values: values | {"regularizer": {"beta": 1.0}}, "unknown regularizer.kind None"),
         (lambda values: values | {"regularizer": 3}, "RunSpec.regularizer must be"),
         (lambda values: [values], "not a run specification"),
     ],

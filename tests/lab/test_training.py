@@ -30,7 +30,7 @@ from flatminima.lab import results, training
 from flatminima.lab.data import augment, load_data
 from flatminima.lab.models import build_model
 from flatminima.lab.results import RunFolder, RunResult
-from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, train
+from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
 from flatminima.regularizer import FisherTraceRegularizer
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.
@@ -81,7 +81,9 @@ SPARSE = replace(
         num_sub_batches=3, estimator="hvp", main_gradient="sub-batches", every=3, start_epoch=1, max_grad_norm=1.0
     ),
 )
-ALL = {"plain": PLAIN, "everything": EVERYTHING, "batchnorm": BATCHNORM, "sparse": SPARSE}
+# SAM in place of the regularizer, with running statistics that it must not touch, in half precision.
+SHARPNESS = replace(BATCHNORM, regularizer=SharpnessAwareSpec(start_epoch=1, max_grad_norm=1.0), precision="bf16-mixed")
+ALL = {"plain": PLAIN, "everything": EVERYTHING, "batchnorm": BATCHNORM, "sparse": SPARSE, "sam": SHARPNESS}
 SPECS = pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
 
 
@@ -283,6 +285,18 @@ def test_the_trace_is_the_mean_over_the_updates_with_a_penalty(tmp_path: Path, m
     assert [record.fisher_trace for record in records] == [None, pytest.approx((first + second) / 2), third]
 
 
+def test_sharpness_aware_runs_record_the_loss_and_the_accuracy_at_the_weights(tmp_path: Path) -> None:
+    """With a tiny ρ they are those of plain training, and no trace is estimated; with a large one they are not."""
+    specs = [replace(PLAIN, regularizer=spec) for spec in (None, SharpnessAwareSpec(1e-6), SharpnessAwareSpec(0.5))]
+    for spec in specs:
+        train(spec, tmp_path)
+    plain, near, far = (RunFolder.of(tmp_path, spec).read_history() for spec in specs)
+    assert [record.train_accuracy for record in near] == [record.train_accuracy for record in plain]
+    assert [record.train_loss for record in near] == pytest.approx([record.train_loss for record in plain], rel=1e-3)
+    assert [record.train_loss for record in far] != pytest.approx([record.train_loss for record in plain], rel=1e-2)
+    assert {record.fisher_trace for record in near} == {None}
+
+
 @pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
 def test_accuracy_is_counted_once_however_the_gradient_is_formed(tmp_path: Path, estimator: Any) -> None:
     """Without BatchNorm the sub-batches' outputs are the whole batch's."""
@@ -326,7 +340,7 @@ def test_penalized_updates_are_those_of_algorithm_1(tmp_path: Path, changes: dic
     assert (record.train_loss, record.fisher_trace) == (float(loss), float(regularizer.last_step.trace))
 
 
-@pytest.mark.parametrize("regularizer", [None, RegularizerSpec(num_sub_batches=4, beta=1.0)])
+@pytest.mark.parametrize("regularizer", [None, RegularizerSpec(num_sub_batches=4, beta=1.0), SharpnessAwareSpec(0.01)])
 def test_bf16_trains_and_is_evaluated_in_float32(tmp_path: Path, regularizer: RegularizerSpec | None) -> None:
     full = replace(PLAIN, iterations=8, regularizer=regularizer)
     mixed = replace(full, precision="bf16-mixed")
@@ -696,7 +710,7 @@ def test_another_environment_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("regularizer", [None, RegularizerSpec(num_sub_batches=4)])
+@pytest.mark.parametrize("regularizer", [None, RegularizerSpec(num_sub_batches=4), SharpnessAwareSpec()])
 def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path, regularizer: RegularizerSpec | None) -> None:
     spec = replace(PLAIN, lr=1e20, schedule=MultiStep(()), regularizer=regularizer)
     with pytest.raises(NonFiniteError) as caught:

@@ -18,7 +18,7 @@ from flatminima.lab.data import AUGMENTATIONS
 from flatminima.lab.models import MODEL_NAMES
 from flatminima.regularizer import MainGradient
 
-__all__ = ["RECIPES", "MultiStep", "Plateau", "Precision", "RegularizerSpec", "RunSpec"]
+__all__ = ["RECIPES", "MultiStep", "Plateau", "Precision", "RegularizerSpec", "RunSpec", "SharpnessAwareSpec"]
 
 Precision = Literal["32-true", "bf16-mixed"]
 
@@ -118,6 +118,29 @@ class RegularizerSpec:
 
 
 @dataclass(frozen=True)
+class SharpnessAwareSpec:
+    """Hyper-parameters of the regularizer's rival: SAM (Foret et al., 2021) or ASAM (Kwon et al., 2021)."""
+
+    rho: float = 0.05
+    """ρ, how far the loss is looked at from the weights (SAM: about 0.05; ASAM: 0.5 to 2)."""
+    adaptive: bool = False
+    """ASAM: measure that distance relative to the weights' magnitudes."""
+    max_grad_norm: float | None = None
+    """The global norm the gradient is clipped to (none: not clipped)."""
+    start_epoch: int = 0
+    """Epochs of plain training before it is switched on."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.rho > 0, f"sam.rho must be positive, got {self.rho}")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"sam.max_grad_norm must be positive or None, got {self.max_grad_norm}",
+        )
+        _require(self.start_epoch >= 0, f"sam.start_epoch must not be negative, got {self.start_epoch}")
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """One training run: everything that decides its bits on a given machine.
 
@@ -165,8 +188,8 @@ class RunSpec:
     """Weight decay (L2) on all parameters."""
     label_smoothing: float = 0.0
     """Probability moved from the label to the uniform distribution."""
-    regularizer: RegularizerSpec | None = None
-    """The Fisher trace regularizer (none: plain training)."""
+    regularizer: RegularizerSpec | SharpnessAwareSpec | None = None
+    """The Fisher trace regularizer, or its rival (none: plain training)."""
     evaluate_every: int = 1
     """Evaluate on the test images (and those held out) after every so many epochs, and after the last."""
     precision: Precision = "32-true"
@@ -225,6 +248,8 @@ class RunSpec:
         """The canonical text: one line, fields sorted, floats in their shortest exact form."""
         values = dataclasses.asdict(self)
         values["schedule"]["kind"] = type(self.schedule).__name__
+        if self.regularizer is not None:
+            values["regularizer"]["kind"] = type(self.regularizer).__name__
         return json.dumps(values, sort_keys=True)
 
     @classmethod
@@ -239,16 +264,23 @@ class RunSpec:
         except json.JSONDecodeError as error:
             raise FlatminimaError(f"not a run specification: {error}") from None
         _require(isinstance(values, dict), f"not a run specification: {text[:60]!r}")
-        if isinstance(values.get("regularizer"), dict):
-            values["regularizer"] = _build(RegularizerSpec, values["regularizer"])
-        if isinstance(values.get("schedule"), dict):
-            schedule = dict(values["schedule"])
-            kinds = {kind.__name__: kind for kind in (MultiStep, Plateau)}
-            kind = schedule.pop("kind", None)
-            _require_one_of("schedule.kind", kind, tuple(kinds))
-            values["schedule"] = _build(kinds[kind], schedule)
+        for name, kinds in {
+            "schedule": (MultiStep, Plateau),
+            "regularizer": (RegularizerSpec, SharpnessAwareSpec),
+        }.items():
+            if isinstance(values.get(name), dict):
+                values[name] = _build_one_of(name, kinds, values[name])
         spec: RunSpec = _build(cls, values)
         return spec
+
+
+def _build_one_of(name: str, kinds: Sequence[type[Any]], values: Mapping[str, Any]) -> Any:
+    """The nested description that its entry ``kind`` names."""
+    by_name = {kind.__name__: kind for kind in kinds}
+    rest = dict(values)
+    kind = rest.pop("kind", None)
+    _require_one_of(f"{name}.kind", kind, tuple(by_name))
+    return _build(by_name[kind], rest)
 
 
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:

@@ -49,8 +49,9 @@ from flatminima.lab.results import (
     assign_weights,
     load_sets,
 )
-from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.lab.sharpness import SharpnessAwareGradient
+from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
 
 __all__ = [
     "RECIPES",
@@ -59,6 +60,7 @@ __all__ = [
     "RegularizerSpec",
     "RunResult",
     "RunSpec",
+    "SharpnessAwareSpec",
     "train",
 ]
 
@@ -159,7 +161,7 @@ class _Run:
         return len(self.history)
 
     @property
-    def penalty_is_on(self) -> bool:
+    def regularizer_is_on(self) -> bool:
         return self.spec.regularizer is not None and self.epoch >= self.spec.regularizer.start_epoch
 
     def update(self) -> None:
@@ -283,7 +285,7 @@ class _Run:
         correct = 0
         counted: list[Tensor] = []
         spec = self.spec.regularizer
-        main_pass_is_split = spec is not None and spec.main_gradient == "sub-batches"
+        main_pass_is_split = isinstance(spec, RegularizerSpec) and spec.main_gradient == "sub-batches"
 
         def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
             nonlocal correct
@@ -294,18 +296,21 @@ class _Run:
                 counted.append(targets)
             return F.cross_entropy(logits, targets, label_smoothing=self.spec.label_smoothing)
 
-        if self.regularizer is None or not self.penalty_is_on:
+        if self.regularizer is None or not self.regularizer_is_on:
             loss = loss_fn(self.model(images), labels)
             self.fabric.backward(loss)
             return float(loss.detach()), correct
-        last_step = self.regularizer.last_step
+        seen = self._regularizer_step()
         with self.fabric.autocast():
             loss = self.regularizer.backward(loss_fn, images, labels)
-        step = self.regularizer.last_step
-        if step is not None and step is not last_step:  # only updates with a penalty leave a new one
+        step = self._regularizer_step()
+        if step is not None and step is not seen:  # an update without penalty leaves the old one
             self.sums.trace += float(step.trace)
             self.sums.penalized += 1
         return float(loss), correct
+
+    def _regularizer_step(self) -> RegularizerStep | None:
+        return self.regularizer.last_step if isinstance(self.regularizer, FisherTraceRegularizer) else None
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
@@ -398,11 +403,15 @@ def _headline(run: _Run) -> str:
     return headline
 
 
-def _regularizer(network: nn.Module, spec: RegularizerSpec | None) -> FisherTraceRegularizer | None:
+def _regularizer(
+    network: nn.Module, spec: RegularizerSpec | SharpnessAwareSpec | None
+) -> FisherTraceRegularizer | SharpnessAwareGradient | None:
     if spec is None:
         return None
     options = asdict(spec)
     del options["start_epoch"]
+    if isinstance(spec, SharpnessAwareSpec):
+        return SharpnessAwareGradient(network, **options)
     return FisherTraceRegularizer(network, **options)
 
 

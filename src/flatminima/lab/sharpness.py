@@ -1,0 +1,92 @@
+"""The regularizer's rival: sharpness-aware minimization, SAM (Foret et al., 2021) and ASAM (Kwon et al., 2021).
+
+The weights move with the gradient of L(B, ·) at w + e, the worst place near by to first order:
+
+    e = ρ T² g / ‖T g‖₂,  g = ∇L(B, w),  T = 1 (SAM; Foret et al., Eq. 2) or |w| elementwise (ASAM; Kwon et al., Eq. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from flatminima._isolation import moved, restored_generators, scratch_buffers
+from flatminima._penalty import Weights, scalar_loss
+from flatminima.batching import Inputs, run_model
+from flatminima.regularizer import LossFunction
+
+_TINY = 1e-12  # beside ‖T g‖, so that a gradient of zero moves nothing
+
+
+class SharpnessAwareGradient:
+    """SAM or ASAM with the interface of :class:`~flatminima.FisherTraceRegularizer`; one step costs two plain ones.
+
+    Both passes see the same dropout mask. Running statistics and other buffers are updated by the first pass alone, and
+    the weights are back to the same bits after every step. Both passes run in the precision around them, so autocast
+    works; float16 with a gradient scaler, gradient accumulation and several processes are not supported.
+
+    Args:
+        model: the network; its trainable parameters are float32 or float64.
+        rho: ρ, the length of e (of T⁻¹e for ASAM), > 0.
+        adaptive: ASAM, without its stabilizer η and with T = |w| for biases and normalization layers too, as in most
+            implementations.
+        max_grad_norm: the global norm to which ``.grad`` is clipped, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, rho: float = 0.05, adaptive: bool = False, max_grad_norm: float | None = None
+    ) -> None:
+        self.model = model
+        self.rho = rho
+        self.adaptive = adaptive
+        self.max_grad_norm = max_grad_norm
+
+    def backward(self, loss_fn: LossFunction, inputs: Inputs, targets: Any) -> Tensor:
+        """Add ∇L(B, w + e) to ``.grad``, then clip ``.grad``.
+
+        Args:
+            loss_fn: ``loss_fn(model_output, targets)`` → scalar, a mean over the samples.
+            inputs: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``); tensors have B rows.
+            targets: what ``loss_fn`` takes.
+
+        Returns:
+            L(B, w), detached: the one number a plain step would have given.
+
+        Raises:
+            FlatminimaError: if ``loss_fn`` does not return a differentiable scalar.
+        """
+
+        def loss() -> Tensor:
+            torch.clear_autocast_cache()  # its half-precision copies of the weights do not move with them
+            return scalar_loss(lambda batch: loss_fn(run_model(self.model, batch), targets), inputs)
+
+        parameters = Weights.of(self.model, None).parameters
+        with restored_generators(parameters):
+            here = loss()
+            gradient = torch.autograd.grad(here, parameters, allow_unused=True, materialize_grads=True)
+        ascent = self._ascent(parameters, [part.to_dense() for part in gradient])
+        with moved(parameters, ascent, 1.0), scratch_buffers(self.model):
+            loss().backward()  # type: ignore[no-untyped-call]
+        torch.clear_autocast_cache()
+        if self.max_grad_norm is not None:
+            clip_grad_norm_(parameters, self.max_grad_norm)
+        return here.detach()
+
+    def state_dict(self) -> dict[str, int]:
+        """Empty: nothing is kept between steps."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+    def _ascent(self, parameters: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
+        """The step e, one tensor per parameter."""
+        with torch.no_grad():
+            magnitudes = [parameter.abs() if self.adaptive else torch.ones_like(parameter) for parameter in parameters]
+            scaled = torch._foreach_mul(gradient, magnitudes)
+            length = self.rho / (get_total_norm(scaled) + _TINY)
+            return list(torch._foreach_mul(torch._foreach_mul(scaled, magnitudes), length))

@@ -30,6 +30,9 @@ from flatminima.recording import RecordedUse, Recorder
 ROWS_BUDGET_BYTES = 256 * 2**20
 """Rows of J held at once. A larger parameter is taken in slices of its first dimension."""
 
+_Group = list[tuple[nn.Parameter, int, int]]
+"""Slices of parameters' first dimensions: (parameter, start, stop)."""
+
 SPOT_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 """Allowed difference between the checked entries of ξ and plain autograd, relative to the gradients' norms.
 
@@ -402,7 +405,7 @@ def _add_one_by_one(
     xi: _Accumulator, model: nn.Module, inputs: Inputs, direction: Tensor, parameters: Mapping[str, nn.Parameter]
 ) -> None:
     """Add JJᵀ of ``parameters`` by plain autograd, sample by sample, as many at once as the budget holds."""
-    for group in _groups(parameters.values(), ROWS_BUDGET_BYTES // len(xi)):
+    for group in _groups(parameters.values(), len(xi)):
         _add_gradients(xi, group, [_gradients(model, inputs, direction, i, group) for i in range(len(xi))])
 
 
@@ -415,26 +418,20 @@ def _add_with_batch_statistics(
     chunk: int,
 ) -> None:
     """Add JJᵀ where a sample's loss depends on its whole chunk: one backward pass per sample through the chunk."""
-    for group in _groups(parameters.values(), ROWS_BUDGET_BYTES // len(xi)):
+    for group in _groups(parameters.values(), len(xi)):
         gradients = []
         for start in range(0, len(xi), chunk):
             logits = call_model(model, take(inputs, slice(start, start + chunk)))
             for i in range(chunk):
                 one = torch.zeros_like(logits)
                 one[i] = direction[start + i]
-                keep = i + 1 < chunk
-                gradients.append(
-                    torch.autograd.grad(
-                        logits, group, one, retain_graph=keep, allow_unused=True, materialize_grads=True
-                    )
-                )
+                gradients.append(_gradient_of(logits, one, group, keep=i + 1 < chunk))
         _add_gradients(xi, group, gradients)
 
 
-def _add_gradients(xi: _Accumulator, group: Sequence[nn.Parameter], gradients: Sequence[Sequence[Tensor]]) -> None:
-    for parameter, rows in zip(group, zip(*gradients, strict=True), strict=True):
-        stacked = _at_least_1d(torch.stack(rows), 2)
-        xi.add_rows(parameter, stacked, 0, stacked.shape[1])
+def _add_gradients(xi: _Accumulator, group: _Group, gradients: Sequence[Sequence[Tensor]]) -> None:
+    for (parameter, start, stop), rows in zip(group, zip(*gradients, strict=True), strict=True):
+        xi.add_rows(parameter, torch.stack(rows), start, stop)
 
 
 def _logits_with_batch_statistics(model: nn.Module, inputs: Inputs, n: int, chunk: int) -> Tensor:
@@ -460,28 +457,35 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
             layer.training, layer.track_running_stats = False, tracked
 
 
-def _groups(parameters: Iterable[nn.Parameter], budget_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Consecutive parameters of at most ``budget_bytes`` together (a larger one stands alone)."""
-    group: list[nn.Parameter] = []
-    size = 0
+def _groups(parameters: Iterable[nn.Parameter], n: int) -> Iterator[_Group]:
+    """Consecutive slices of the parameters whose rows for n samples fit the budget together."""
+    group: _Group = []
+    left = ROWS_BUDGET_BYTES
     for parameter in parameters:
-        nbytes = parameter.numel() * parameter.element_size()
-        if group and size + nbytes > budget_bytes:
-            yield group
-            group, size = [], 0
-        group.append(parameter)
-        size += nbytes
+        for start, stop in _slices(parameter, n, 0, first_dimension(parameter)):
+            size = (stop - start) * n * row_bytes(parameter)
+            if group and size > left:
+                yield group
+                group, left = [], ROWS_BUDGET_BYTES
+            group.append((parameter, start, stop))
+            left -= size
     if group:
         yield group
 
 
-def _gradients(
-    model: nn.Module, inputs: Inputs, direction: Tensor, sample: int, parameters: Sequence[nn.Parameter]
-) -> Sequence[Tensor]:
-    """One row of J over ``parameters``, by plain autograd on that sample alone."""
+def _gradients(model: nn.Module, inputs: Inputs, direction: Tensor, sample: int, group: _Group) -> list[Tensor]:
+    """One row of J over a group of slices, by plain autograd on that sample alone."""
     one = slice(sample, sample + 1)
-    logits = call_model(model, take(inputs, one))
-    return torch.autograd.grad(logits, parameters, direction[one], allow_unused=True, materialize_grads=True)
+    return _gradient_of(call_model(model, take(inputs, one)), direction[one], group)
+
+
+def _gradient_of(logits: Tensor, direction: Tensor, group: _Group, *, keep: bool = False) -> list[Tensor]:
+    parameters = [parameter for parameter, _, _ in group]
+    whole = torch.autograd.grad(
+        logits, parameters, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
+    )
+    # Copied, so that a slice does not keep the whole gradient.
+    return [_at_least_1d(g)[start:stop].clone() for (_, start, stop), g in zip(group, whole, strict=True)]
 
 
 def _check_against_autograd(
@@ -495,8 +499,8 @@ def _check_against_autograd(
     """Compare the entries of the first and the last sample with plain autograd on each alone."""
     samples = sorted({0, len(xi) - 1})
     expected = _Accumulator(len(samples), parameters, scale_invariant=xi.scale_invariant, shares=False)
-    group = list(parameters.values())
-    _add_gradients(expected, group, [_gradients(model, inputs, direction, i, group) for i in samples])
+    for group in _groups(parameters.values(), len(samples)):
+        _add_gradients(expected, group, [_gradients(model, inputs, direction, i, group) for i in samples])
     norms = expected.unit.diagonal().sqrt()
     difference = (xi.unit[samples][:, samples] - expected.unit).abs()
     error = (difference / (norms[:, None] * norms).clamp_min(1e-300)).max().item()
@@ -507,9 +511,9 @@ def _check_against_autograd(
         )
 
 
-def _at_least_1d(values: Tensor, dims: int = 1) -> Tensor:
-    """A scalar parameter as one of a single entry (and its rows (N',) as (N', 1))."""
-    return values if values.dim() >= dims else values.unsqueeze(-1)
+def _at_least_1d(values: Tensor) -> Tensor:
+    """A scalar parameter as one of a single entry."""
+    return values if values.dim() else values.unsqueeze(0)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

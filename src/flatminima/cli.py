@@ -165,7 +165,7 @@ class Measure:
     """Run folders."""
     foreign: OmitArgPrefixes[Foreign] = field(default_factory=Foreign)
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
@@ -189,7 +189,7 @@ class Compare:
     model: Annotated[str | None, arg(aliases=("-m",))] = None
     """What the checkpoints among RUNS are of: package.module:factory, or the name of one of our networks."""
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 

@@ -163,7 +163,7 @@ class _Reference:
             )
         if batch_size(inputs if isinstance(labels, str) else (inputs, labels)) == 0:
             raise FlatminimaError("no samples: pass the training set")
-        model = copy.deepcopy(model).to("cpu", torch.float64).eval()
+        model = copy.deepcopy(model).cpu().double().eval()
         inputs = map_tensors(_in_float64, inputs)
         with torch.no_grad():
             logits = call_model(model, inputs)

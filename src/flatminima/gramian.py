@@ -24,7 +24,7 @@ from flatminima.batching import Inputs, batch_size, call_model, device_of, evalu
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient, refuse_non_finite
 from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, pass_bytes, row_bytes
-from flatminima.precision import true_precision
+from flatminima.precision import float64_device, true_precision
 from flatminima.recording import RecordedUse, Recorder
 
 ROWS_BUDGET_BYTES = 256 * 2**20
@@ -219,7 +219,7 @@ class _Accumulator:
         device = next(iter(parameters.values())).device
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.scale_invariant = scale_invariant
-        self.unit = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self.unit = torch.zeros(n, n, dtype=torch.float64, device=float64_device(device))
         self.shares = {name: torch.zeros_like(self.unit) for name in parameters} if shares else None
 
     def __len__(self) -> int:
@@ -238,7 +238,7 @@ class _Accumulator:
         arrived = [(use.use, use.grad) for use in uses if use.grad is not None]
         if len(arrived) == 1 and arrived[0][0].product is not None and not self.scale_invariant:
             use, grad = arrived[0]
-            self._add(parameter, use.product(grad))  # type: ignore[misc]
+            self._add(parameter, use.product(grad).to(self.unit.device))  # type: ignore[misc]
             return
         for start, stop in _slices(parameter, len(self), 0, first_dimension(parameter)):
             rows = _summed_rows(uses, start, stop)
@@ -384,7 +384,7 @@ def _add_product(unit: Tensor, rows: Tensor) -> None:
     outer = [d for d in columns if rows.stride(d) > rows.stride(0)]
     inner = columns[len(outer) :]
     for block in rows.permute(*outer, 0, *inner).reshape(math.prod(rows.shape[d] for d in outer), n, -1):
-        unit += block @ block.T
+        unit += (block @ block.T).to(unit.device)
 
 
 def _used(

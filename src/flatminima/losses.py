@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.precision import back_like, in_float64
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 """``loss(logits, targets)`` → one value per sample, shape (N,). Sample i's value may depend on ``logits[i]`` alone."""
@@ -34,7 +35,7 @@ class LogitGradient:
 
     Attributes:
         loss: (N,) float64, in nats for cross entropies.
-        direction: the logits' shape and type; unit Euclidean norm per sample, all zero where δ_i is zero.
+        direction: the logits' shape, type and device; unit Euclidean norm per sample, all zero where δ_i is zero.
         log_norm: (N,) float64, ln ‖δ_i‖₂; −inf where δ_i is zero.
     """
 
@@ -186,12 +187,13 @@ def logit_gradient(
     per_sample = per_sample_form(loss)
     direction, losses, log_norms = torch.empty_like(logits), [], []
     for rows in _chunks(logits):
-        z = logits[rows].double()
+        z = in_float64(logits[rows])
+        y = targets[rows].to(z.device)
         if logit_normalization is not None:
-            part = _at_normalized_logits(per_sample, z, targets[rows], logit_normalization)
+            part = _at_normalized_logits(per_sample, z, y, logit_normalization)
         else:
-            part = _gradient(per_sample, z, targets[rows])
-        direction[rows] = part.direction.to(logits.dtype)
+            part = _gradient(per_sample, z, y)
+        direction[rows] = back_like(part.direction, logits)
         losses.append(part.loss)
         log_norms.append(part.log_norm)
     joined = torch.cat(losses)

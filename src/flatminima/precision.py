@@ -1,4 +1,7 @@
-"""Ground: measuring and penalty passes run in the network's own precision, whatever the main pass uses."""
+"""Ground: measuring and penalty passes run in the network's own precision, whatever the main pass uses.
+
+What is formed of their results (losses, gradients at the logits, ξ) is float64, on the network's device if that has it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Types of devices that have no float64."""
 
 
 @contextlib.contextmanager
@@ -16,13 +23,28 @@ def true_precision() -> Iterator[None]:
     Small differences of gradients, and eigenvalues four decades below the largest, are lost in reduced precision.
     """
     with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
+        for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(device, enabled=False))
         for holder, name, exact in _float32_switches():
             before = getattr(holder, name)
             stack.callback(setattr, holder, name, before)
             setattr(holder, name, exact)
         yield
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 work for a network on ``device`` is done: there, or on the CPU if it has none."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """``tensor`` in float64, on :func:`float64_device` of its own."""
+    return tensor.to(float64_device(tensor.device)).double()  # moved first: it cannot be converted on the old device
+
+
+def back_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A float64 tensor in the type and on the device of ``other``."""
+    return tensor.to(other.dtype).to(other.device)
 
 
 def _float32_switches() -> list[tuple[Any, str, Any]]:

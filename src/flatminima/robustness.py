@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flatminima.batching import Inputs, call_model, evaluating, frozen
 from flatminima.losses import refuse_non_finite
-from flatminima.precision import true_precision
+from flatminima.precision import back_like, in_float64, true_precision
 
 
 def has_input_jacobian(inputs: Inputs) -> bool:
@@ -37,13 +37,13 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
         x = inputs.detach().requires_grad_()
         logits = call_model(model, x)
         refuse_non_finite("logits", logits)
-        scales, directions = _softmax_jacobian(logits.detach().double())
+        scales, directions = _softmax_jacobian(in_float64(logits.detach()))
         rows = []
         for k in range(directions.shape[2]):
-            direction = directions[:, :, k].to(logits.dtype)
+            direction = back_like(directions[:, :, k], logits)
             (row,) = torch.autograd.grad(logits, x, direction, retain_graph=k + 1 < directions.shape[2])
             rows.append(row.flatten(1))
-    jacobian = torch.stack(rows, 1).double() * scales[:, :, None]
+    jacobian = in_float64(torch.stack(rows, 1)) * scales[:, :, None]
     products: Tensor = torch.linalg.eigvalsh(jacobian @ jacobian.transpose(1, 2))
     return products[:, -1]
 

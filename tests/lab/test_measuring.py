@@ -201,6 +201,13 @@ def test_a_budget_of_memory_is_kept_to(paths: dict[str, Path]) -> None:
         replace(HOW, memory_gib=1e-6).of(model, clean, progress=False)
 
 
+def test_float64_is_refused_on_a_device_without_it(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, clean, _ = load_run(paths["plain"])
+    monkeypatch.setattr("flatminima.precision.WITHOUT_FLOAT64", {"meta"})
+    with pytest.raises(FlatminimaError, match="'meta' has no float64"):
+        replace(HOW, double=True).of(model, clean, device="meta", progress=False)
+
+
 def test_measuring_in_float64_converts_the_images_batch_by_batch(paths: dict[str, Path]) -> None:
     _, model, clean, _ = load_run(paths["plain"])
     assert replace(HOW, double=True).of(model, clean, device="cpu", progress=False).settings.dtype == "float64"

@@ -29,6 +29,7 @@ from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.loading import load_model, resolve_device
 from flatminima.lab.results import RunFolder, load_run
 from flatminima.measures import Characterization, measure
+from flatminima.precision import float64_device
 from flatminima.progress import track
 
 
@@ -86,7 +87,10 @@ class Measuring:
         return compare(models, inputs, progress=progress, **self._options())
 
     def _place(self, model: nn.Module, device: str) -> None:
-        model.to(resolve_device(device), torch.float64 if self.double else None)
+        where = resolve_device(device)
+        if self.double and float64_device(where) != where:
+            raise FlatminimaError(f"device {device!r} has no float64: measure on the CPU, or in float32")
+        model.to(where, torch.float64 if self.double else None)
 
     def _options(self) -> dict[str, Any]:
         """Those of :func:`flatminima.measure`."""

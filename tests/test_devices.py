@@ -1,0 +1,116 @@
+"""Measuring on an accelerator: the same numbers as on the CPU, and no float64 where the device has none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flatminima as fm
+import no_float64
+from flatminima.gramian import factored_gram
+
+PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+ACCELERATORS = [
+    pytest.param(device, marks=pytest.mark.skipif(not present, reason=f"no {device} here"))
+    for device, present in PRESENT.items()
+]
+TOLERANCE = 2e-3
+"""In nats of γ̂: float32 rows on either device are within half of it of those in float64."""
+
+
+def minimum() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network of every common layer in float32, whose head fits its data."""
+    torch.manual_seed(0)
+    y = torch.arange(40) % 4
+    x = 3 * torch.randn(4, 3, 8, 8)[y] + 0.5 * torch.randn(40, 3, 8, 8)
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.Tanh()
+    )
+    model = nn.Sequential(body, nn.Flatten(), nn.Linear(72, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    with torch.no_grad():
+        body.train()(x)
+        features = model.eval()[:-1](x)
+        means = torch.stack([features[y == c].mean(0) for c in range(4)])
+        means -= means.mean(0)
+        model[-1].weight.copy_(8 * means / means.norm(dim=1, keepdim=True))
+        model[-1].bias.zero_()
+    return model, x, y
+
+
+WAYS = [
+    {},
+    {"fisher": "model"},
+    {"fisher": "labels", "loss": fm.CrossEntropy(label_smoothing=0.1)},
+    {"logit_normalization": 0.04},
+    {"batchnorm": 4},
+    {"memory_budget": 3_000_000},
+]
+
+
+@pytest.mark.parametrize("options", WAYS)
+@pytest.mark.parametrize("device", ACCELERATORS)
+def test_every_measure_is_that_on_the_cpu(device: str, options: dict) -> None:
+    model, x, y = minimum()
+    options = {"subset_size": 8, "trials": 3, "per_parameter": True, **options}
+    expected = fm.measure(model, (x, y), **options)
+    found = fm.measure(copy.deepcopy(model).to(device), (x, y), **options)
+    assert found.log_det_fisher.per_trial == pytest.approx(expected.log_det_fisher.per_trial, abs=TOLERANCE)
+    for name, estimate in expected.estimates().items():
+        assert found.estimates()[name].mean == pytest.approx(estimate.mean, rel=1e-3, abs=TOLERANCE)
+    assert found.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+    assert found.settings.device.startswith(device)
+
+
+@pytest.mark.parametrize("device", ACCELERATORS)
+def test_the_gram_matrix_is_float64(device: str) -> None:
+    model, x, y = minimum()
+    expected = factored_gram(model, x, y)
+    found = factored_gram(copy.deepcopy(model).to(device), x.to(device), y.to(device))
+    assert found.unit.dtype == found.log_scale.dtype == torch.float64
+    torch.testing.assert_close(
+        found.matrix().cpu(), expected.matrix(), rtol=1e-3, atol=1e-6 * expected.matrix().max().item()
+    )
+
+
+@pytest.fixture
+def device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatminima.precision.WITHOUT_FLOAT64", {no_float64.DEVICE})
+
+
+@pytest.mark.usefixtures("device_without_float64")
+@pytest.mark.parametrize("options", WAYS)
+def test_a_device_without_float64_is_never_asked_for_it(options: dict) -> None:
+    model, x, y = minimum()
+    options = {"subset_size": 8, "trials": 1, "per_parameter": True, **options}
+    expected = fm.measure(model, (x, y), **options)
+    with no_float64.Device():
+        found = fm.measure(no_float64.moved(model), (x, y), **options)
+    assert found.settings.device == no_float64.DEVICE
+    assert found.log_det_fisher.per_trial == pytest.approx(expected.log_det_fisher.per_trial, abs=TOLERANCE)
+    assert found.robustness.mean == pytest.approx(expected.robustness.mean, rel=1e-4)
+
+
+@pytest.mark.usefixtures("device_without_float64")
+def test_parameters_without_a_rule_on_a_device_without_float64() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    expected = factored_gram(model, x, y)
+    with no_float64.Device():
+        found = factored_gram(no_float64.moved(model), x.to(no_float64.DEVICE), y.to(no_float64.DEVICE))
+    assert len(found.generic_parameters) == 2
+    torch.testing.assert_close(found.matrix(), expected.matrix(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_device_without_float64_refuses_it() -> None:
+    with no_float64.Device():
+        x = torch.ones(3).to(no_float64.DEVICE)
+        assert torch.equal((x + x).to("cpu"), 2 * torch.ones(3))
+        for wrong in (x.double, lambda: torch.zeros(3, dtype=torch.float64, device=no_float64.DEVICE)):
+            with pytest.raises(TypeError, match="float64"):
+                wrong()
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(3)

@@ -164,6 +164,8 @@ def test_label_smoothing_and_class_weights_are_read_from_pytorchs_loss() -> None
     ours = logit_gradient(nn.CrossEntropyLoss(weight=weight), logits, targets)
     reference = logit_gradient(lambda z, y: F.cross_entropy(z, y, reduction="none", weight=weight), logits, targets)
     torch.testing.assert_close(explicit(ours), explicit(reference))
+    with pytest.raises(FlatminimaError, match="both weight and label_smoothing"):
+        logit_gradient(nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1), logits, targets)
 
 
 def test_binary_cross_entropy_keeps_its_digits() -> None:

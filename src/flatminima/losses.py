@@ -218,6 +218,11 @@ def per_sample_form(loss: Loss | FactoredLoss) -> FactoredLoss | PerSampleLoss:
         return loss
     if isinstance(loss, nn.CrossEntropyLoss):
         weight = None if loss.weight is None else tuple(loss.weight.tolist())
+        if weight and loss.label_smoothing:
+            raise FlatminimaError(
+                "CrossEntropyLoss with both weight and label_smoothing weighs every class of the smoothed label, which "
+                "has no per-sample form here: pass a callable loss(logits, targets) -> (N,) tensor"
+            )
         return CrossEntropy(label_smoothing=loss.label_smoothing, weight=weight, ignore_index=loss.ignore_index)
     if isinstance(loss, nn.BCEWithLogitsLoss) and loss.weight is None and loss.pos_weight is None:
         return BinaryCrossEntropy()

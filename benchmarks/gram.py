@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import _harness
 from flatminima.gramian import factored_gram
 from flatminima.lab.models import build_model
+from flatminima.losses import CrossEntropy
 from peers import PEERS, PerSampleLoss
 
 OURS, PLAIN = "flatminima", "forward-backward"
@@ -121,7 +122,7 @@ NEEDS_TRANSFORMERS = {"resnet50", "vit-s", "gpt2"}
 
 def ours(model: nn.Module, loss: PerSampleLoss) -> Callable[[Tensor, Tensor], Tensor]:
     """What this project does, without the spot check, which runs once per ``measure``."""
-    named = "cross_entropy" if loss is cross_entropy else loss
+    named = CrossEntropy(next_token=loss is next_token)
     return lambda x, y: factored_gram(model, x, y, loss=named, spot_check=False).matrix()
 
 

@@ -131,25 +131,22 @@ def factored_gram(
     dtype = _common_dtype(parameters)
     xi = _Accumulator(n, parameters, scale_invariant=scale_invariant, shares=shares)
 
-    def gradient_at(logits: Tensor, targets: Tensor) -> LogitGradient:
-        return logit_gradient(loss, logits, targets, logit_normalization=logit_normalization)
-
+    batch = _Batch(model, inputs, targets, loss, logit_normalization)
     generic: dict[str, nn.Parameter] = {}
     with evaluating(model), true_precision(), torch.enable_grad():
         if isinstance(batchnorm, int):
             with _batch_statistics(model):
-                delta = gradient_at(_logits_with_batch_statistics(model, inputs, n, batchnorm), targets)
-                _add_with_batch_statistics(xi, model, inputs, delta.direction, parameters, batchnorm)
+                _add_with_batch_statistics(xi, batch, parameters, batchnorm)
         else:
             plan = plan or plan_for(model, inputs)
-            delta, generic, unseen = _add_by_rules(xi, model, inputs, targets, gradient_at, parameters, plan)
+            generic, unseen = _add_by_rules(xi, batch, parameters, plan)
             if unseen:
-                generic |= _used(model, inputs, delta.direction, unseen, plan.chunk)
-            _add_one_by_one(xi, model, inputs, delta.direction, generic)
+                generic |= _used(batch, unseen, plan.chunk)
+            _add_one_by_one(xi, batch, generic)
             if spot_check:
-                _check_against_autograd(xi, model, inputs, delta.direction, parameters, SPOT_CHECK_TOLERANCE[dtype])
+                _check_against_autograd(xi, batch, parameters, SPOT_CHECK_TOLERANCE[dtype])
     refuse_non_finite("gradients", xi.unit)
-    return FactoredGram(xi.unit, delta.log_norm, delta.loss, tuple(generic), dtype, xi.shares)
+    return FactoredGram(xi.unit, xi.log_scale, xi.loss, tuple(generic), dtype, xi.shares)
 
 
 def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = None) -> Plan:
@@ -212,6 +209,8 @@ class _Accumulator:
 
     Attributes:
         unit: (N', N') float64, the sum so far.
+        loss: (N',) float64, of the samples noted so far.
+        log_scale: (N',) float64, the logarithms of the norms of their gradients at the logits.
         shares: each parameter's own part by name, if asked for.
     """
 
@@ -220,10 +219,15 @@ class _Accumulator:
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.scale_invariant = scale_invariant
         self.unit = torch.zeros(n, n, dtype=torch.float64, device=float64_device(device))
+        self.loss, self.log_scale = self.unit.new_zeros(n), self.unit.new_zeros(n)
         self.shares = {name: torch.zeros_like(self.unit) for name in parameters} if shares else None
 
     def __len__(self) -> int:
         return len(self.unit)
+
+    def note(self, samples: slice, delta: LogitGradient) -> None:
+        """Keep the losses of these samples and the norms of their gradients at the logits."""
+        self.loss[samples], self.log_scale[samples] = delta.loss, delta.log_norm
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, start: int, stop: int) -> None:
         """Add the product of ``rows`` (N', stop − start, ...), the rows of J for ``parameter[start:stop]``."""
@@ -251,48 +255,56 @@ class _Accumulator:
             self.shares[self.names[id(parameter)]] += product
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The samples of one ξ, and what is differentiated at them.
+
+    The loss's gradient at the logits is formed anew wherever it is needed: a language model's, kept for all samples,
+    would be larger than most other things.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    targets: Tensor
+    loss: Loss | FactoredLoss
+    logit_normalization: float | None
+
+    def logits(self, rows: slice) -> Tensor:
+        return call_model(self.model, take(self.inputs, rows))
+
+    def gradient_at(self, logits: Tensor, rows: slice) -> LogitGradient:
+        return logit_gradient(self.loss, logits, self.targets[rows], logit_normalization=self.logit_normalization)
+
+
 def _add_by_rules(
-    xi: _Accumulator,
-    model: nn.Module,
-    inputs: Inputs,
-    targets: Tensor,
-    gradient_at: Callable[[Tensor, Tensor], LogitGradient],
-    parameters: Mapping[str, nn.Parameter],
-    plan: Plan,
-) -> tuple[LogitGradient, dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter], plan: Plan
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Add JJᵀ of every parameter that rules cover.
 
     Returns:
-        The gradient at all logits, the parameters that were given up, and those that no call showed.
+        The parameters that were given up, and those that no call showed.
     """
     given_up: dict[str, nn.Parameter] = {}
     unseen: dict[str, nn.Parameter] = {}
-    deltas: list[LogitGradient] = []
     with frozen(parameters.values()):
-        for number, pieces in enumerate(plan.passes):
+        for pieces in plan.passes:
             wanted = {piece.name: parameters[piece.name] for piece in pieces}
             sink: _Accumulator | _Rows = xi if plan.at_once else _Rows(plan.samples, pieces, wanted)
             for start in range(0, plan.samples, plan.chunk):
                 rows = slice(start, min(start + plan.chunk, plan.samples))
                 recorder = Recorder(rows.stop - start, wanted)
-                logits = recorder.run(model, take(inputs, rows))
-                delta = gradient_at(logits, targets[rows])
+                logits = recorder.run(batch.model, take(batch.inputs, rows))
+                delta = batch.gradient_at(logits, rows)
+                xi.note(rows, delta)
                 given_up |= recorder.given_up_parameters()
                 unseen |= recorder.unseen_parameters()
                 if isinstance(sink, _Rows):
                     sink.samples = rows
                 _backward(logits, delta.direction, recorder, sink)
-                if number == 0:
-                    deltas.append(delta)
-                del logits, recorder
+                del logits, delta, recorder
             if isinstance(sink, _Rows):
                 sink.add_to(xi, {id(p) for p in given_up.values()})
-    joined = LogitGradient(
-        torch.cat([delta.loss for delta in deltas]),
-        torch.cat([delta.direction for delta in deltas]) if len(deltas) > 1 else deltas[0].direction,
-        torch.cat([delta.log_norm for delta in deltas]),
-    )
-    return joined, given_up, {name: p for name, p in unseen.items() if name not in given_up}
+    return given_up, {name: p for name, p in unseen.items() if name not in given_up}
 
 
 class _Rows:
@@ -387,44 +399,43 @@ def _add_product(unit: Tensor, rows: Tensor) -> None:
         unit += (block @ block.T).to(unit.device)
 
 
-def _used(
-    model: nn.Module, inputs: Inputs, direction: Tensor, candidates: Mapping[str, nn.Parameter], chunk: int
-) -> dict[str, nn.Parameter]:
+def _used(batch: _Batch, candidates: Mapping[str, nn.Parameter], chunk: int) -> dict[str, nn.Parameter]:
     """Those candidates that plain autograd finds in the graph of some chunk of samples."""
     found: dict[str, nn.Parameter] = {}
-    for start in range(0, len(direction), chunk):
+    for start in range(0, len(batch.targets), chunk):
         rows = slice(start, start + chunk)
-        logits = call_model(model, take(inputs, rows))
+        logits = batch.logits(rows)
         if logits.requires_grad:
-            grads = torch.autograd.grad(logits, list(candidates.values()), direction[rows], allow_unused=True)
+            direction = batch.gradient_at(logits, rows).direction
+            grads = torch.autograd.grad(logits, list(candidates.values()), direction, allow_unused=True)
             found |= {name: p for (name, p), grad in zip(candidates.items(), grads, strict=True) if grad is not None}
     return found
 
 
-def _add_one_by_one(
-    xi: _Accumulator, model: nn.Module, inputs: Inputs, direction: Tensor, parameters: Mapping[str, nn.Parameter]
-) -> None:
+def _add_one_by_one(xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter]) -> None:
     """Add JJᵀ of ``parameters`` by plain autograd, sample by sample, as many at once as the budget holds."""
     for group in _groups(parameters.values(), len(xi)):
-        _add_gradients(xi, group, [_gradients(model, inputs, direction, i, group) for i in range(len(xi))])
+        _add_gradients(xi, group, [_gradients(batch, i, group) for i in range(len(xi))])
 
 
 def _add_with_batch_statistics(
-    xi: _Accumulator,
-    model: nn.Module,
-    inputs: Inputs,
-    direction: Tensor,
-    parameters: Mapping[str, nn.Parameter],
-    chunk: int,
+    xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter], chunk: int
 ) -> None:
     """Add JJᵀ where a sample's loss depends on its whole chunk: one backward pass per sample through the chunk."""
+    if chunk < 2 or len(xi) % chunk:
+        raise FlatminimaError(
+            f"batchnorm={chunk} cannot be used with {len(xi)} samples: it must be at least 2 and divide the subset_size"
+        )
     for group in _groups(parameters.values(), len(xi)):
         gradients = []
         for start in range(0, len(xi), chunk):
-            logits = call_model(model, take(inputs, slice(start, start + chunk)))
+            rows = slice(start, start + chunk)
+            logits = batch.logits(rows)
+            delta = batch.gradient_at(logits, rows)
+            xi.note(rows, delta)
             for i in range(chunk):
                 one = torch.zeros_like(logits)
-                one[i] = direction[start + i]
+                one[i] = delta.direction[i]
                 gradients.append(_gradient_of(logits, one, group, keep=i + 1 < chunk))
         _add_gradients(xi, group, gradients)
 
@@ -432,15 +443,6 @@ def _add_with_batch_statistics(
 def _add_gradients(xi: _Accumulator, group: _Group, gradients: Sequence[Sequence[Tensor]]) -> None:
     for (parameter, start, stop), rows in zip(group, zip(*gradients, strict=True), strict=True):
         xi.add_rows(parameter, torch.stack(rows), start, stop)
-
-
-def _logits_with_batch_statistics(model: nn.Module, inputs: Inputs, n: int, chunk: int) -> Tensor:
-    if chunk < 2 or n % chunk:
-        raise FlatminimaError(
-            f"batchnorm={chunk} cannot be used with {n} samples: it must be at least 2 and divide the subset_size"
-        )
-    with torch.no_grad():
-        return torch.cat([call_model(model, take(inputs, slice(i, i + chunk))) for i in range(0, n, chunk)])
 
 
 @contextlib.contextmanager
@@ -473,10 +475,11 @@ def _groups(parameters: Iterable[nn.Parameter], n: int) -> Iterator[_Group]:
         yield group
 
 
-def _gradients(model: nn.Module, inputs: Inputs, direction: Tensor, sample: int, group: _Group) -> list[Tensor]:
+def _gradients(batch: _Batch, sample: int, group: _Group) -> list[Tensor]:
     """One row of J over a group of slices, by plain autograd on that sample alone."""
     one = slice(sample, sample + 1)
-    return _gradient_of(call_model(model, take(inputs, one)), direction[one], group)
+    logits = batch.logits(one)
+    return _gradient_of(logits, batch.gradient_at(logits, one).direction, group)
 
 
 def _gradient_of(logits: Tensor, direction: Tensor, group: _Group, *, keep: bool = False) -> list[Tensor]:
@@ -489,18 +492,13 @@ def _gradient_of(logits: Tensor, direction: Tensor, group: _Group, *, keep: bool
 
 
 def _check_against_autograd(
-    xi: _Accumulator,
-    model: nn.Module,
-    inputs: Inputs,
-    direction: Tensor,
-    parameters: Mapping[str, nn.Parameter],
-    tolerance: float,
+    xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter], tolerance: float
 ) -> None:
     """Compare the entries of the first and the last sample with plain autograd on each alone."""
     samples = sorted({0, len(xi) - 1})
     expected = _Accumulator(len(samples), parameters, scale_invariant=xi.scale_invariant, shares=False)
     for group in _groups(parameters.values(), len(samples)):
-        _add_gradients(expected, group, [_gradients(model, inputs, direction, i, group) for i in samples])
+        _add_gradients(expected, group, [_gradients(batch, i, group) for i in samples])
     norms = expected.unit.diagonal().sqrt()
     difference = (xi.unit[samples][:, samples] - expected.unit).abs()
     error = (difference / (norms[:, None] * norms).clamp_min(1e-300)).max().item()

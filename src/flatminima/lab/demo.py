@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from rich.console import Group
 from rich.table import Table
 
-from flatminima.lab.executors import available_cores
+from flatminima.lab.executors import Processes, available_cores
 from flatminima.lab.experiments import (
     INDICATORS,
     NORMALIZED,
@@ -87,7 +87,7 @@ def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> dic
         seeds=SEEDS,
         measuring=MEASURING,
         root=out / "runs",
-        workers=workers or available_cores(),
+        executor=Processes(workers or available_cores()),
         progress=progress,
     )
     summary = summarize(outcomes)

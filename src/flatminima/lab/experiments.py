@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from flatminima.errors import FlatminimaError, FlatminimaWarning
-from flatminima.lab.executors import run_all
+from flatminima.lab.executors import Executor, Failure, run_all
 from flatminima.lab.measuring import Measuring, measure_run
 from flatminima.lab.results import RunResult
 from flatminima.lab.specs import RunSpec
@@ -89,7 +89,7 @@ def tasks_of(settings: dict[str, RunSpec], seeds: Sequence[int], measuring: Meas
 
 def perform(task: Task) -> Outcome:
     """Train (or take up, or find finished) one run and measure its minimum; both are kept in the run folder."""
-    result = train(task.spec, task.root, progress=False)
+    result = train(task.spec, task.root, progress=False, wait=True)
     at_normalized_logits = replace(task.measuring, logit_normalization=LOGIT_NORMALIZATION, robustness_samples=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FlatminimaWarning)
@@ -105,12 +105,24 @@ def run_experiment(
     seeds: Sequence[int],
     measuring: Measuring,
     root: Path,
-    workers: int,
+    executor: Executor,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Every setting with every seed, trained and measured. Finished runs are found again under ``root``."""
+    """Every setting with every seed, trained and measured. Finished runs are found again under ``root``.
+
+    Raises:
+        FlatminimaError: if a run failed; the others were carried to their end.
+    """
     tasks = tasks_of(settings, seeds, measuring, root)
-    return run_all(perform, tasks, workers=workers, description="training and measuring", progress=progress)
+    found = run_all(perform, tasks, executor, description="training and measuring", progress=progress)
+    failures = [outcome for outcome in found if isinstance(outcome, Failure)]
+    if failures:
+        first = failures[0].task
+        raise FlatminimaError(
+            f"{len(failures)} of {len(tasks)} runs failed; {first.setting} with seed {first.spec.seed}: "
+            f"{failures[0].error}"
+        )
+    return [outcome for outcome in found if isinstance(outcome, Outcome)]
 
 
 @dataclass(frozen=True)

@@ -170,15 +170,18 @@ class RunFolder:
         return "unfinished" if self._file("spec.json").exists() else "new"
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold the folder alone; the operating system frees it when the process ends, however it ends.
+
+        Args:
+            wait: Wait until no other process holds it.
 
         Raises:
             FlatminimaError: Another process holds it, or the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self._file("lock"), blocking=False).acquire()
+            lock = filelock.FileLock(self._file("lock"), blocking=wait).acquire(poll_interval=0.2)
         except filelock.Timeout:
             raise FlatminimaError(f"another process is training {self.path}; wait for it or stop it") from None
         except OSError as error:

@@ -78,6 +78,7 @@ def train(
     checkpoint_seconds: float = 30.0,
     accelerator: str = "auto",
     cache_dir: Path | None = None,
+    wait: bool = False,
 ) -> RunResult:
     """Train one network, or go on where an earlier call was stopped, or return at once if it is done.
 
@@ -91,13 +92,15 @@ def train(
         checkpoint_seconds: Save a resume point this often (0: after every update).
         accelerator: Where to train, as Lightning Fabric names it: auto, cpu, cuda, mps.
         cache_dir: Where decoded data are cached (see :func:`flatminima.lab.data.load_data`).
+        wait: If another process trains this run, wait for its result.
 
     Returns:
         The result, read from or written to the run folder.
 
     Raises:
         NonFiniteError: The loss became NaN or infinite; the folder is marked as failed.
-        FlatminimaError: The data cannot be loaded, another process trains this run, or it failed before.
+        FlatminimaError: The data cannot be loaded, another process trains this run (and ``wait`` is False), or it
+            failed before.
         TrainingInterrupted: Ctrl-C; the resume point is saved.
 
     Warns:
@@ -105,7 +108,7 @@ def train(
         ResumedElsewhereWarning: The run began with other versions, threads or another device.
     """
     folder = RunFolder.of(root, spec)
-    with folder.lock():
+    with folder.lock(wait=wait):
         found = _reopen(folder, spec)
         if isinstance(found, RunResult):
             return found
@@ -452,7 +455,8 @@ def _reproducible() -> Iterator[None]:
 def _deferred_interrupt() -> Iterator[threading.Event]:
     """Set the event on Ctrl-C instead of breaking off in the middle of an update; a second Ctrl-C breaks off.
 
-    Only where Ctrl-C would raise KeyboardInterrupt: not in threads, and not where the caller has its own handler.
+    Only where Ctrl-C (or SIGTERM, in worker processes) would raise KeyboardInterrupt: not in threads, and not where the
+    caller has its own handler.
     """
     requested = threading.Event()
 
@@ -462,14 +466,16 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         requested.set()
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield requested
-        return
-    signal.signal(signal.SIGINT, handle)
+    interrupting = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is signal.default_int_handler]
+    if not in_main_thread:
+        interrupting = []
+    for number in interrupting:
+        signal.signal(number, handle)
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in interrupting:
+            signal.signal(number, signal.default_int_handler)
 
 
 class _ProgressBar:

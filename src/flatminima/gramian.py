@@ -341,9 +341,12 @@ class _Rows:
 def _summed_rows(uses: Sequence[RecordedUse], start: int, stop: int) -> Tensor | None:
     """The rows of J for ``parameter[start:stop]``, summed over its uses; None where no gradient reached any."""
     total = None
-    for use in uses:
-        if use.grad is not None:
-            rows = use.use.rows(use.grad, start, stop)
+    arrived = [(use.use, use.grad) for use in uses if use.grad is not None]
+    for use, grad in sorted(arrived, key=lambda pair: pair[0].added is not None):  # sparse ones onto dense ones
+        if total is not None and use.added is not None:
+            total = use.added(total, grad, start, stop)
+        else:
+            rows = use.rows(grad, start, stop)
             total = rows if total is None else total + rows
     return total
 

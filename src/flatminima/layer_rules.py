@@ -43,12 +43,14 @@ class ParameterUse:
         reads: the activation that ``rows`` will read, if any; overwriting it in place before then is an error.
         product: ``product(grad)`` → (N, N), this use's JJᵀ without forming J, where that is cheaper. Only valid when
             the parameter has no other use.
+        added: ``added(total, grad, start, stop)`` → ``total + rows(grad, start, stop)``, where few rows are not zero.
     """
 
     parameter: Tensor
     rows: Rows
     reads: Tensor | None = None
     product: Product | None = None
+    added: Callable[[Tensor, Tensor, int, int], Tensor] | None = None
 
 
 def linear(n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[ParameterUse]:
@@ -343,17 +345,18 @@ def embedding(
     indices = input.reshape(n, -1)
     padding = None if padding_idx is None else padding_idx % len(weight)
 
-    def rows(grad: Tensor, start: int, stop: int) -> Tensor:
-        g = _positions(grad, n)
+    def added(total: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
         chosen = (indices >= start) & (indices < stop)
         if padding is not None:
             chosen = chosen & (indices != padding)
         sample = torch.arange(n, device=indices.device)[:, None].expand_as(indices)[chosen]
-        out = g.new_zeros(n * (stop - start), g.shape[2])
-        out.index_add_(0, sample * (stop - start) + indices[chosen] - start, g[chosen])
-        return out.view(n, stop - start, -1)
+        row = sample * (stop - start) + indices[chosen] - start
+        return total.reshape(n * (stop - start), -1).index_add(0, row, _positions(grad, n)[chosen]).view_as(total)
 
-    return [ParameterUse(weight, rows, input)]
+    def rows(grad: Tensor, start: int, stop: int) -> Tensor:
+        return added(grad.new_zeros(n, stop - start, grad.shape[-1]), grad, start, stop)
+
+    return [ParameterUse(weight, rows, input, added=added)]
 
 
 def add(n: int, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[ParameterUse] | None:

@@ -119,12 +119,14 @@ class CrossEntropy:
 
     def _of_positions(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss (M,), direction (M, K) and log-norm (M,) of single positions."""
-        others = off_target_log_probabilities(logits, labels)
-        largest = others.amax(1, keepdim=True)
-        scaled = (others - largest).exp()  # p_c / max_{c≠y} p_c: exact however small p_c is
-        scaled.scatter_(1, labels[:, None], -scaled.sum(1, keepdim=True))
         log_p = logits.log_softmax(1)
-        losses = F.softplus(others.logsumexp(1) - log_p.gather(1, labels[:, None])[:, 0])
+        log_p_y = log_p.gather(1, labels[:, None])[:, 0]
+        others = log_p.scatter(1, labels[:, None], -torch.inf)
+        largest = others.amax(1, keepdim=True)
+        scaled = (others - largest).exp_()  # p_c / max_{c≠y} p_c: exact however small p_c is
+        total = scaled.sum(1, keepdim=True)
+        scaled.scatter_(1, labels[:, None], -total)
+        losses = F.softplus((largest + total.log())[:, 0] - log_p_y)
         if self.label_smoothing:
             epsilon = self.label_smoothing
             losses = (1 - epsilon) * losses - epsilon * log_p.mean(1)

@@ -454,3 +454,26 @@ def test_output_may_be_cut_short_by_its_reader() -> None:
     completed = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (completed.returncode, completed.stderr) == (1, "")
+
+
+def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reproduce", "table-1", "--preset", "digits", "--out", str(tmp_path), "--seeds", "3", "--dry-run"]
+    assert cli.main([*command, "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "10 runs are left" in said
+    assert "with 2 workers" in " ".join(said.split())
+    assert cli.main([*command, "--json"]) == 0
+    assert sum(row["left"] for row in json.loads(capsys.readouterr().out)) == 10
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["scenario1"], "unknown experiment 'scenario1' (did you mean 'scenario-1'?)"),
+        ([], "reproduce takes experiments: choose from search, scenario-1"),
+        (["scenario-1", "--preset", "small", "--data", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_reproduce_refuses_in_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in error_of(capsys, ["reproduce", *arguments])

@@ -1,4 +1,4 @@
-"""The command line: ``flatminima demo | train | measure | compare``. It parses, calls and prints; nothing else."""
+"""The command line: ``flatminima demo | train | measure | compare | reproduce``: parse, call, print."""
 
 from __future__ import annotations
 
@@ -195,6 +195,37 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """The paper's experiments from end to end: train, measure, and report beside the paper's numbers.
+
+    Finished runs are kept, so that an interrupted reproduction goes on, and a failed run does not stop the others. The
+    page in OUT/PRESET shows what is done so far.
+
+    Example: flatminima reproduce scenario-1 --preset digits
+
+    Example: flatminima reproduce all --preset small --data path/to/cifar --dry-run
+    """
+
+    experiments: Annotated[Positional[tuple[str, ...]], arg(metavar="EXPERIMENT")] = ()
+    """scenario-1, scenario-2, scenario-3, table-1, table-2, search, or all."""
+    preset: Annotated[Literal["paper", "small", "digits"], arg(aliases=("-p",))] = "digits"
+    """How large: as in the paper; in small, on CIFAR-10; or in miniature, on handwritten digits."""
+    out: Annotated[Path, arg(aliases=("-o",))] = Path("reproduction")
+    """Folder for pages and runs."""
+    data: Annotated[Path | None, arg(aliases=("-d",))] = None
+    """Folder of CIFAR as parquet files, or of folders cifar10 and cifar100 with them (None: the Hugging Face hub)."""
+    executor: Literal["local", "processes", "ray"] = "processes"
+    """Where runs go: this process, worker processes of one thread each, or a Ray cluster (that of RAY_ADDRESS)."""
+    workers: Annotated[int | None, arg(aliases=("-w",))] = None
+    """Worker processes (None: one per core)."""
+    seeds: tuple[int, ...] | None = None
+    """Other seeds than the paper's five (0 to 4)."""
+    dry_run: Flag = False
+    """Only say what would run, and for how long."""
+    output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
 class Report:
     """A command's outcome, for programs and for people."""
 
@@ -258,9 +289,9 @@ def _run(given: list[str]) -> None:
 
 def _usage() -> str:
     lines = [f"usage: {PROGRAM} COMMAND [options]", "", "Which minimum generalizes better, and how to train to it.", ""]
-    for command in (Demo, Train, Measure, Compare):
+    for command in (Demo, Train, Measure, Compare, Reproduce):
         summary = (command.__doc__ or "").splitlines()[0]
-        lines.append(f"  {command.__name__.lower():<9} {summary}")
+        lines.append(f"  {command.__name__.lower():<10} {summary}")
     lines += [
         "",
         f"Begin with: {PROGRAM} demo",
@@ -394,11 +425,48 @@ def _named(run: str) -> tuple[str, Path]:
     return Path(run).resolve().name, Path(run)
 
 
+def _reproduce(given: list[str]) -> tuple[bool, Report]:
+    options = _parse(Reproduce, given, prog="reproduce")
+    with _standard_output_kept_clean():
+        from flatminima.lab import reproduce
+        from flatminima.lab.executors import Executor, Local, Processes, Ray, available_cores
+        from flatminima.lab.reproductions import EXPERIMENTS
+
+        known = [*EXPERIMENTS, "all"]
+        for name in options.experiments:
+            if name not in known:
+                raise FlatminimaError(
+                    f"unknown experiment {name!r}{_did_you_mean(name, known)}: choose from {', '.join(known)}"
+                )
+        if not options.experiments:
+            raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
+        chosen = EXPERIMENTS if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
+        workers = options.workers or available_cores()
+        executors: dict[str, Executor] = {"local": Local(), "processes": Processes(workers), "ray": Ray()}
+        reproduction = reproduce.Reproduction(
+            names=chosen,
+            preset=options.preset,
+            out=options.out,
+            data=options.data,
+            seeds=options.seeds,
+            executor=executors[options.executor],
+            workers=1 if options.executor == "local" else workers,
+        )
+        if options.dry_run:
+            plan = reproduction.plan()
+            shown = reproduce.plan_table(plan, reproduction.workers)
+            return options.output.json, Report([dataclasses.asdict(row) for row in plan], shown)
+        summaries = reproduction.run(progress=not options.output.no_progress)
+        page = Text(f"\n{reproduction.page} shows it in pictures.")
+        return options.output.json, Report(summaries, Group(reproduce.table(summaries), page))
+
+
 COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {
     "demo": _demo,
     "train": _train,
     "measure": _measure,
     "compare": _compare,
+    "reproduce": _reproduce,
 }
 
 

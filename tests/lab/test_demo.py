@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from flatminima.errors import FlatminimaError
 from flatminima.lab import demo
-from flatminima.lab.experiments import paired_difference, rank_correlation, tasks_of
+from flatminima.lab.experiments import select
 from flatminima.lab.measuring import Measuring
 
 
@@ -34,8 +32,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
 def test_summary_holds_every_run_and_survives_json(small: tuple[dict[str, Any], Path]) -> None:
     summary, out = small
     assert len(summary["outcomes"]) == 2 * 2 * 3
-    assert {(row["arm"], row["confusion"], row["seed"]) for row in summary["outcomes"]} == {
-        (arm, confusion, seed) for arm in demo.ARMS for confusion in (0, 200) for seed in (7, 8)
+    assert {(row["arm"], row["case"], row["seed"]) for row in summary["outcomes"]} == {
+        (arm, case, seed) for arm in demo.ARMS for case in ("0", "200") for seed in (7, 8)
     }
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert "NaN" not in (out / "summary.json").read_text()
@@ -43,10 +41,10 @@ def test_summary_holds_every_run_and_survives_json(small: tuple[dict[str, Any], 
 
 def test_statistics_are_those_of_the_outcomes(small: tuple[dict[str, Any], Path]) -> None:
     summary, _ = small
-    rows = demo.select(summary, "plain")
+    rows = select(summary["outcomes"], "plain")
     tau = stats.kendalltau([r["indicators"]["fisher_trace"] for r in rows], [r["test_error"] for r in rows]).statistic
     assert summary["rank_correlation"]["fisher_trace"]["tau"] == pytest.approx(tau)
-    regularized, plain = demo.select(summary, "regularized", 200), demo.select(summary, "plain", 200)
+    regularized, plain = select(summary["outcomes"], "regularized", "200"), select(summary["outcomes"], "plain", "200")
     mean = sum(a["test_error"] - b["test_error"] for a, b in zip(regularized, plain, strict=True)) / 2
     assert summary["regularized_minus"]["plain"]["200"]["test_error"]["mean"] == pytest.approx(mean)
 
@@ -98,34 +96,3 @@ def test_a_second_call_trains_nothing(small: tuple[dict[str, Any], Path], monkey
     again = demo.demo(out, workers=2, progress=False)
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoint.safetensors")} == checkpoints
     assert again["outcomes"] == summary["outcomes"]
-
-
-def test_rank_correlation_of_a_constant_is_undefined(small: tuple[dict[str, Any], Path]) -> None:
-    class Constant:
-        setting = "s"
-        result = type("R", (), {"test_error": 0.5})
-
-        def indicator(self, name: str) -> float:
-            return 1.0
-
-    correlation = rank_correlation([Constant(), Constant()], "fisher_trace")  # type: ignore[list-item]
-    assert math.isnan(correlation.tau)
-
-
-def test_paired_difference_has_students_interval() -> None:
-    class Run:
-        def __init__(self, seed: int, value: float) -> None:
-            self.spec = type("S", (), {"seed": seed})
-            self.value = value
-
-    first = [Run(0, 1.0), Run(1, 2.0), Run(2, 4.0)]
-    second = [Run(2, 1.0), Run(1, 1.0), Run(0, 1.0)]
-    difference = paired_difference(first, second, lambda run: run.value)  # type: ignore[arg-type, attr-defined]
-    low, high = stats.t.interval(0.95, 2, loc=4 / 3, scale=stats.sem([0, 1, 3]))
-    assert (difference.mean, difference.low, difference.high) == pytest.approx((4 / 3, low, high))
-    assert not difference.clear
-
-
-def test_settings_that_are_one_run_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FlatminimaError, match="'a' and 'b' are the same run"):
-        tasks_of({"a": demo.PLAIN, "b": demo.PLAIN}, [0], demo.MEASURING, tmp_path)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import operator
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,11 @@ from rich.console import Group
 from rich.table import Table
 
 from flatminima.lab.executors import Processes, available_cores
-from flatminima.lab.experiments import (
-    INDICATORS,
-    NORMALIZED,
-    Difference,
-    Outcome,
-    paired_difference,
-    rank_correlation,
-    run_experiment,
-)
+from flatminima.lab.experiments import INDICATORS, NORMALIZED, Experiment, Record, Setting, run_experiment, select
 from flatminima.lab.measuring import Measuring
-from flatminima.lab.report import Picture, Theme, lines, picture, scatter, write_page
+from flatminima.lab.report import Picture, Theme, lines, picture, scatter, write_page, write_text
 from flatminima.lab.specs import MultiStep, RegularizerSpec, RunSpec
+from flatminima.lab.summaries import SHORT_NAMES, correlation, difference, plain
 
 CONFUSION = (0, 100, 200, 300)
 SEEDS = (100, 101, 102, 103, 104)
@@ -77,47 +68,46 @@ def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> dic
         The summary, JSON-able: outcomes, rank correlations, the regularizer's paired differences, environment.
     """
     started = time.monotonic()
-    settings = {
-        _setting(arm, confusion): dataclasses.replace(spec, confusion=confusion)
-        for confusion in CONFUSION
-        for arm, spec in ARMS.items()
-    }
-    outcomes = run_experiment(
-        settings,
-        seeds=SEEDS,
+    experiment = Experiment(
+        name="demo",
+        title="Both questions on handwritten digits",
+        question="Which minimum generalizes better, and does the regularizer find a better one?",
+        answers="ranking",
+        factor="randomly labelled training images",
+        settings=tuple(
+            Setting(str(size), arm, dataclasses.replace(spec, confusion=size))
+            for size in CONFUSION
+            for arm, spec in ARMS.items()
+        ),
         measuring=MEASURING,
-        root=out / "runs",
-        executor=Processes(workers or available_cores()),
-        progress=progress,
+        seeds=SEEDS,
     )
-    summary = summarize(outcomes)
+    executor = Processes(workers or available_cores())
+    records = run_experiment(experiment, root=out / "runs", executor=executor, progress=progress)
+    summary = summarize(records)
     summary["seconds"] = round(time.monotonic() - started, 1)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_text(out / "summary.json", json.dumps(summary, indent=1))
     write_report(summary, out / "report.html")
     return summary
 
 
-def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What the outcomes show, as plain numbers; NaN as None."""
-    groups = {arm: [o for o in outcomes if o.setting.startswith(f"{arm} / ")] for arm in ARMS}
-    correlations = {name: _plain(dataclasses.asdict(rank_correlation(groups["plain"], name))) for name in INDICATORS}
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """What the records show, as plain numbers; NaN as None."""
     return {
-        "confusion": list(CONFUSION),
+        "confusion": [str(size) for size in CONFUSION],
         "arms": list(ARMS),
         "seeds": list(SEEDS),
         "training_images": PLAIN.train_size,
         "regularizer": dataclasses.asdict(REGULARIZER),
         "measuring": dataclasses.asdict(MEASURING),
-        "outcomes": [_record(outcome) for outcome in outcomes],
-        "rank_correlation": correlations,
+        "outcomes": list(records),
+        "rank_correlation": {name: plain(correlation(select(records, "plain"), name)) for name in INDICATORS},
         "regularized_minus": {
-            arm: {str(confusion): _effects(groups, arm, confusion) for confusion in CONFUSION}
+            arm: {str(size): _effects(records, arm, str(size)) for size in CONFUSION}
             for arm in ARMS
             if arm != "regularized"
         },
-        "settings": dataclasses.asdict(outcomes[0].characterization.settings),
-        "environment": dict(outcomes[0].result.environment),
+        "environment": records[0]["environment"],
     }
 
 
@@ -127,12 +117,12 @@ def table(summary: dict[str, Any]) -> Group:
     what.add_column("confusion set", justify="right")
     what.add_column("test error %", justify="right")
     for name in INDICATORS:
-        what.add_column(_short(name), justify="right")
+        what.add_column(SHORT_NAMES[name], justify="right")
     for confusion in summary["confusion"]:
-        rows = select(summary, "plain", confusion)
-        values = [_mean([row["indicators"][name] for row in rows]) for name in INDICATORS]
+        rows = select(summary["outcomes"], "plain", confusion)
+        values = [statistics.fmean([row["indicators"][name] for row in rows]) for name in INDICATORS]
         errors = [100 * row["test_error"] for row in rows]
-        what.add_row(str(confusion), f"{_mean(errors):.1f}", *(f"{value:.4g}" for value in values))
+        what.add_row(confusion, f"{statistics.fmean(errors):.1f}", *(f"{value:.4g}" for value in values))
     what.add_section()
     taus = [summary["rank_correlation"][name]["tau"] for name in INDICATORS]
     what.add_row("Kendall's τ", "1", *("–" if tau is None else f"{tau:+.2f}" for tau in taus), style="bold")
@@ -142,13 +132,13 @@ def table(summary: dict[str, Any]) -> Group:
         how.add_column(heading, justify="left" if heading == "training" else "right")
     for confusion in summary["confusion"]:
         for arm in summary["arms"]:
-            rows = select(summary, arm, confusion)
+            rows = select(summary["outcomes"], arm, confusion)
             how.add_row(
-                str(confusion) if arm == summary["arms"][0] else "",
+                confusion if arm == summary["arms"][0] else "",
                 arm,
-                f"{_mean([100 * row['test_error'] for row in rows]):.1f}",
-                f"{_mean([row['indicators'][NORMALIZED] for row in rows]):.0f}",
-                f"{_mean([row['indicators']['train_loss'] for row in rows]):.2g}",
+                f"{statistics.fmean([100 * row['test_error'] for row in rows]):.1f}",
+                f"{statistics.fmean([row['indicators'][NORMALIZED] for row in rows]):.0f}",
+                f"{statistics.fmean([row['indicators']['train_loss'] for row in rows]):.2g}",
             )
         how.add_section()
     return Group(what, "", how, "", *(f"• {line}" for line in conclusions(summary)))
@@ -160,7 +150,7 @@ def conclusions(summary: dict[str, Any]) -> list[str]:
     gamma = correlation["log_det_fisher"]
     rivals = {name: correlation[name]["tau"] for name in INDICATORS if name != "log_det_fisher"}
     as_good = [INDICATORS[name] for name, tau in rivals.items() if tau is not None and tau >= gamma["tau"]]
-    models = len(select(summary, "plain"))
+    models = len(select(summary["outcomes"], "plain"))
     found = [
         f"γ̂ orders {models} plainly trained minima by test error with Kendall's τ = {gamma['tau']:.2f} "
         f"(95 % interval {gamma['low']:.2f} to {gamma['high']:.2f}), and the means of the {len(summary['confusion'])} "
@@ -171,19 +161,19 @@ def conclusions(summary: dict[str, Any]) -> list[str]:
     else:
         found.append("No rival, nor the training loss, orders them better here.")
     for confusion in summary["confusion"]:
-        effect = summary["regularized_minus"]["plain, equal cost"][str(confusion)]["test_error"]
+        effect = summary["regularized_minus"]["plain, equal cost"][confusion]["test_error"]
         points = {key: 100 * effect[key] for key in ("mean", "low", "high")}
         verdict = "helps" if points["high"] < 0 else "harms" if points["low"] > 0 else "makes no clear difference"
         found.append(
             f"With {confusion} randomly labelled images the regularizer {verdict}: test error {points['mean']:+.1f} "
             f"points ({points['low']:+.1f} to {points['high']:+.1f}) against plain training of equal cost."
         )
-    off = [row for row in select(summary, "regularized") if row["warnings"]]
+    off = [row for row in select(summary["outcomes"], "regularized") if row["warnings"]]
     if off:
         found.append(
-            f"{len(off)} of {len(select(summary, 'regularized'))} regularized runs end at a training loss too high "
-            "to be called a minimum: there the regularizer keeps the network from fitting the random labels, and only "
-            "γ̂ at normalized logits compares."
+            f"{len(off)} of {len(select(summary['outcomes'], 'regularized'))} regularized runs end at a training loss "
+            "too high to be called a minimum: there the regularizer keeps the network from fitting the random labels, "
+            "and only γ̂ at normalized logits compares."
         )
     return found
 
@@ -197,8 +187,8 @@ def write_report(summary: dict[str, Any], path: Path) -> None:
         indicators=INDICATORS,
         normalized=NORMALIZED,
         select=select,
-        mean=_mean,
-        std=_standard_deviation,
+        mean=statistics.fmean,
+        std=statistics.stdev,
         conclusions=conclusions(summary),
         pictures_what=[_indicator_picture(summary, name) for name in INDICATORS],
         pictures_how=[
@@ -213,7 +203,7 @@ def _indicator_picture(summary: dict[str, Any], name: str) -> Picture:
     label, tau = INDICATORS[name], summary["rank_correlation"][name]["tau"]
     groups = {}
     for confusion in summary["confusion"]:
-        rows = [row for row in select(summary, "plain", confusion) if row["indicators"][name] is not None]
+        rows = [row for row in select(summary["outcomes"], "plain", confusion) if row["indicators"][name] is not None]
         errors = [100 * row["test_error"] for row in rows]
         groups[f"{confusion} random labels"] = ([row["indicators"][name] for row in rows], errors)
 
@@ -232,12 +222,12 @@ def _arms_picture(
     summary: dict[str, Any], title: str, unit: str, value: Callable[[dict[str, Any]], float], *, log: bool = False
 ) -> Picture:
     groups = {
-        arm: [[value(row) for row in select(summary, arm, confusion)] for confusion in summary["confusion"]]
+        arm: [[value(row) for row in select(summary["outcomes"], arm, confusion)] for confusion in summary["confusion"]]
         for arm in summary["arms"]
     }
 
     def draw(axes: Axes, theme: Theme) -> None:
-        lines(axes, theme, summary["confusion"], groups, log=log)
+        lines(axes, theme, [int(size) for size in summary["confusion"]], groups, log=log)
         axes.set_xlabel("randomly labelled training images")
         axes.set_ylabel(unit)
         axes.legend(frameon=False, fontsize=8)
@@ -245,68 +235,7 @@ def _arms_picture(
     return picture(title, f"{title} of every training, mean and standard deviation over seeds", draw)
 
 
-def select(summary: dict[str, Any], arm: str, confusion: int | None = None) -> list[dict[str, Any]]:
-    """The outcomes of one arm, in all settings or one."""
-    rows = [row for row in summary["outcomes"] if row["arm"] == arm]
-    return [row for row in rows if confusion is None or row["confusion"] == confusion]
-
-
-def _setting(arm: str, confusion: int) -> str:
-    return f"{arm} / {confusion}"
-
-
-def _record(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "arm": outcome.setting.split(" / ")[0],
-        "confusion": outcome.spec.confusion,
-        "seed": outcome.spec.seed,
-        "run": outcome.result.folder.name,
-        "test_error": outcome.result.test_error,
-        "train_accuracy": outcome.characterization.train_accuracy,
-        "indicators": {name: _number(outcome.indicator(name)) for name in INDICATORS},
-        "log_det_fisher_standard_error": _number(outcome.characterization.log_det_fisher.standard_error),
-        "seconds": outcome.result.seconds,
-        "warnings": list(outcome.warnings),
-    }
-
-
-def _effects(groups: dict[str, list[Outcome]], arm: str, confusion: int) -> dict[str, Any]:
-    regularized, other = ([o for o in groups[name] if o.spec.confusion == confusion] for name in ("regularized", arm))
-
-    def effect(difference: Difference) -> dict[str, Any]:
-        return _plain(dataclasses.asdict(difference))
-
-    return {
-        "test_error": effect(paired_difference(regularized, other, lambda o: o.result.test_error)),
-        **{
-            name: effect(paired_difference(regularized, other, operator.methodcaller("indicator", name)))
-            for name in INDICATORS
-        },
-    }
-
-
-def _short(name: str) -> str:
-    return {
-        "log_det_fisher": "γ̂",
-        "frobenius_norm": "Frobenius²",
-        "fisher_frobenius_norm": "Frobenius² (Fisher)",
-        "fisher_trace": "trace",
-        NORMALIZED: "γ̂, normalized",
-        "train_loss": "training loss",
-    }.get(name, INDICATORS[name])
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
-
-
-def _standard_deviation(values: Iterable[float]) -> float:
-    return statistics.stdev(values)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _number(value) if isinstance(value, float) else value for key, value in values.items()}
+def _effects(records: Sequence[Record], arm: str, case: str) -> dict[str, Any]:
+    """Every quantity of the regularized minima minus that of another arm's."""
+    found = {name: difference(records, case, "regularized", arm, name) for name in ("test_error", *INDICATORS)}
+    return {name: None if value is None else plain(value) for name, value in found.items()}

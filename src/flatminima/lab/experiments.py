@@ -1,22 +1,18 @@
-"""Sets of runs that answer a question: train every spec, measure every minimum, set the measures beside the error."""
+"""What an experiment is: settings and seeds, trained and measured, as records that tables and figures are made of."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-from scipy import stats
-
-from flatminima.errors import FlatminimaError, FlatminimaWarning
+from flatminima.errors import DamagedFileError, FlatminimaError, FlatminimaWarning
 from flatminima.lab.executors import Executor, Failure, run_all
-from flatminima.lab.measuring import Measuring, measure_run
-from flatminima.lab.results import RunResult
+from flatminima.lab.measuring import Measuring, kept_measures, measure_run
+from flatminima.lab.results import RunFolder, RunResult
 from flatminima.lab.specs import RunSpec
 from flatminima.lab.training import train
 from flatminima.losses import LOGIT_NORMALIZATION
@@ -32,155 +28,194 @@ INDICATORS = {
 }
 """Everything that is set beside the test error, with its name in tables."""
 
-_BOOTSTRAP_SAMPLES = 1000
+Record = dict[str, Any]
+"""One minimum as plain numbers, NaN as None: case, arm, seed, run, test_error, indicators, ..."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration of an experiment."""
+
+    case: str
+    """What is varied: a point of a figure's x axis, or a column of a table."""
+    arm: str
+    """How it is trained: a line of a figure, or a row of a table."""
+    spec: RunSpec
+    """The run; its seed is the experiment's to choose."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Settings, each trained with every seed, and the question that they answer."""
+
+    name: str
+    """As the command line calls it."""
+    title: str
+    """A heading."""
+    question: str
+    """What it asks, and what the paper answers."""
+    answers: Literal["ranking", "comparison", "choice"]
+    """Which indicator orders the cases by test error; how the arms differ; or which arm is best on held-out images."""
+    factor: str
+    """What the cases are."""
+    settings: tuple[Setting, ...]
+    """Every case with every arm it has."""
+    measuring: Measuring | None
+    """How minima are measured (none: they are not)."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Every setting is trained once with each."""
+    quantity: str = "test_error"
+    """What a comparison or a choice compares: test_error, validation_error, or an indicator."""
+    published: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    """The paper's mean and standard deviation of the quantity by case and arm (errors in percent)."""
+    captured: Mapping[str, bool] = field(default_factory=dict)
+    """Whether, says the paper, an indicator follows the test error."""
+
+    def __post_init__(self) -> None:
+        seen: dict[RunSpec, Setting] = {}
+        for setting in self.settings:
+            other = seen.setdefault(setting.spec, setting)
+            if other is not setting:
+                raise FlatminimaError(
+                    f"settings {other.arm!r}, {other.case!r} and {setting.arm!r}, {setting.case!r} are the same run: "
+                    "leave one out"
+                )
+
+    @property
+    def cases(self) -> list[str]:
+        """The cases, in order."""
+        return list(dict.fromkeys(setting.case for setting in self.settings))
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms, in order."""
+        return list(dict.fromkeys(setting.arm for setting in self.settings))
+
+    def tasks(self, root: Path) -> list[Task]:
+        """Every setting with every seed, seeds outermost: cut short, it has all settings with some of the seeds."""
+        return [
+            Task(replace(setting, spec=replace(setting.spec, seed=seed)), self.measuring, root)
+            for seed in self.seeds
+            for setting in self.settings
+        ]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run of an experiment: a setting's spec with one seed."""
+    """One run of an experiment."""
 
-    setting: str
-    spec: RunSpec
-    measuring: Measuring
+    setting: Setting
+    """Its spec with one seed."""
+    measuring: Measuring | None
+    """How its minimum is measured, if it is."""
     root: Path
+    """Where run folders are kept."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run is kept."""
+        return RunFolder.of(self.root, self.setting.spec)
+
+    @property
+    def ways(self) -> list[Measuring]:
+        """How the minimum is measured: as asked, and at normalized logits."""
+        if self.measuring is None:
+            return []
+        return [
+            self.measuring,
+            replace(self.measuring, logit_normalization=LOGIT_NORMALIZATION, robustness_samples=0),
+        ]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One trained and measured minimum.
-
-    Attributes:
-        setting: the setting's name.
-        spec: what was trained.
-        result: how training ended.
-        characterization: its measures, on the un-augmented training images that keep their own labels.
-        normalized: the same at normalized logits.
-        warnings: what measuring warned of, one line each.
-    """
-
-    setting: str
-    spec: RunSpec
-    result: RunResult
-    characterization: Characterization
-    normalized: Characterization
-    warnings: tuple[str, ...]
-
-    def indicator(self, name: str) -> float:
-        """The value of an entry of :data:`INDICATORS`; NaN where the network has none."""
-        if name == NORMALIZED:
-            return self.normalized.log_det_fisher.mean
-        if name == "train_loss":
-            return self.characterization.train_loss
-        estimate = self.characterization.estimates().get(name)
-        return estimate.mean if estimate is not None else math.nan
-
-
-def tasks_of(settings: dict[str, RunSpec], seeds: Sequence[int], measuring: Measuring, root: Path) -> list[Task]:
-    """Every setting with every seed, seeds outermost: an experiment cut short has all settings with some seeds.
-
-    Raises:
-        FlatminimaError: if two settings are the same run.
-    """
-    for (first, spec), (second, other) in itertools.combinations(settings.items(), 2):
-        if spec == other:
-            raise FlatminimaError(f"settings {first!r} and {second!r} are the same run: leave one out")
-    return [Task(name, replace(spec, seed=seed), measuring, root) for seed in seeds for name, spec in settings.items()]
-
-
-def perform(task: Task) -> Outcome:
+def perform(task: Task) -> Record:
     """Train (or take up, or find finished) one run and measure its minimum; both are kept in the run folder."""
-    result = train(task.spec, task.root, progress=False, wait=True)
-    at_normalized_logits = replace(task.measuring, logit_normalization=LOGIT_NORMALIZATION, robustness_samples=0)
+    result = train(task.setting.spec, task.root, progress=False, wait=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FlatminimaWarning)
-        characterization = measure_run(result.folder, task.measuring, progress=False)
-        normalized = measure_run(result.folder, at_normalized_logits, progress=False)
-    lines = tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, FlatminimaWarning)))
-    return Outcome(task.setting, task.spec, result, characterization, normalized, lines)
+        measured = [measure_run(result.folder, how, progress=False) for how in task.ways]
+    return _record(task, result, measured, [w for w in caught if issubclass(w.category, FlatminimaWarning)])
 
 
-def run_experiment(
-    settings: dict[str, RunSpec],
-    *,
-    seeds: Sequence[int],
-    measuring: Measuring,
-    root: Path,
-    executor: Executor,
-    progress: bool = True,
-) -> list[Outcome]:
+def look_up(task: Task) -> Record | None:
+    """What :func:`perform` would return, if the run folder already holds all of it; nothing is trained or measured.
+
+    Raises:
+        FlatminimaError: the run failed before; the message says why.
+    """
+    try:
+        result = task.folder.read_result()
+    except DamagedFileError:
+        return None
+    if result is None:
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FlatminimaWarning)
+        measured = [kept_measures(result.folder, how) for how in task.ways]
+    found = [characterization for characterization in measured if characterization is not None]
+    if len(found) < len(measured):
+        return None
+    return _record(task, result, found, [w for w in caught if issubclass(w.category, FlatminimaWarning)])
+
+
+def run_experiment(experiment: Experiment, *, root: Path, executor: Executor, progress: bool = True) -> list[Record]:
     """Every setting with every seed, trained and measured. Finished runs are found again under ``root``.
 
     Raises:
         FlatminimaError: if a run failed; the others were carried to their end.
     """
-    tasks = tasks_of(settings, seeds, measuring, root)
+    tasks = experiment.tasks(root)
     found = run_all(perform, tasks, executor, description="training and measuring", progress=progress)
     failures = [outcome for outcome in found if isinstance(outcome, Failure)]
     if failures:
-        first = failures[0].task
+        first = failures[0].task.setting
         raise FlatminimaError(
-            f"{len(failures)} of {len(tasks)} runs failed; {first.setting} with seed {first.spec.seed}: "
+            f"{len(failures)} of {len(tasks)} runs failed; {first.arm}, {first.case} with seed {first.spec.seed}: "
             f"{failures[0].error}"
         )
-    return [outcome for outcome in found if isinstance(outcome, Outcome)]
+    return [outcome for outcome in found if not isinstance(outcome, Failure)]
 
 
-@dataclass(frozen=True)
-class RankCorrelation:
-    """Kendall's τ between an indicator and the test error, and a percentile bootstrap interval over models.
-
-    Attributes:
-        tau: over single models; 1: the indicator orders them as the test error does; NaN where undefined.
-        low: 2.5 % quantile of τ over resampled models.
-        high: 97.5 % quantile.
-        tau_of_settings: τ over the settings' means.
-    """
-
-    tau: float
-    low: float
-    high: float
-    tau_of_settings: float
+def select(records: Sequence[Record], arm: str | None = None, case: str | None = None) -> list[Record]:
+    """The records of one arm, or of one case, or of one setting."""
+    return [r for r in records if arm in (None, r["arm"]) and case in (None, r["case"])]
 
 
-def rank_correlation(outcomes: Sequence[Outcome], indicator: str, *, seed: int = 0) -> RankCorrelation:
-    """How well an indicator orders minima by test error (τ-b; Kendall 1945)."""
-    values = np.array([outcome.indicator(indicator) for outcome in outcomes])
-    errors = np.array([outcome.result.test_error for outcome in outcomes])
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(values), size=(_BOOTSTRAP_SAMPLES, len(values)))
-    bootstrap = [_kendall(values[draw], errors[draw]) for draw in draws]
-    low, high = np.nanquantile(bootstrap, [0.025, 0.975]) if not np.isnan(bootstrap).all() else (math.nan, math.nan)
-    settings = list(dict.fromkeys(outcome.setting for outcome in outcomes))
-    member = np.array([settings.index(outcome.setting) for outcome in outcomes])
-    means = [(values[member == k].mean(), errors[member == k].mean()) for k in range(len(settings))]
-    return RankCorrelation(_kendall(values, errors), float(low), float(high), _kendall(*np.array(means).T))
+def value_of(record: Record, quantity: str) -> float:
+    """A record's test_error, validation_error or indicator; NaN where it has none."""
+    value = record["indicators"].get(quantity) if quantity in INDICATORS else record[quantity]
+    return math.nan if value is None else float(value)
 
 
-def _kendall(a: Any, b: Any) -> float:
-    return float(stats.kendalltau(a, b).statistic) if np.isfinite(a).all() and len(set(a)) > 1 else math.nan
+def _record(
+    task: Task,
+    result: RunResult,
+    measured: Sequence[Characterization],
+    caught: Sequence[warnings.WarningMessage],
+) -> Record:
+    spec = task.setting.spec
+    record = {
+        "case": task.setting.case,
+        "arm": task.setting.arm,
+        "seed": spec.seed,
+        "run": result.folder.name,
+        "test_error": result.test_error,
+        "validation_error": result.validation_error,
+        "train_accuracy": result.train_accuracy,
+        "indicators": {},
+        "seconds": result.seconds,
+        "warnings": list(dict.fromkeys(str(warning.message) for warning in caught)),
+        "environment": dict(result.environment),
+    }
+    if measured:
+        plain, normalized = measured
+        means = {name: estimate.mean for name, estimate in plain.estimates().items()}
+        means[NORMALIZED] = normalized.log_det_fisher.mean
+        means["train_loss"] = plain.train_loss
+        record["indicators"] = {name: finite(means.get(name, math.nan)) for name in INDICATORS}
+        record["log_det_fisher_standard_error"] = finite(plain.log_det_fisher.standard_error)
+    return record
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference over seeds: mean, 95 % interval (Student's t), number of pairs."""
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
-
-def paired_difference(
-    first: Sequence[Outcome], second: Sequence[Outcome], value: Callable[[Outcome], float]
-) -> Difference:
-    """``value`` of ``first`` minus that of ``second``, paired by seed."""
-    by_seed = {outcome.spec.seed: outcome for outcome in second}
-    differences = [value(outcome) - value(by_seed[outcome.spec.seed]) for outcome in first]
-    n, mean = len(differences), float(np.mean(differences))
-    margin = float(stats.t.ppf(0.975, n - 1) * stats.sem(differences)) if n > 1 else math.inf
-    return Difference(mean, mean - margin, mean + margin, n)
+def finite(value: float) -> float | None:
+    """What JSON can hold: None for NaN and infinities."""
+    return value if math.isfinite(value) else None

@@ -126,9 +126,15 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
         messages = [(type(warning).__name__, str(warning)) for warning in recorded]
         found = {"asked": asked, "warnings": messages, "characterization": json.loads(characterization.to_json())}
         folder.write_measures(json.dumps([*kept, found]) + "\n")
-    for category, message in found["warnings"]:
-        warnings.warn(message, getattr(errors, category, FlatminimaWarning), stacklevel=2)
-    return Characterization.from_json(json.dumps(found["characterization"]))
+    return _as_taken(found)
+
+
+def kept_measures(path: Path, how: Measuring, *, device: str = "auto") -> Characterization | None:
+    """What :func:`measure_run` would read from a finished run's folder; None if it would have to measure."""
+    folder = RunFolder(path)
+    asked = _asked(folder, how, device)
+    found = next((entry for entry in _read_kept(folder) if entry["asked"] == asked), None)
+    return None if found is None else _as_taken(found)
 
 
 def compare_runs(
@@ -249,6 +255,13 @@ def _read_kept(folder: RunFolder) -> list[dict[str, Any]]:
         )
         return []
     return list(kept)
+
+
+def _as_taken(found: dict[str, Any]) -> Characterization:
+    """A kept entry's measures, with the warnings that were given when they were taken."""
+    for category, message in found["warnings"]:
+        warnings.warn(message, getattr(errors, category, FlatminimaWarning), stacklevel=3)
+    return Characterization.from_json(json.dumps(found["characterization"]))
 
 
 def _clean_digest(path: Path) -> str:

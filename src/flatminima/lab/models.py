@@ -1,7 +1,7 @@
-"""The four networks of the paper (Jia & Su, App. E) and two small ones for the 8×8 digits.
+"""The four networks of the paper (Jia & Su, App. E), a small ResNet, and two networks for the 8×8 digits.
 
-Every network maps images ``(B, C, H, W)`` to logits ``(B, num_classes)``; the softmax belongs to the loss. The four of
-the paper end in a global average pool and accept any image size that survives their pooling, the other two take 8×8
+Every network maps images ``(B, C, H, W)`` to logits ``(B, num_classes)``; the softmax belongs to the loss. The first
+five end in a global average pool and accept any image size that survives their pooling, the other two take 8×8
 only. Weights are drawn from torch's global generator: seed it before :func:`build_model`.
 """
 
@@ -173,6 +173,7 @@ class PreActResNet(nn.Module):
         blocks_per_stage: Blocks in each stage; the depth in weight layers is 6 × this + 2.
         shortcut: How a first block that changes the shape joins: ``"pad"`` subsamples and appends zero channels (option
             A of He et al., 2016a: no parameters), ``"projection"`` is a 1×1 convolution (option B).
+        first_stride: Stride of the first convolution; 2 halves the image at once.
         num_classes: Number of logits.
         in_channels: Channels of the images.
     """
@@ -183,11 +184,12 @@ class PreActResNet(nn.Module):
         widths: tuple[int, int, int],
         blocks_per_stage: int,
         shortcut: Shortcut,
+        first_stride: int = 1,
         num_classes: int,
         in_channels: int,
     ) -> None:
         super().__init__()
-        self.conv = _conv(in_channels, 16, 3)
+        self.conv = _conv(in_channels, 16, 3, first_stride)
         blocks: list[nn.Module] = []
         channels = 16
         for stage, width in enumerate(widths):
@@ -317,6 +319,18 @@ def _resnet20(num_classes: int, in_channels: int) -> nn.Module:
     )
 
 
+def _resnet8(num_classes: int, in_channels: int) -> nn.Module:
+    # A thirteenth of ResNet-20's arithmetic: one block per stage, and the first convolution halves the image.
+    return PreActResNet(
+        widths=(16, 32, 64),
+        blocks_per_stage=1,
+        shortcut="pad",
+        first_stride=2,
+        num_classes=num_classes,
+        in_channels=in_channels,
+    )
+
+
 def _wrn28_2(num_classes: int, in_channels: int) -> nn.Module:
     return PreActResNet(
         widths=(32, 64, 128),
@@ -336,9 +350,10 @@ _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet20": _resnet20,
     "wrn28-2": _wrn28_2,
     "densenet-bc-100": _densenet_bc_100,
+    "resnet8": _resnet8,
     "small-cnn": _small_cnn,
     "mlp": _mlp,
 }
 
 MODEL_NAMES: tuple[str, ...] = tuple(_BUILDERS)
-"""The names :func:`build_model` knows: the paper's four networks, then the two for the digits."""
+"""The names :func:`build_model` knows: the paper's four networks, a small one, then the two for the digits."""

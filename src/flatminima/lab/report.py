@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import rich.table
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -58,6 +59,29 @@ class Picture:
     description: str
     light: Markup
     dark: Markup
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text, with a heading for every column and every row; shown on a terminal, in Markdown and on a page."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __rich__(self) -> rich.table.Table:
+        shown = rich.table.Table(title=self.title, title_justify="left")
+        for number, heading in enumerate(self.header):
+            shown.add_column(heading, justify="left" if number == 0 else "right")
+        for row in self.rows:
+            shown.add_row(*row)
+        return shown
+
+    def markdown(self) -> str:
+        """The table with its title above it."""
+        lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"**{self.title}**\n\n{body}\n"
 
 
 def picture(title: str, description: str, draw: Callable[[Axes, Theme], None]) -> Picture:
@@ -117,6 +141,22 @@ def lines(
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def band(axes: Axes, theme: Theme, names: Sequence[str], values: Sequence[Sequence[float]], *, log: bool) -> None:
+    """The mean over named settings as a line, ± standard deviation shaded, and every value as a point."""
+    x = np.arange(len(names))
+    means = np.array([np.mean(v) if len(v) else np.nan for v in values])
+    deviations = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
+    colour = theme.categories[0]
+    axes.plot(x, means, color=colour, linewidth=1.6)
+    axes.fill_between(x, means - deviations, means + deviations, color=colour, alpha=0.2, linewidth=0)
+    for position, single in zip(x, values, strict=True):
+        axes.scatter([position] * len(single), single, s=12, color=colour)
+    axes.set_xticks(x, names)
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def write_page(path: Path, template: str, **context: Any) -> None:
     """Render one of the package's templates and write the page atomically."""
     environment = Environment(
@@ -126,7 +166,12 @@ def write_page(path: Path, template: str, **context: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    write_text(path, environment.get_template(template).render(context))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(environment.get_template(template).render(context), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -1,0 +1,123 @@
+"""Statistics over trained minima: rank correlation over all of them, differences paired by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from scipy import stats
+
+Key = TypeVar("Key", bound=Hashable)
+
+_BOOTSTRAP_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (NaN for a single value) of ``count`` values."""
+
+    mean: float
+    std: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """That of at least one value."""
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return cls(float(np.mean(values)), deviation, len(values))
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Kendall's τ between an indicator and the test error, and a percentile bootstrap interval over models.
+
+    Attributes:
+        tau: over single models; 1: the indicator orders them as the test error does; NaN where undefined.
+        low: 2.5 % quantile of τ over resampled models.
+        high: 97.5 % quantile.
+        tau_of_settings: τ over the settings' means.
+    """
+
+    tau: float
+    low: float
+    high: float
+    tau_of_settings: float
+
+
+def rank_correlation(
+    values: Sequence[float], errors: Sequence[float], settings: Sequence[Hashable], *, seed: int = 0
+) -> RankCorrelation:
+    """How well an indicator orders minima by test error (τ-b; Kendall 1945).
+
+    Args:
+        values: the indicator, one per model.
+        errors: the test error, one per model.
+        settings: which setting each model belongs to.
+        seed: draws the bootstrap samples.
+    """
+    x, y = np.array(values, dtype=float), np.array(errors, dtype=float)
+    draws = np.random.default_rng(seed).integers(len(x), size=(_BOOTSTRAP_SAMPLES, len(x)))
+    bootstrap = [_kendall(x[draw], y[draw]) for draw in draws]
+    low, high = np.nanquantile(bootstrap, [0.025, 0.975]) if not np.isnan(bootstrap).all() else (math.nan, math.nan)
+    members = [[k for k, other in enumerate(settings) if other == setting] for setting in dict.fromkeys(settings)]
+    means = np.array([(x[member].mean(), y[member].mean()) for member in members])
+    return RankCorrelation(_kendall(x, y), float(low), float(high), _kendall(*means.T))
+
+
+def _kendall(a: Any, b: Any) -> float:
+    return float(stats.kendalltau(a, b).statistic) if np.isfinite(a).all() and len(set(a)) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference paired by seed.
+
+    Attributes:
+        mean: its mean.
+        low: lower end of the 95 % interval (Student's t); −∞ for a single pair.
+        high: upper end.
+        pairs: number of pairs.
+        below: pairs in which it is negative.
+        p_t: p-value of the paired t test; NaN where undefined.
+        p_wilcoxon: p-value of Wilcoxon's signed-rank test; with n pairs at least 2^(1−n).
+        p_sign: p-value of the sign test, ties left out; likewise.
+    """
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+    below: int
+    p_t: float
+    p_wilcoxon: float
+    p_sign: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(first: Mapping[Key, float], second: Mapping[Key, float]) -> Difference | None:
+    """``first`` minus ``second``, paired by key (a seed, say); None without a pair. All tests are two-sided."""
+    differences = np.array([value - second[key] for key, value in first.items() if key in second])
+    n = len(differences)
+    if n == 0:
+        return None
+    mean = float(differences.mean())
+    below, above = int((differences < 0).sum()), int((differences > 0).sum())
+    vary = n > 1 and float(np.ptp(differences)) > 0
+    margin = float(stats.t.ppf(0.975, n - 1) * stats.sem(differences)) if n > 1 else math.inf
+    return Difference(
+        mean=mean,
+        low=mean - margin,
+        high=mean + margin,
+        pairs=n,
+        below=below,
+        p_t=float(stats.ttest_1samp(differences, 0).pvalue) if vary else math.nan,
+        p_wilcoxon=float(stats.wilcoxon(differences).pvalue) if below + above else math.nan,
+        p_sign=float(stats.binomtest(below, below + above).pvalue) if below + above else math.nan,
+    )

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flatminima.lab.costs import cost, prices, remaining, seconds
+from flatminima.lab.experiments import Setting, Task
+from flatminima.lab.measuring import Measuring
+from flatminima.lab.specs import RegularizerSpec, RunSpec, SharpnessAwareSpec
+
+SPEC = RunSpec(model="mlp", data="digits", train_size=100, batch_size=50, epochs=10, evaluate_every=20)
+EVALUATION = (500 + 100) / 3
+UPDATES = 1000
+
+
+def task(spec: RunSpec, measuring: Measuring | None = None, root: Path = Path("nowhere")) -> Task:
+    return Task(Setting("case", "arm", spec), measuring, root)
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "factor"),
+    [
+        (None, 1),
+        (SharpnessAwareSpec(), 2),
+        (RegularizerSpec(), 3),
+        (RegularizerSpec(main_gradient="sub-batches"), 2),
+        (RegularizerSpec(every=4), 1.5),
+        (RegularizerSpec(start_epoch=5), 2),
+        (RegularizerSpec(start_epoch=50), 1),
+        (RegularizerSpec(estimator="hvp"), 6),
+    ],
+)
+def test_updates_cost_what_their_gradients_do(
+    regularizer: RegularizerSpec | SharpnessAwareSpec | None, factor: float
+) -> None:
+    found = cost(task(replace(SPEC, regularizer=regularizer)))
+    assert found.training == pytest.approx(factor * UPDATES + EVALUATION)
+    assert found.measuring == 0
+
+
+def test_evaluations_and_held_out_images_are_counted() -> None:
+    often = replace(SPEC, evaluate_every=1, validation=200)
+    assert cost(task(often)).training == pytest.approx(UPDATES + (10 * 700 + 100) / 3)
+    everything = replace(SPEC, train_size=None, validation=200, confusion=97)
+    assert cost(task(everything)).training == pytest.approx(21 * 50 * 10 + (700 + 1097) / 3)
+
+
+def test_measuring_is_counted_twice_and_robustness_once() -> None:
+    how = Measuring(subset_size=10, trials=3, robustness_samples=4)
+    assert cost(task(SPEC, how)).measuring == pytest.approx(2 * 3 * 10 * 2 + 3 * 4 * 10 / 3)
+
+
+def test_price_is_that_of_finished_runs_or_else_timed() -> None:
+    known, other = task(SPEC), task(replace(SPEC, batch_size=25))
+    record = {"run": known.folder.path.name, "seconds": 5.0}
+    price = prices([known, other], [record])
+    assert price["mlp", 50] == pytest.approx(5 / cost(known).training)
+    assert 0 < price["mlp", 25] < 0.1
+    assert seconds(known, price) == pytest.approx(5)
+
+
+def test_a_trained_run_costs_its_measures_alone() -> None:
+    measured = task(SPEC, Measuring())
+    assert remaining(measured, trained=True).total == cost(measured).measuring
+    assert remaining(measured) == cost(measured)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from scipy import stats
+
+from flatminima.lab.statistics import Spread, paired_difference, rank_correlation
+
+
+def test_spread() -> None:
+    assert Spread.of([1.0, 2.0, 6.0]) == Spread(3.0, pytest.approx(math.sqrt(7)), 3)
+    assert math.isnan(Spread.of([1.0]).std)
+
+
+def test_rank_correlation_over_models_and_over_settings() -> None:
+    values, errors = [1.0, 2.0, 3.0, 4.0, 6.0, 5.0], [0.1, 0.3, 0.2, 0.4, 0.5, 0.6]
+    found = rank_correlation(values, errors, ["a", "a", "b", "b", "c", "c"])
+    assert found.tau == pytest.approx(stats.kendalltau(values, errors).statistic)
+    assert found.tau_of_settings == 1  # means 1.5, 3.5, 5.5 and 0.2, 0.3, 0.55
+    assert found.low <= found.tau <= found.high
+    assert found == rank_correlation(values, errors, ["a", "a", "b", "b", "c", "c"])
+
+
+def test_rank_correlation_of_a_constant_is_undefined() -> None:
+    assert math.isnan(rank_correlation([1.0, 1.0], [0.4, 0.5], ["s", "s"]).tau)
+
+
+def test_paired_difference_and_its_tests_are_scipys() -> None:
+    first = {0: 1.0, 1: 2.0, 2: 4.0, 3: 1.5, 9: 100.0}
+    second = {3: 2.0, 2: 1.0, 1: 1.0, 0: 1.25}
+    differences = [-0.25, 1.0, 3.0, -0.5]
+    found = paired_difference(first, second)
+    assert found is not None
+    low, high = stats.t.interval(0.95, 3, loc=0.8125, scale=stats.sem(differences))
+    assert (found.mean, found.low, found.high, found.pairs) == pytest.approx((0.8125, low, high, 4))
+    assert not found.clear
+    assert found.below == 2
+    pairs = ([1.0, 2.0, 4.0, 1.5], [1.25, 1.0, 1.0, 2.0])
+    assert found.p_t == pytest.approx(stats.ttest_rel(*pairs).pvalue)
+    assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(*pairs).pvalue)
+    assert found.p_sign == 1
+
+
+def test_sign_test_of_five_pairs_on_one_side() -> None:
+    found = paired_difference(dict.fromkeys(range(5), 0.0), {k: 1.0 + k for k in range(5)})
+    assert found is not None
+    assert found.p_sign == pytest.approx(2 / 2**5)
+    assert found.clear
+
+
+@pytest.mark.parametrize("other", [1.0, 2.0])
+def test_a_single_pair_proves_nothing(other: float) -> None:
+    found = paired_difference({0: 1.0}, {0: other})
+    assert found is not None
+    assert (found.low, found.high) == (-math.inf, math.inf)
+    assert math.isnan(found.p_t)
+    assert paired_difference({0: 1.0}, {1: other}) is None

@@ -46,8 +46,3 @@ def average_gradients(model: nn.Module, parameters: list[Tensor]) -> None:
     parts = torch.split(joined, [gradient.numel() for gradient in gradients])
     for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
         parameter.grad = gradient.copy_(part.view_as(gradient))
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether each process holds a part of the parameter only (FSDP2 and other DTensor schemes)."""
-    return type(parameter.data).__name__ == "DTensor"  # the class itself is slow to import

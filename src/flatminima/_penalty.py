@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from flatminima._distributed import is_sharded, this_process_alone
+from flatminima._distributed import this_process_alone
 from flatminima._isolation import (
     BatchStatistics,
     MeanBuffers,
@@ -24,7 +24,7 @@ from flatminima._isolation import (
     scratch_buffers,
     without_autocast,
 )
-from flatminima.batching import batch_size, map_tensors, take
+from flatminima.batching import batch_size, is_sharded, map_tensors, take
 from flatminima.errors import FlatminimaError
 from flatminima.precision import true_precision
 

@@ -83,6 +83,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether each process holds a part of the parameter only (FSDP2 and other DTensor schemes)."""
+    return type(parameter.data).__name__ == "DTensor"  # the class itself is slow to import
+
+
 def to_device(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[Inputs, Tensor]:
     """A batch (inputs, targets) on ``device``."""
     inputs, targets = batch

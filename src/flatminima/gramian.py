@@ -19,13 +19,25 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatminima._distributed import is_sharded
-from flatminima.batching import Inputs, batch_size, call_model, device_of, evaluating, frozen, map_tensors, take
+from flatminima.batching import (
+    Inputs,
+    batch_size,
+    call_model,
+    device_of,
+    evaluating,
+    frozen,
+    is_sharded,
+    map_tensors,
+    take,
+    tensors_of,
+)
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient, refuse_non_finite
-from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, pass_bytes, row_bytes
-from flatminima.precision import float64_device, true_precision
+from flatminima.planning import FREE_SHARE, Piece, Plan, free_bytes, make_plan, pass_bytes, row_bytes
+from flatminima.precision import float64_device, in_float64, true_precision
+from flatminima.processes import Processes
 from flatminima.recording import RecordedUse, Recorder
+from flatminima.sharding import Part, parts_of, processes_of, reshard, shard_of
 
 ROWS_BUDGET_BYTES = 256 * 2**20
 """Rows of J held at once. A larger parameter is taken in slices of its first dimension."""
@@ -71,7 +83,9 @@ def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cro
     The model is run in eval mode (BatchNorm by its running statistics, no dropout) and left as it was found.
 
     Args:
-        model: any module; its output is the logits, or an object with ``.logits``.
+        model: any module; its output is the logits, or an object with ``.logits``. Sharded by FSDP2 (``fully_shard``),
+            it is called by all its processes with the same samples; each forms the rows of its own shards, and beside
+            what FSDP2 gathers for every pass they exchange the weights once more and the N'×N' sum.
         inputs: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``) of tensors with N' rows.
         targets: (N',) class indices for the cross entropy; whatever ``loss`` takes otherwise.
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
@@ -127,24 +141,28 @@ def factored_gram(
     model = unwrapped(model)
     inputs = map_tensors(torch.Tensor.detach, inputs)
     n = batch_size((inputs, targets))
-    parameters = trainable_parameters(model)
-    dtype = _common_dtype(parameters)
-    xi = _Accumulator(n, parameters, scale_invariant=scale_invariant, shares=shares)
+    plan = plan or plan_for(model, inputs)
+    processes = processes_of(model)
+    processes.require_same("samples", lambda: _sums((inputs, targets)))
+    parts = trainable_parts(model, processes)
+    dtype = _common_dtype(parts)
+    xi = _Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
 
     batch = _Batch(model, inputs, targets, loss, logit_normalization)
     generic: dict[str, nn.Parameter] = {}
     with evaluating(model), true_precision(), torch.enable_grad():
         if isinstance(batchnorm, int):
             with _batch_statistics(model):
-                _add_with_batch_statistics(xi, batch, parameters, batchnorm)
+                _add_with_batch_statistics(xi, batch, parts, batchnorm)
+            xi.add_up(processes)
         else:
-            plan = plan or plan_for(model, inputs)
-            generic, unseen = _add_by_rules(xi, batch, parameters, plan)
+            generic, unseen = _add_by_rules(xi, batch, parts, plan)
             if unseen:
                 generic |= _used(batch, unseen, plan.chunk)
-            _add_one_by_one(xi, batch, generic)
+            _add_one_by_one(xi, batch, {name: parts[name] for name in generic})
+            xi.add_up(processes)
             if spot_check:
-                _check_against_autograd(xi, batch, parameters, SPOT_CHECK_TOLERANCE[dtype])
+                _check_against_autograd(xi, batch, parts, processes, SPOT_CHECK_TOLERANCE[dtype])
     refuse_non_finite("gradients", xi.unit)
     return FactoredGram(xi.unit, xi.log_scale, xi.loss, tuple(generic), dtype, xi.shares)
 
@@ -161,11 +179,14 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
         FlatminimaError: if the budget is too small for one sample and one slice of a parameter.
     """
     model = unwrapped(model)
-    parameters = trainable_parameters(model)
+    processes = processes_of(model)
+    parts = trainable_parts(model, processes)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
+    budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
     with evaluating(model):
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
-    return make_plan(batch_size(inputs), parameters, per_sample, min(ROWS_BUDGET_BYTES, budget // 4), budget)
+    longest = {name: part.longest_shape() for name, part in parts.items()}
+    return make_plan(batch_size(inputs), longest, per_sample, min(ROWS_BUDGET_BYTES, budget // 4), budget)
 
 
 def warn_generic(names: Sequence[str], *, stacklevel: int = 3) -> None:
@@ -184,28 +205,46 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name; tied ones once.
 
     Raises:
-        FlatminimaError: if there is none.
+        FlatminimaError: if there is none, or if they are sharded.
         NonFiniteError: if one holds NaN or infinity; names it.
     """
+    reshard(model)
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise FlatminimaError(f"parameter {name!r} is sharded over processes: gather the weights first")
+    return {name: part.parameter for name, part in trainable_parts(model, Processes()).items()}
+
+
+def trainable_parts(model: nn.Module, processes: Processes) -> dict[str, Part]:
+    """This process's part of every parameter that requires gradients, by name; tied ones once.
+
+    Args:
+        model: the model.
+        processes: those it is split over, from :func:`flatminima.sharding.processes_of`.
+
+    Raises:
+        FlatminimaError: if there is none.
+        NonFiniteError: if a parameter holds NaN or infinity; names it.
+    """
+    processes.attempt(lambda: _refuse_non_finite_parameters(model))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise FlatminimaError(
             f"{type(model).__name__} has no trainable parameter: set requires_grad on those that the measure is over"
         )
+    return parts_of(model, parameters, processes)
+
+
+def _refuse_non_finite_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if is_sharded(parameter):
-            raise FlatminimaError(
-                f"parameter {name!r} is sharded over processes: gather the weights into a plain module to measure them"
-            )
-        if not parameter.isfinite().all():
+        if not shard_of(parameter).isfinite().all():
             raise NonFiniteError(
                 f"NaN or infinity in parameter {name!r}: the checkpoint is broken or training diverged; load another"
             )
-    return parameters
 
 
 class _Accumulator:
-    """ξ̂ as it grows, parameter by parameter.
+    """ξ̂ as it grows, parameter by parameter; this process's part of it until :meth:`add_up`.
 
     Attributes:
         unit: (N', N') float64, the sum so far.
@@ -214,13 +253,14 @@ class _Accumulator:
         shares: each parameter's own part by name, if asked for.
     """
 
-    def __init__(self, n: int, parameters: Mapping[str, nn.Parameter], *, scale_invariant: bool, shares: bool) -> None:
-        device = next(iter(parameters.values())).device
-        self.names = {id(parameter): name for name, parameter in parameters.items()}
+    def __init__(self, n: int, parts: Mapping[str, Part], *, scale_invariant: bool, shares: bool) -> None:
+        device = next(iter(parts.values())).parameter.device
+        self.names = {id(part.parameter): name for name, part in parts.items()}
+        self.parts = {id(part.parameter): part for part in parts.values()}
         self.scale_invariant = scale_invariant
         self.unit = torch.zeros(n, n, dtype=torch.float64, device=float64_device(device))
         self.loss, self.log_scale = self.unit.new_zeros(n), self.unit.new_zeros(n)
-        self.shares = {name: torch.zeros_like(self.unit) for name in parameters} if shares else None
+        self.shares = {name: torch.zeros_like(self.unit) for name in parts} if shares else None
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -231,23 +271,32 @@ class _Accumulator:
 
     def add_rows(self, parameter: nn.Parameter, rows: Tensor, start: int, stop: int) -> None:
         """Add the product of ``rows`` (N', stop − start, ...), the rows of J for ``parameter[start:stop]``."""
+        if start == stop:
+            return
         if self.scale_invariant:
-            rows = rows * _at_least_1d(parameter.detach())[start:stop].abs()
+            part = self.parts[id(parameter)]
+            rows = rows * part.values[start - part.start : stop - part.start].abs()
         product = torch.zeros_like(self.unit)
         _add_product(product, rows)
         self._add(parameter, product)
 
     def add_use(self, parameter: nn.Parameter, uses: Sequence[RecordedUse]) -> None:
         """Add a parameter's JJᵀ; rows of several uses (tied or reused parameters) are summed before the product."""
+        part = self.parts[id(parameter)]
         arrived = [(use.use, use.grad) for use in uses if use.grad is not None]
         if len(arrived) == 1 and arrived[0][0].product is not None and not self.scale_invariant:
             use, grad = arrived[0]
-            self._add(parameter, use.product(grad).to(self.unit.device))  # type: ignore[misc]
+            self._add(parameter, use.product(grad, part.start, part.stop).to(self.unit.device))  # type: ignore[misc]
             return
-        for start, stop in _slices(parameter, len(self), 0, first_dimension(parameter)):
+        for start, stop in _slices(parameter, len(self), part.start, part.stop):
             rows = _summed_rows(uses, start, stop)
             if rows is not None:
                 self.add_rows(parameter, rows, start, stop)
+
+    def add_up(self, processes: Processes) -> None:
+        """Sum over processes that formed the rows of different parts."""
+        for part in (self.unit, *(self.shares or {}).values()):
+            processes.add_up(part)
 
     def _add(self, parameter: nn.Parameter, product: Tensor) -> None:
         self.unit += product
@@ -277,7 +326,7 @@ class _Batch:
 
 
 def _add_by_rules(
-    xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter], plan: Plan
+    xi: _Accumulator, batch: _Batch, parts: Mapping[str, Part], plan: Plan
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Add JJᵀ of every parameter that rules cover.
 
@@ -286,10 +335,10 @@ def _add_by_rules(
     """
     given_up: dict[str, nn.Parameter] = {}
     unseen: dict[str, nn.Parameter] = {}
-    with frozen(parameters.values()):
+    with frozen([p for p in batch.model.parameters() if p.requires_grad]):
         for pieces in plan.passes:
-            wanted = {piece.name: parameters[piece.name] for piece in pieces}
-            sink: _Accumulator | _Rows = xi if plan.at_once else _Rows(plan.samples, pieces, wanted)
+            wanted = {piece.name: parts[piece.name].parameter for piece in pieces}
+            sink: _Accumulator | _Rows = xi if plan.at_once else _Rows(plan.samples, pieces, parts)
             for start in range(0, plan.samples, plan.chunk):
                 rows = slice(start, min(start + plan.chunk, plan.samples))
                 recorder = Recorder(rows.stop - start, wanted)
@@ -304,22 +353,23 @@ def _add_by_rules(
                 del logits, delta, recorder
             if isinstance(sink, _Rows):
                 sink.add_to(xi, {id(p) for p in given_up.values()})
+    reshard(batch.model)  # else what FSDP2 still holds gathered would stay frozen
     return given_up, {name: p for name, p in unseen.items() if name not in given_up}
 
 
 class _Rows:
     """The rows of J of some pieces of parameters, filled chunk by chunk of samples and then multiplied out."""
 
-    def __init__(self, samples: int, pieces: Sequence[Piece], parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, samples: int, pieces: Sequence[Piece], parts: Mapping[str, Part]) -> None:
         self.total = samples
         self.samples = slice(0, 0)
         self.pieces: dict[int, list[tuple[int, int]]] = {}
         for piece in pieces:
-            self.pieces.setdefault(id(parameters[piece.name]), []).extend(
-                _slices(parameters[piece.name], samples, piece.start, piece.stop)
-            )
+            part = parts[piece.name]
+            slices = _slices(part.parameter, samples, *part.range(piece.start, piece.stop))
+            self.pieces.setdefault(id(part.parameter), []).extend(slices)
         self.rows: dict[tuple[int, int, int], Tensor] = {}
-        self.parameters = {id(parameter): parameter for parameter in parameters.values()}
+        self.parameters = {id(part.parameter): part.parameter for part in parts.values()}
 
     def add_use(self, parameter: nn.Parameter, uses: Sequence[RecordedUse]) -> None:
         """Put this chunk's rows, summed over the parameter's uses, in their place."""
@@ -415,21 +465,19 @@ def _used(batch: _Batch, candidates: Mapping[str, nn.Parameter], chunk: int) -> 
     return found
 
 
-def _add_one_by_one(xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Add JJᵀ of ``parameters`` by plain autograd, sample by sample, as many at once as the budget holds."""
-    for group in _groups(parameters.values(), len(xi)):
+def _add_one_by_one(xi: _Accumulator, batch: _Batch, parts: Mapping[str, Part]) -> None:
+    """Add JJᵀ of ``parts`` by plain autograd, sample by sample, as many at once as the budget holds."""
+    for group in _groups(parts.values(), len(xi)):
         _add_gradients(xi, group, [_gradients(batch, i, group) for i in range(len(xi))])
 
 
-def _add_with_batch_statistics(
-    xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter], chunk: int
-) -> None:
+def _add_with_batch_statistics(xi: _Accumulator, batch: _Batch, parts: Mapping[str, Part], chunk: int) -> None:
     """Add JJᵀ where a sample's loss depends on its whole chunk: one backward pass per sample through the chunk."""
     if chunk < 2 or len(xi) % chunk:
         raise FlatminimaError(
             f"batchnorm={chunk} cannot be used with {len(xi)} samples: it must be at least 2 and divide the subset_size"
         )
-    for group in _groups(parameters.values(), len(xi)):
+    for group in _groups(parts.values(), len(xi)):
         gradients = []
         for start in range(0, len(xi), chunk):
             rows = slice(start, start + chunk)
@@ -462,17 +510,20 @@ def _batch_statistics(model: nn.Module) -> Iterator[None]:
             layer.training, layer.track_running_stats = False, tracked
 
 
-def _groups(parameters: Iterable[nn.Parameter], n: int) -> Iterator[_Group]:
-    """Consecutive slices of the parameters whose rows for n samples fit the budget together."""
+def _groups(parts: Iterable[Part], n: int) -> Iterator[_Group]:
+    """Consecutive slices of the parts whose rows for n samples fit the budget together.
+
+    Every process has as many groups, as each takes passes through the model: shorter parts end in empty slices.
+    """
     group: _Group = []
     left = ROWS_BUDGET_BYTES
-    for parameter in parameters:
-        for start, stop in _slices(parameter, n, 0, first_dimension(parameter)):
-            size = (stop - start) * n * row_bytes(parameter)
+    for part in parts:
+        for start, stop in _slices(part.parameter, n, 0, part.longest):
+            size = (stop - start) * n * row_bytes(part.parameter)
             if group and size > left:
                 yield group
                 group, left = [], ROWS_BUDGET_BYTES
-            group.append((parameter, start, stop))
+            group.append((part.parameter, *part.range(start, stop)))
             left -= size
     if group:
         yield group
@@ -495,13 +546,14 @@ def _gradient_of(logits: Tensor, direction: Tensor, group: _Group, *, keep: bool
 
 
 def _check_against_autograd(
-    xi: _Accumulator, batch: _Batch, parameters: Mapping[str, nn.Parameter], tolerance: float
+    xi: _Accumulator, batch: _Batch, parts: Mapping[str, Part], processes: Processes, tolerance: float
 ) -> None:
     """Compare the entries of the first and the last sample with plain autograd on each alone."""
     samples = sorted({0, len(xi) - 1})
-    expected = _Accumulator(len(samples), parameters, scale_invariant=xi.scale_invariant, shares=False)
-    for group in _groups(parameters.values(), len(samples)):
+    expected = _Accumulator(len(samples), parts, scale_invariant=xi.scale_invariant, shares=False)
+    for group in _groups(parts.values(), len(samples)):
         _add_gradients(expected, group, [_gradients(batch, i, group) for i in samples])
+    expected.add_up(processes)
     norms = expected.unit.diagonal().sqrt()
     difference = (xi.unit[samples][:, samples] - expected.unit).abs()
     error = (difference / (norms[:, None] * norms).clamp_min(1e-300)).max().item()
@@ -517,6 +569,11 @@ def _at_least_1d(values: Tensor) -> Tensor:
     return values if values.dim() else values.unsqueeze(0)
 
 
+def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:
+    """What tells batches apart: the sum of every sample's values, for each tensor."""
+    return [in_float64(tensor).reshape(len(tensor), -1).sum(1).tolist() for tensor in tensors_of(batch)]
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -525,8 +582,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(compiled) if isinstance(compiled, nn.Module) else model
 
 
-def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
-    dtypes = {parameter.dtype for parameter in parameters.values()}
+def _common_dtype(parts: Mapping[str, Part]) -> torch.dtype:
+    dtypes = {part.parameter.dtype for part in parts.values()}
     if len(dtypes) > 1 or not dtypes <= set(SPOT_CHECK_TOLERANCE):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise FlatminimaError(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Rows = Callable[[Tensor, int, int], Tensor]
-Product = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, int, int], Tensor]
 Rule = Callable[..., "list[ParameterUse] | None"]
 
 _CACHE_BYTES = 2**21
@@ -41,8 +41,8 @@ class ParameterUse:
         rows: ``rows(grad, start, stop)`` → this use's part of J for ``parameter[start:stop]``: (N, stop − start, ...).
             ``grad`` is the gradient at the call's output.
         reads: the activation that ``rows`` will read, if any; overwriting it in place before then is an error.
-        product: ``product(grad)`` → (N, N), this use's JJᵀ without forming J, where that is cheaper. Only valid when
-            the parameter has no other use.
+        product: ``product(grad, start, stop)`` → (N, N), the JJᵀ of those rows without forming them, where that is
+            cheaper. Only valid when the parameter has no other use.
         added: ``added(total, grad, start, stop)`` → ``total + rows(grad, start, stop)``, where few rows are not zero.
     """
 
@@ -60,8 +60,8 @@ def linear(n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     def weight_rows(grad: Tensor, start: int, stop: int) -> Tensor:
         return torch.bmm(_positions(grad, n)[:, :, start:stop].transpose(1, 2), x)
 
-    def weight_product(grad: Tensor) -> Tensor:
-        return (g := _positions(grad, n)[:, 0]) @ g.T * (x[:, 0] @ x[:, 0].T)
+    def weight_product(grad: Tensor, start: int, stop: int) -> Tensor:
+        return (g := _positions(grad, n)[:, 0, start:stop]) @ g.T * (x[:, 0] @ x[:, 0].T)
 
     single_position = x.shape[1] == 1
     return [
@@ -378,7 +378,7 @@ def multiply(n: int, input: Tensor, other: Tensor) -> list[ParameterUse] | None:
 
 
 def _broadcast_use(
-    n: int, x: Tensor, parameter: Tensor, at_output: Product, reads: Tensor | None = None
+    n: int, x: Tensor, parameter: Tensor, at_output: Callable[[Tensor], Tensor], reads: Tensor | None = None
 ) -> list[ParameterUse] | None:
     """A parameter broadcast over the samples: its rows are ``at_output(grad)`` summed over the broadcast dimensions."""
     lead = x.dim() - parameter.dim()

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import StringIO
@@ -28,10 +28,12 @@ from flatminima.errors import (
 )
 from flatminima.evaluation import evaluate
 from flatminima.fisher import Fisher, FisherRows
-from flatminima.gramian import FactoredGram, factored_gram, plan_for, trainable_parameters, warn_generic
+from flatminima.gramian import FactoredGram, factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
 from flatminima.losses import Loss
+from flatminima.processes import Result
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
 from flatminima.sampling import Data, Samples, draw_subsets, samples_of
+from flatminima.sharding import processes_of
 from flatminima.trials import perform_trials
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
@@ -244,7 +246,8 @@ def measure(
     The model is run in eval mode and left as it was found. Pass the *un-augmented training set*.
 
     Args:
-        model: any module; its output is the logits, or an object with ``.logits``.
+        model: any module; its output is the logits, or an object with ``.logits``. Sharded by FSDP2 (``fully_shard``),
+            it is measured by all its processes together: all call with the same arguments and data, and get the same.
         data: the training data: a map-style Dataset, a DataLoader, or a tuple of tensors (inputs, targets).
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
         fisher: ``"empirical"``: one gradient per sample, that of its loss (Eq. 4; the paper's measures). Or the exact
@@ -276,7 +279,8 @@ def measure(
             the rows of J do not fit at once, ξ is formed in several passes, exactly; see
             :func:`flatminima.gramian.plan_for`.
         distributed: split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
-            the same arguments and gets the whole result, which is that of a single process.
+            the same arguments and gets the whole result, which is that of a single process. Not for sharded models,
+            whose processes share every trial anyway.
         progress: show a bar with the time left on a terminal.
 
     Raises:
@@ -381,12 +385,20 @@ class Subject:
 
     def __init__(self, model: nn.Module, samples: Samples, options: Options) -> None:
         self.model, self.samples, self.options = model, samples, options
-        self.num_parameters = sum(p.numel() for p in trainable_parameters(model).values())
+        self.processes = processes_of(unwrapped(model))
+        if self.processes.size > 1 and options.distributed:
+            raise FlatminimaError(
+                "the processes that share a sharded model's parameters perform every trial together: "
+                "leave distributed=True out"
+            )
+        self.processes.require_same("numbers of samples", lambda: len(samples))
+        parts = trainable_parts(unwrapped(model), self.processes)
+        self.num_parameters = sum(part.parameter.numel() for part in parts.values())
         self.subsets = draw_subsets(len(samples), options.subset_size, options.trials, options.seed)
         first = self._batch(0)
         self.rows = FisherRows.of(options.fisher, options.loss, model, first[0])
         self._refuse_more_rows_than_parameters()
-        self.train = evaluate(model, samples, options.loss, progress=options.progress)
+        self.train = self._together(lambda: evaluate(model, samples, options.loss, progress=options.progress))
         self._warn_unless_minimum()
         self.plan = plan_for(model, self.rows.of_batch(*first)[0], memory_budget=options.memory_budget)
         if options.progress and len(self.plan.passes) > 1:
@@ -394,6 +406,9 @@ class Subject:
 
     def perform(self, number: int) -> Trial:
         """The trial on subset ``number``."""
+        return self._together(lambda: self._perform(number))
+
+    def _perform(self, number: int) -> Trial:
         inputs, targets = self._batch(number)
         factored = factored_gram(
             self.model,
@@ -443,7 +458,12 @@ class Subject:
         return size if asked is None else min(asked, size)
 
     def _batch(self, number: int) -> tuple[Inputs, Tensor]:
-        return to_device(self.samples.fetch(self.subsets[number]), device_of(self.model))
+        batch = self.processes.attempt(lambda: self.samples.fetch(self.subsets[number]))
+        return to_device(batch, device_of(self.model))
+
+    def _together(self, action: Callable[[], Result]) -> Result:
+        """What the first of the model's processes finds: the same to the last bit on all."""
+        return self.processes.gather(action)[0]
 
     def _robustness(self, inputs: Inputs) -> float:
         """The mean over the samples it was asked for; NaN where there is none."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model, tensors_of
+from flatminima.batching import Inputs, call_model, is_sharded, tensors_of
 from flatminima.errors import FlatminimaError
 
 FREE_SHARE = 0.5
@@ -70,13 +70,13 @@ class Plan:
 
 
 def make_plan(
-    samples: int, parameters: Mapping[str, nn.Parameter], sample_bytes: int, rows_at_once: int, budget: int
+    samples: int, parameters: Mapping[str, Tensor], sample_bytes: int, rows_at_once: int, budget: int
 ) -> Plan:
     """The plan with the fewest forward and backward passes that the budget allows.
 
     Args:
         samples: N'.
-        parameters: by name.
+        parameters: by name; only their shapes and types are read.
         sample_bytes: what a forward and backward pass takes for one sample (:func:`pass_bytes`).
         rows_at_once: bytes of rows held at once while all samples fit one chunk.
         budget: bytes.
@@ -116,12 +116,19 @@ def free_bytes(device: torch.device) -> int:
 
 def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
     """Bytes that a forward and backward pass of these inputs takes beside model and inputs: an estimate."""
-    existing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *tensors_of(inputs))}
+
+    def owned() -> set[int]:
+        tensors = (*model.parameters(), *model.buffers(), *tensors_of(inputs))
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors if not is_sharded(tensor)}
+
+    sharded = any(map(is_sharded, model.parameters()))
+    existing = owned()
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in existing:
+        # FSDP2 gives parameters memory for as long as their module runs.
+        if storage.data_ptr() not in (owned() if sharded else existing):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -130,7 +137,7 @@ def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
     return int(TRANSIENT * sum(saved.values())) + LOGITS * logits.numel() * logits.element_size()
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], samples: int, budget: int) -> Iterator[tuple[Piece, ...]]:
+def _fill(parameters: Mapping[str, Tensor], samples: int, budget: int) -> Iterator[tuple[Piece, ...]]:
     """Consecutive pieces whose rows for all samples fit the budget together."""
     one: list[Piece] = []
     left = budget

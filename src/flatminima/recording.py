@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from flatminima.batching import Inputs, call_model, tensors_of
 from flatminima.errors import FlatminimaError
 from flatminima.layer_rules import RULES, ParameterUse
+from flatminima.sharding import following_inputs
 
 
 class _Tap(torch.autograd.Function):
@@ -74,7 +75,7 @@ class Recorder(TorchFunctionMode):
     def run(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """The model's logits; fills ``uses``."""
         self._mark(tensors_of(inputs))
-        with self:
+        with self, following_inputs(model, self._follow):
             logits = call_model(model, inputs)
         if logits.shape[:1] != (self.n,):
             raise FlatminimaError(
@@ -123,6 +124,10 @@ class Recorder(TorchFunctionMode):
         if indices.shape[0] == 1:
             return (indices.expand(self.n, *indices.shape[1:]), *args[1:]), True
         return args, indices.shape[0] == self.n
+
+    def _follow(self, tensor: Tensor, other: Tensor) -> None:
+        if tensor in self.of_samples:
+            self._mark([other])
 
     def _mark(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:

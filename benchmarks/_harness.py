@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import datetime
+import gc
 import json
 import multiprocessing
 import platform
@@ -79,6 +81,9 @@ def ratios(seconds: list[float], reference: list[float]) -> dict[str, float]:
 
 def peak_memory(function: Callable[[], object]) -> int | None:
     """Bytes by which the process grew at most while ``function`` ran; None where the system cannot tell (not Linux)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # what glibc keeps of earlier calls would hide the growth
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         before = _status("VmRSS")

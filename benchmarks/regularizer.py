@@ -1,40 +1,82 @@
 """What a step with the regularizer costs, as a ratio to a plain step of the same batch, beside SAM and double backward.
 
-    python benchmarks/regularizer.py                                                 # half an hour on two cores
+    python benchmarks/regularizer.py                                                 # an hour on two cores
     python benchmarks/regularizer.py --networks resnet20 --threads 1 --clock cpu     # on a busy machine
+    python benchmarks/regularizer.py --networks cnn transformer --modes compiled --no-memory
 
 A step is forward, backward and an SGD update. Times are of steps interleaved in one process, peak memory that of a
 fresh process each, beyond model and data. ``every=10`` is the mean of one penalized step and nine between penalties.
+Compiled is ``torch.compile(model)`` with a graph for every batch size, by Inductor, which needs a C++ compiler; its
+ratios are to a compiled plain step. Double backward does not go through compiled graphs: the penalty passes of "hvp"
+run eagerly there, and the gradient norm penalty is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pytorch_optimizer import SAM
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import _harness
 from flatminima import FisherTraceRegularizer
 from flatminima.lab.models import build_model
 
 Step = Callable[[], object]
-NETWORKS = ("cnn", "resnet20", "wrn28-2")
 PLAIN, OFF = "plain step", "step between penalties (every > 1)"
+RIVALS = SHARPNESS_AWARE, GRADIENT_NORM = "SAM", "gradient norm penalty by double backward"
+MODES = ("eager", "compiled")
+
+
+class Transformer(nn.Module):
+    """Classifies 64 tokens: four layers of width 128 with four heads, without dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(256, 128)
+        self.positions = nn.Parameter(0.02 * torch.randn(64, 128))
+        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, 64) → (B, 10)."""
+        logits: Tensor = self.head(self.encoder(self.tokens(tokens) + self.positions).mean(1))
+        return logits
+
+
+def images(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """One of the paper's networks, and a batch of CIFAR's shape."""
+    inputs = torch.randn(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
+    return build_model(name).to(memory_format=torch.channels_last), inputs
+
+
+NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
+    "cnn": lambda batch_size: images("cnn", batch_size),
+    "resnet20": lambda batch_size: images("resnet20", batch_size),
+    "wrn28-2": lambda batch_size: images("wrn28-2", batch_size),
+    "transformer": lambda batch_size: (Transformer(), torch.randint(256, (batch_size, 64))),
+}
 
 
 class Training:
-    """A network, a batch of CIFAR's shape and an optimizer."""
+    """A network, a batch and an optimizer."""
 
-    def __init__(self, network: str, batch_size: int) -> None:
+    def __init__(self, network: str, mode: str, batch_size: int) -> None:
         torch.manual_seed(0)
-        self.model = build_model(network).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9)
-        self.inputs = torch.randn(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
+        model, self.inputs = NETWORKS[network](batch_size)
+        self.mode = mode
+        self.model: nn.Module = torch.compile(model, dynamic=False) if mode == "compiled" else model
         self.targets = torch.randint(10, (batch_size,))
+        optimizer = {"lr": 1e-6, "momentum": 0.9}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **optimizer)
+        self.sharpness_aware = SAM(self.model.parameters(), torch.optim.SGD, rho=0.05, foreach=True, **optimizer)
 
     def loss(self) -> Tensor:
         """Cross entropy of the batch."""
@@ -52,25 +94,23 @@ class Training:
         regularizer.backward(F.cross_entropy, self.inputs, self.targets)
         self.optimizer.step()
 
-    def sam(self, rho: float = 0.05) -> None:
-        """Sharpness-aware minimization (Foret et al., 2021), as davda54/sam does it."""
-        parameters = list(self.model.parameters())
-        self.optimizer.zero_grad()
-        self.loss().backward()
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        saved = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            torch._foreach_add_(parameters, torch._foreach_mul([p.grad for p in parameters], rho / (norm + 1e-12)))
-        self.optimizer.zero_grad()
-        self.loss().backward()
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
-        self.optimizer.step()
+    def sam(self) -> None:
+        """Sharpness-aware minimization (Foret et al., 2021): a pass at the weights, and one at the worst place near."""
+
+        def closure() -> Tensor:
+            self.sharpness_aware.zero_grad()
+            loss = self.loss()
+            loss.backward()
+            return loss
+
+        closure()
+        self.sharpness_aware.step(closure)
 
     def gradient_norm_penalty(self, weight: float = 0.01) -> None:
-        """L + weight ‖∇L‖ of the whole batch, by double backward."""
+        """L + weight ‖∇L‖ of the whole batch, by double backward; fused attention has no second derivative."""
         self.optimizer.zero_grad()
-        loss = self.loss()
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = self.loss()
         gradients = torch.autograd.grad(loss, list(self.model.parameters()), create_graph=True)
         squares = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         (loss + weight * squares.sqrt()).backward()
@@ -85,44 +125,37 @@ def methods(training: Training) -> dict[str, Step]:
         return lambda: training.regularized(regularizer)
 
     found: dict[str, Step] = {PLAIN: training.plain, OFF: ours(start_step=2**62)}
-    for estimator in ("finite-difference", "hvp"):
-        for m in (4, 8, 16):
-            found[f"{estimator}, M={m}, main_gradient=sub-batches"] = ours(
-                num_sub_batches=m, estimator=estimator, main_gradient="sub-batches"
-            )
-        found[f"{estimator}, M=8, main_gradient=whole-batch"] = ours(num_sub_batches=8, estimator=estimator)
-    found["SAM"] = training.sam
-    found["gradient norm penalty by double backward"] = training.gradient_norm_penalty
+    for estimator, m, main_gradient in itertools.product(
+        ("finite-difference", "hvp"), (4, 8, 16), ("sub-batches", "whole-batch")
+    ):
+        found[f"{estimator}, M={m}, main_gradient={main_gradient}"] = ours(
+            num_sub_batches=m, estimator=estimator, main_gradient=main_gradient
+        )
+    found[SHARPNESS_AWARE] = training.sam
+    if training.mode == "eager":
+        found[GRADIENT_NORM] = training.gradient_norm_penalty
     return found
 
 
-def memory(network: str, batch_size: int, method: str) -> dict[str, Any]:
+def memory(network: str, mode: str, batch_size: int, method: str) -> dict[str, Any]:
     """Peak memory of one step in this process; optimizer state and code are there already."""
-    training = Training(network, batch_size)
-    step = methods(training)[method]
-    whole = training.inputs, training.targets
-    training.inputs, training.targets = training.inputs[:32], training.targets[:32]
+    step = methods(Training(network, mode, batch_size))[method]
     step()
-    training.inputs, training.targets = whole
     return {"peak_bytes": _harness.peak_memory(step)}
 
 
-def times(network: str, batch_size: int, repetitions: int, clock: str) -> dict[str, Any]:
+def times(network: str, mode: str, batch_size: int, repetitions: int, clock: str) -> dict[str, Any]:
     """Seconds per step by method."""
-    training = Training(network, batch_size)
-    steps = methods(training)
-    whole = training.inputs, training.targets
-    training.inputs, training.targets = training.inputs[:32], training.targets[:32]
-    for step in steps.values():  # load code and make pools first
+    steps = methods(Training(network, mode, batch_size))
+    for step in steps.values():  # load and compile code, and make pools, first
         step()
-    training.inputs, training.targets = whole
     return _harness.interleaved(steps, repetitions, clock)
 
 
-def run_network(network: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_network(network: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times and memory of every method on one network."""
     limits, batch_size = _harness.limits(options), options.batch_size
-    seconds = _harness.in_own_process(times, network, batch_size, options.repetitions, options.clock, **limits)
+    seconds = _harness.in_own_process(times, network, mode, batch_size, options.repetitions, options.clock, **limits)
     if "error" in seconds:
         return seconds
     result: dict[str, Any] = {}
@@ -132,8 +165,8 @@ def run_network(network: str, options: argparse.Namespace) -> dict[str, Any]:
             "ratio": _harness.ratios(values, seconds[PLAIN]),
         }
         if options.memory:
-            result[name] |= _harness.in_own_process(memory, network, batch_size, name, **limits)
-        if name not in (PLAIN, OFF, "SAM", "gradient norm penalty by double backward"):
+            result[name] |= _harness.in_own_process(memory, network, mode, batch_size, name, **limits)
+        if name not in (PLAIN, OFF, *RIVALS):
             mixed = [(on + 9 * off) / 10 for on, off in zip(values, seconds[OFF], strict=True)]
             result[name]["ratio_every_10"] = _harness.ratios(mixed, seconds[PLAIN])
     return result
@@ -156,7 +189,8 @@ def show(network: str, result: dict[str, Any]) -> None:
 def main() -> None:
     """Run the benchmark and write its record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     options = _harness.parse(parser)
@@ -166,9 +200,10 @@ def main() -> None:
         "repetitions": options.repetitions,
         "networks": {},
     }
-    for network in options.networks:
-        record["networks"][network] = run_network(network, options)
-        show(network, record["networks"][network])
+    for network, mode in itertools.product(options.networks, options.modes):
+        name = network if mode == "eager" else f"{network}, {mode}"
+        record["networks"][name] = run_network(network, mode, options)
+        show(name, record["networks"][name])
         _harness.write_json(options.output or "regularizer", record)
 
 

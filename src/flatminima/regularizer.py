@@ -79,6 +79,9 @@ class FisherTraceRegularizer:
     * Several processes: give the ``DistributedDataParallel`` model. Each process penalizes its own sub-batches without
       any communication, and the one gradient exchange of a plain step carries the penalty too. P processes with M
       sub-batches each do what one would do with P·M sub-batches of the joined batch (BatchNorm statistics aside).
+    * ``torch.compile(model)``: give the compiled model. The first step compiles for the sub-batches' sizes as well.
+      Penalty passes of ``"hvp"`` run eagerly, as compiled graphs have no second derivative. Compile the model, not the
+      training step: :meth:`backward` cannot be traced, and a compiled function that calls it fails.
 
     Args:
         model: the network; its trainable parameters are float32 or float64.

@@ -13,12 +13,21 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from collectives import counted_collectives
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer import FisherTraceRegularizer
 from regularizer_cases import CASES, SEED, assert_same_bits, assert_same_gradients, gradients_of, make, snapshot
 
 PROCESSES = 2
 OPTIONS: dict[str, Any] = {"alpha": 0.05, "beta": 3.0, "max_grad_norm": 0.5}
+
+STEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole-batch": ("mlp", {}),
+    "sub-batches": ("mlp", {"main_gradient": "sub-batches"}),
+    "hvp": ("mlp", {"estimator": "hvp"}),
+    "frozen": ("frozen", {}),
+    "tied": ("tied", {}),
+}
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
 
@@ -90,8 +99,117 @@ def in_each_process(rank: int, folder: str) -> None:
     results["collectives of the penalty"] = calls()
     wrapped(inputs)
     results["and of a plain forward"] = calls()
+    results["sharded"] = under_fsdp(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def under_fsdp(rank: int) -> dict[str, Any]:
+    """The same steps, and some more, with a model that FSDP2 has split."""
+    mine = slice(rank * 6, rank * 6 + 6)
+    results: dict[str, Any] = {}
+    for name, (case, options) in STEPS.items():
+        model, inputs, targets = sharded(case)
+        before = snapshot_of_shards(model)
+        regularizer = FisherTraceRegularizer(model, num_sub_batches=6, **OPTIONS, **options)
+        with counted_collectives() as exchanges:
+            regularizer.backward(F.cross_entropy, inputs[mine], targets[mine])
+        assert_same_bits(snapshot_of_shards(model), before)
+        results[name] = (whole_gradients_of(model), exchanges, float(regularizer.diagnostics()["grad_norm"]))
+
+    model, inputs, targets = sharded("mlp")
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=3)
+    with counted_collectives() as exchanges:
+        regularizer.penalize(lambda batch, m=model: F.cross_entropy(m(batch[0]), batch[1]), (inputs, targets))
+    results["exchanges of the penalty"] = exchanges
+
+    for main_gradient in ("whole-batch", "sub-batches"):  # three micro-batches of two samples
+        model, inputs, targets = sharded("mlp")
+        regularizer = FisherTraceRegularizer(model, num_sub_batches=2, main_gradient=main_gradient, **OPTIONS)
+        for k in range(3):
+            part = slice(rank * 6 + 2 * k, rank * 6 + 2 * k + 2)
+            regularizer.backward(F.cross_entropy, inputs[part], targets[part], weight=1 / 3, last=k == 2)
+        grad_norm = float(regularizer.diagnostics()["grad_norm"])
+        results[f"accumulated {main_gradient}"] = (whole_gradients_of(model), None, grad_norm)
+
+    model, inputs, targets = sharded("mlp", samples=13)  # 7 and 6 sub-batches of one
+    uneven = slice(0, 7) if rank == 0 else slice(7, 13)
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=7, **OPTIONS)
+    regularizer.backward(F.cross_entropy, inputs[uneven], targets[uneven])
+    results["uneven"] = whole_gradients_of(model)
+
+    model, inputs, targets = sharded("mlp")
+    results["trained"] = {
+        name: weights.full_tensor() for name, weights in trained(model, inputs[mine], targets[mine], 6).items()
+    }
+    results["errors"] = fsdp_errors()
+    return results
+
+
+def sharded(case: str, samples: int = 12) -> tuple[nn.Module, Any, Any]:
+    """The case's model split over all processes, every layer on its own where it runs by itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, inputs, targets = make(CASES[case], samples=samples)
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    if isinstance(model, nn.Sequential):
+        for layer in model:
+            if next(layer.parameters(), None) is not None:
+                fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh), inputs, targets
+
+
+def trained(model: nn.Module, inputs: Any, targets: Any, num_sub_batches: int) -> dict[str, Any]:
+    """The weights after four steps with clipping, momentum and a schedule; the second half in evaluation mode."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    moved = [model[0].weight]
+    regularizer = FisherTraceRegularizer(
+        model, num_sub_batches=num_sub_batches, every=2, warmup_steps=3, parameters=moved, **OPTIONS
+    )
+    for step in range(4):
+        if step == 2:
+            model.eval()
+        optimizer.zero_grad()
+        regularizer.backward(F.cross_entropy, inputs, targets)
+        optimizer.step()
+        with torch.no_grad():
+            model(inputs)  # must see the weights of after the step
+    return {name: weights.detach() for name, weights in model.named_parameters()}
+
+
+def fsdp_errors() -> dict[str, str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    found = {}
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    model, inputs, targets = make(CASES["mlp"])
+    fully_shard(model[0], mesh=mesh)
+    with pytest.raises(FlatminimaError) as error:
+        FisherTraceRegularizer(model)
+    found["a part only"] = str(error.value)
+    model, inputs, targets = make(CASES["mlp"])
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(FlatminimaError) as error:
+        FisherTraceRegularizer(model).backward(F.cross_entropy, inputs, targets)
+    found["mixed precision"] = str(error.value)
+    model, inputs, targets = sharded("mlp")
+    before = snapshot_of_shards(model)
+    with pytest.raises(FlatminimaError) as error:
+        FisherTraceRegularizer(model).backward(F.cross_entropy, inputs * torch.nan, targets)
+    found["NaN"] = str(error.value)
+    assert_same_bits(snapshot_of_shards(model), before)
+    assert all(p.grad is None for p in model.parameters())
+    return found
+
+
+def snapshot_of_shards(model: nn.Module) -> dict[str, Any]:
+    return {name: p.to_local().detach().clone() for name, p in model.named_parameters()}
+
+
+def whole_gradients_of(model: nn.Module) -> dict[str, Any]:
+    return {name: None if g is None else g.full_tensor() for name, g in gradients_of(model).items()}
 
 
 def count_collectives() -> Any:
@@ -130,6 +248,65 @@ def test_two_processes_are_one_with_the_joined_batch(
         assert_same_gradients(gradients, expected)
         assert grad_norm == pytest.approx(regularizer.diagnostics()["grad_norm"])
         assert exchanges == (0 if name == "sub-batches" else 1)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_two_processes_that_share_the_weights_are_one_with_the_joined_batch(
+    processes: list[dict[str, Any]], name: str
+) -> None:
+    case, options = STEPS[name]
+    assert_joined(processes, name, case, options)
+    for _, exchanges, _ in (found["sharded"][name] for found in processes):
+        # FSDP2 reduces once per layer; without a main pass, there is a reduction per parameter
+        layers, parameters = (1, 3) if case == "tied" else (2, 4)
+        reductions = sum(count for call, count in exchanges.items() if "reduce_scatter" in call)
+        assert reductions == (parameters if "main_gradient" in options else layers)
+
+
+def test_penalty_passes_of_shared_weights_gather_them_once(processes: list[dict[str, Any]]) -> None:
+    for found in processes:
+        assert found["sharded"]["exchanges of the penalty"] == {"c10d::_allgather_base_": 2}  # one per layer
+
+
+@pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
+def test_micro_batches_of_shared_weights_add_up(processes: list[dict[str, Any]], main_gradient: str) -> None:
+    assert_joined(processes, f"accumulated {main_gradient}", "mlp", {})
+
+
+def assert_joined(processes: list[dict[str, Any]], name: str, case: str, options: dict[str, Any]) -> None:
+    model, inputs, targets = make(CASES[case], samples=12)
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=12, **OPTIONS, **options)
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    for gradients, _, grad_norm in (found["sharded"][name] for found in processes):
+        assert_same_gradients(gradients, gradients_of(model))
+        assert grad_norm == pytest.approx(regularizer.diagnostics()["grad_norm"])
+
+
+def test_training_shared_weights_is_training(processes: list[dict[str, Any]]) -> None:
+    model, inputs, targets = make(CASES["mlp"], samples=12)
+    expected = trained(model, inputs, targets, 12)
+    for found in processes:
+        assert found["sharded"]["trained"].keys() == expected.keys()
+        for name, weights in expected.items():
+            torch.testing.assert_close(found["sharded"]["trained"][name], weights, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a part only", "fully_shard must hold the whole model, also 2.weight"),
+        ("mixed precision", "is torch.bfloat16: keep trainable parameters in float32"),
+        ("NaN", "the loss is nan"),
+    ],
+)
+def test_errors_with_shared_weights(processes: list[dict[str, Any]], name: str, message: str) -> None:
+    for found in processes:
+        assert message in found["sharded"]["errors"][name]
+
+
+def test_uneven_batches_of_shared_weights_end(processes: list[dict[str, Any]]) -> None:
+    first, second = (found["sharded"]["uneven"] for found in processes)
+    assert_same_gradients(first, second)
 
 
 def test_uneven_batches_end(processes: list[dict[str, Any]]) -> None:
@@ -174,13 +351,7 @@ def test_synchronized_batchnorm_uses_this_process_alone_in_penalty_passes() -> N
 
 
 @pytest.mark.usefixtures("one_process")
-def test_refuses_sharded_and_inner_wrapped_models() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
+def test_refuses_inner_wrapped_models() -> None:
     inner = nn.Sequential(DistributedDataParallel(make(CASES["mlp"])[0]))
     with pytest.raises(FlatminimaError, match="DistributedDataParallel must be the outermost module"):
         FisherTraceRegularizer(inner)
-    sharded = fully_shard(make(CASES["mlp"])[0], mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(FlatminimaError, match=r"parameter 0.weight is sharded \(FSDP\)"):
-        FisherTraceRegularizer(sharded)

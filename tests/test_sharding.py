@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import flatminima as fm
 from cases import CASES
+from collectives import counted_collectives
 from flatminima.errors import FlatminimaError
 from flatminima.gramian import factored_gram
 from flatminima.planning import Piece, Plan
@@ -160,22 +161,16 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 def count_sums(action: Callable[[], Any]) -> tuple[list[int], int]:
     """The sizes of what processes sum up meanwhile, and how often FSDP2 reduces gradients."""
     sums: list[int] = []
-    reductions: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        all_reduce, reduce_scatter = dist.all_reduce, dist.reduce_scatter_tensor
+    all_reduce = dist.all_reduce
 
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            sums.append(tensor.numel())
-            return all_reduce(tensor, *args, **kwargs)
+    def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sums.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
 
-        def counted_reduction(*args: Any, **kwargs: Any) -> Any:
-            reductions.append(1)
-            return reduce_scatter(*args, **kwargs)
-
-        patch.setattr(dist, "all_reduce", counted)
-        patch.setattr(dist, "reduce_scatter_tensor", counted_reduction)
+    with pytest.MonkeyPatch.context() as patch, counted_collectives() as counts:
+        patch.setattr(dist, "all_reduce", noted)
         action()
-    return sums, len(reductions)
+    return sums, sum(count for call, count in counts.items() if "reduce_scatter" in call)
 
 
 def errors(mesh: Any, rank: int) -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""How: several processes. The penalty's passes stay within one; the main pass exchanges gradients as usual."""
+"""How: several processes. The penalty's passes stay within one; the main pass exchanges gradients as usual.
+
+Under FSDP2 the penalty's passes run at gathered weights, which every process may then move in its own direction. Their
+gradients belong to the gathered parameters, and the main pass reduces these to shards together with its own.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima._isolation import replaced_forward
+from flatminima.batching import is_sharded
+from flatminima.errors import FlatminimaError
+from flatminima.sharding import fsdp_modules, processes_of
 
 
 @contextmanager
@@ -30,19 +37,84 @@ def this_process_alone(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gathered_weights(model: nn.Module) -> Iterator[None]:
+    """FSDP2: all weights gathered, passes without communication, and FSDP2's defaults from there on."""
+    modules = fsdp_modules(model)
+    for module in modules:
+        module.set_requires_gradient_sync(False, recurse=False)
+        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_backward(False, recurse=False)
+    accumulated: list[tuple[Tensor, Tensor | None]] = []
+    try:
+        for module in modules:
+            module.unshard()
+        accumulated += [(p, p.grad) for p in model.parameters()] if modules else []
+        for parameter, _ in accumulated:  # of earlier micro-batches: FSDP2 would take them for these passes' own
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in accumulated:
+            parameter.grad = gradient
+        for module in modules:
+            module.reshard()
+            module.set_requires_gradient_sync(True, recurse=False)
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
+
+
+def refuse_other_sharding(model: nn.Module) -> None:
+    """Raise :class:`FlatminimaError` for a sharded model unless ``fully_shard`` holds all that is trained."""
+    if processes_of(model).group is None:
+        return
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and not is_sharded(p)]
+    if left_out or model not in fsdp_modules(model):
+        raise FlatminimaError(
+            f"fully_shard must hold the whole model, also {left_out[0] if left_out else 'its outermost module'}: "
+            "call it on the model itself after its parts, without ignored_params"
+        )
+    if not hasattr(model, "set_reshard_after_forward"):
+        raise FlatminimaError("training under fully_shard needs a newer torch: this has no set_reshard_after_forward")
+
+
 def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[Any]:
     """Let the main pass exchange gradients between processes, or not."""
+    for module in fsdp_modules(model):
+        module.set_requires_gradient_sync(wanted, recurse=False)
     return nullcontext() if wanted or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def average_gradients(model: nn.Module, parameters: list[Tensor]) -> None:
-    """The exchange of a DDP model whose main pass did not run: one all-reduce of all gradients."""
+def average_gradients(model: nn.Module, parameters: dict[str, Tensor]) -> None:
+    """The exchange of gradients where the main pass, which else does it, did not run.
+
+    Args:
+        model: the model; nothing is done for one that is neither DDP's nor FSDP2's.
+        parameters: by name, those whose ``.grad`` the penalty's passes have filled.
+    """
+    if fsdp_modules(model):
+        _reduce_to_shards(model, parameters)
     if not isinstance(model, DistributedDataParallel):
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
     joined = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(joined, group=model.process_group)
     joined /= dist.get_world_size(model.process_group)
     parts = torch.split(joined, [gradient.numel() for gradient in gradients])
-    for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
+    for parameter, gradient, part in zip(parameters.values(), gradients, parts, strict=True):
         parameter.grad = gradient.copy_(part.view_as(gradient))
+
+
+def _reduce_to_shards(model: nn.Module, gathered: dict[str, Tensor]) -> None:
+    """Move the gradients of gathered parameters to the sharded ones, averaged over processes."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    for name, sharded in model.named_parameters():
+        if name not in gathered:
+            continue
+        whole = gathered[name]
+        own = torch.zeros_like(whole) if whole.grad is None else whole.grad
+        whole.grad = None
+        mesh, placements = sharded.device_mesh, sharded.placements  # type: ignore[attr-defined]
+        summed = DTensor.from_local(own / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+        gradient = summed.redistribute(placements=placements)
+        sharded.grad = gradient if sharded.grad is None else sharded.grad + gradient

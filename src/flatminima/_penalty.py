@@ -24,7 +24,7 @@ from flatminima._isolation import (
     scratch_buffers,
     without_autocast,
 )
-from flatminima.batching import batch_size, is_sharded, map_tensors, take
+from flatminima.batching import batch_size, map_tensors, take
 from flatminima.errors import FlatminimaError
 from flatminima.precision import true_precision
 
@@ -38,15 +38,16 @@ Closure = Callable[[Any], Tensor]
 class Weights:
     """The trainable parameters, each once however many layers share it, and whether the penalty moves it."""
 
+    names: list[str]
     parameters: list[Tensor]
     penalized: list[bool]
 
     @classmethod
-    def of(cls, model: nn.Module, penalized: set[int] | None) -> Weights:
-        """The model's trainable parameters; ``penalized`` holds the identities of those to move, None for all.
+    def of(cls, model: nn.Module, penalized: set[str] | None) -> Weights:
+        """The model's trainable parameters; ``penalized`` holds the names of those to move, None for all.
 
         Raises:
-            FlatminimaError: if there are none, they are sharded or in half precision, or the model is in DataParallel.
+            FlatminimaError: if there are none, they are in half precision, or the model is in DataParallel.
         """
         _require(
             not any(isinstance(module, nn.DataParallel) for module in model.modules()),
@@ -64,17 +65,12 @@ class Weights:
         )
         for name, parameter in trainable.items():
             _require(
-                not is_sharded(parameter),
-                f"parameter {name} is sharded (FSDP), which is not supported: use DistributedDataParallel",
-            )
-            _require(
                 parameter.dtype in (torch.float32, torch.float64),
                 f"parameter {name} is {parameter.dtype}: keep trainable parameters in float32, use autocast for speed",
             )
-        weights = list(trainable.values())
-        mask = [penalized is None or id(parameter) in penalized for parameter in weights]
+        mask = [penalized is None or name in penalized for name in trainable]
         _require(any(mask), "none of the penalized parameters is trainable")
-        return cls(weights, mask)
+        return cls(list(trainable), list(trainable.values()), mask)
 
     def select(self, values: list[Tensor]) -> list[Tensor]:
         """Those of ``values``, one per parameter, whose parameter is penalized."""

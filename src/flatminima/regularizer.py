@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from flatminima._distributed import average_gradients, exchange
+from flatminima._distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima._isolation import BatchStatistics
 from flatminima._penalty import Closure, Estimator, Penalty, PenaltyPasses, Weights, scalar_loss
-from flatminima.batching import Inputs, run_model
+from flatminima.batching import Inputs, device_of, run_model
 from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.sharding import whole
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
@@ -83,6 +84,11 @@ class FisherTraceRegularizer:
       Penalty passes of ``"hvp"`` run eagerly, as compiled graphs have no second derivative. Compile the model, not the
       training step: :meth:`backward` cannot be traced, and a compiled function that calls it fails.
 
+    * FSDP2 (``fully_shard`` on the whole model): the same with sharded weights. For the penalty's passes every process
+      gathers them once, as it moves them in directions of its own, and keeps some four tensors of the unsharded size
+      (weights, their copy, g_i, ∇R_α, mean of the g_i) until it ends; the main pass then runs and reduces as ever. Each
+      penalty puts ``reshard_after_forward``, ``reshard_after_backward`` and gradient sync to FSDP2's defaults.
+
     Args:
         model: the network; its trainable parameters are float32 or float64.
         alpha: α, the step of the finite difference, > 0.
@@ -112,7 +118,7 @@ class FisherTraceRegularizer:
 
     Raises:
         FlatminimaError: for a value outside its range, a model without trainable parameters, half-precision or complex
-            parameters, or a model in DataParallel or FSDP.
+            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2.
 
     Example:
         >>> import torch
@@ -176,6 +182,7 @@ class FisherTraceRegularizer:
         self.warmup_steps = warmup_steps
         self.step = 0
         self.last_step: RegularizerStep | None = None
+        refuse_other_sharding(model)
         self._penalized = None if parameters is None else _known_parameters(model, parameters)
         self._clipped: int | Tensor = 0
         self._seen: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
@@ -262,7 +269,8 @@ class FisherTraceRegularizer:
             penalty.add_gradient_to_grad(self.present_beta * weight * scale)
             penalty.add_main_gradient_to_grad(weight * scale)
             if last:
-                average_gradients(self.model, penalty.weights.parameters)
+                weights = penalty.weights
+                average_gradients(self.model, dict(zip(weights.names, weights.parameters, strict=True)))
         else:
             with exchange(self.model, wanted=last):
                 main = scalar_loss(closure, batch)
@@ -293,9 +301,11 @@ class FisherTraceRegularizer:
         since = self.step - self.start_step
         if since < 0 or since % self.every:
             return None
-        weights = Weights.of(self.model, self._penalized)
         passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics)
-        penalty = passes.run(self.model, closure, batch, weights, update_buffers=self.main_gradient == "sub-batches")
+        update_buffers = self.main_gradient == "sub-batches"
+        with gathered_weights(self.model):
+            weights = Weights.of(self.model, self._penalized)
+            penalty = passes.run(self.model, closure, batch, weights, update_buffers=update_buffers)
         _require_finite_penalty(penalty)
         self.last_step = self._observed(penalty)
         self._last_beta = self.present_beta
@@ -365,7 +375,7 @@ class FisherTraceRegularizer:
     def _end_step(self, scale: float | Tensor) -> None:
         """Clip ``.grad``, which is ``scale`` times the gradient, and count the step."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / scale
+        grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None])) / scale
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
             self._clipped = self._clipped + (grad_norm > self.max_grad_norm)
@@ -383,20 +393,19 @@ def _averaged(seen: list[tuple[float, RegularizerStep]], grad_norm: Tensor) -> R
 
 
 def _scale_of(scaler: torch.amp.GradScaler, model: nn.Module) -> Tensor:
-    one = next(model.parameters()).new_ones(())
-    scaled = scaler.scale(one)
+    scaled = scaler.scale(torch.ones((), device=device_of(model)))
     assert isinstance(scaled, Tensor)
     return scaled
 
 
-def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[int]:
+def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[str]:
     chosen = list(parameters)
-    known = {id(parameter) for parameter in model.parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     _require(
-        all(isinstance(parameter, Tensor) and id(parameter) in known for parameter in chosen),
+        all(id(parameter) in names for parameter in chosen),
         f"parameters must be those of the model ({type(model).__name__}), not copies or names",
     )
-    return {id(parameter) for parameter in chosen}
+    return {names[id(parameter)] for parameter in chosen}
 
 
 def _require_finite_loss(loss: Tensor) -> None:

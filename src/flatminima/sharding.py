@@ -68,6 +68,12 @@ def shard_of(parameter: Tensor) -> Tensor:
     return held.detach()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor computed from shards as a plain one, the same on all processes."""
+    joined: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return joined
+
+
 def processes_of(model: nn.Module) -> Processes:
     """The processes that the model's parameters are split over. Gathered parameters are given back (``reshard``).
 
@@ -94,7 +100,7 @@ def processes_of(model: nn.Module) -> Processes:
 
 def reshard(model: nn.Module) -> None:
     """Put gathered parameters back to their shards, and back to ``requires_grad`` as the shards have it."""
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         module.reshard()
 
 
@@ -139,7 +145,7 @@ def following_inputs(model: nn.Module, follow: Callable[[Tensor, Tensor], None])
             follow(tensor, other)
 
     with ExitStack() as stack:
-        for module in _fsdp_modules(model):
+        for module in fsdp_modules(model):
             stack.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
             stack.callback(module.register_forward_pre_hook(after, with_kwargs=True).remove)
         yield
@@ -148,14 +154,15 @@ def following_inputs(model: nn.Module, follow: Callable[[Tensor, Tensor], None])
 def _gathered(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters as modules hold them while they run; FSDP2 makes these objects once."""
     found: dict[str, nn.Parameter] = {}
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         module.unshard()
         found |= {name: p for name, p in model.named_parameters() if not is_sharded(p)}
         module.reshard()
     return found
 
 
-def _fsdp_modules(model: nn.Module) -> list[Any]:
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was called on, outer ones first."""
     if "torch.distributed.fsdp" not in sys.modules:  # it takes seconds to import
         return []
     from torch.distributed.fsdp import FSDPModule

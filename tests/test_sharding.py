@@ -52,8 +52,8 @@ def shard_nested(model: nn.Module, mesh: Any) -> None:
 
 
 def shard_first(model: nn.Module, mesh: Any) -> None:
-    """The first child alone: what is left keeps plain parameters."""
-    shard_whole(next(model.children()), mesh)
+    """The first child alone, where there is one: what is left keeps plain parameters."""
+    shard_whole(next(model.children(), model), mesh)
 
 
 def schemes(name: str) -> dict[str, Callable[[nn.Module, Any], None]]:

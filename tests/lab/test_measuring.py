@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,7 @@ def test_other_weights_or_another_version_are_measured_again(
     paths: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "copy"
-    path.mkdir()
-    for file in paths["plain"].iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(paths["plain"], path)
     measure_run(path, HOW, progress=False)
     refuse_to_measure(monkeypatch)
     measure_run(path, HOW, progress=False)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flatminima.errors import (
     DamagedRunWarning,
@@ -117,6 +118,7 @@ def bits(root: Path, spec: RunSpec) -> dict[str, Any]:
         "lock",
         "result.json",
         "spec.json",
+        "tensorboard",
     ]
     result = json.loads((folder.path / "result.json").read_text())
     lines = (folder.path / "history.jsonl").read_text().splitlines()
@@ -125,7 +127,15 @@ def bits(root: Path, spec: RunSpec) -> dict[str, Any]:
         "checkpoint": (folder.path / "checkpoint.safetensors").read_bytes(),
         "result": {name: value for name, value in result.items() if name != "seconds"},
         "history": [{n: v for n, v in json.loads(line).items() if n != "seconds"} for line in lines],
+        "events": events(folder),
     }
+
+
+def events(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """Epochs and values by name, as they are in the log: nothing is dropped that a later event would replace."""
+    log = EventAccumulator(str(folder.path / "tensorboard"), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    log.Reload()
+    return {name: [(event.step, event.value) for event in log.Scalars(name)] for name in log.Tags()["scalars"]}
 
 
 class Crash(BaseException):
@@ -223,6 +233,17 @@ def test_history_and_result_say_what_happened(uninterrupted: Path) -> None:
     assert [record.lr for record in history] == [
         PLAIN.lr * PLAIN.schedule.multiplier(0, 1, losses[:epoch]) for epoch in range(3)
     ]
+
+
+@SPECS
+def test_the_event_log_shows_the_history(spec: RunSpec, uninterrupted: Path) -> None:
+    folder = RunFolder.of(uninterrupted, spec)
+    lines = [json.loads(line) for line in (folder.path / "history.jsonl").read_text().splitlines()]
+    expected = {
+        name: [(line["epoch"], pytest.approx(line[name], rel=1e-6)) for line in lines if line[name] is not None]
+        for name in ("lr", "train_loss", "train_accuracy", "fisher_trace", "test_error", "validation_error")
+    }
+    assert events(folder) == {name: points for name, points in expected.items() if points}
 
 
 def test_evaluation_is_as_often_as_asked_and_after_the_last_epoch(uninterrupted: Path) -> None:

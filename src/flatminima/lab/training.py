@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import math
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from flatminima.errors import (
     DamagedFileError,
@@ -378,12 +380,14 @@ def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_secon
     with (
         _deferred_interrupt() as interrupted,
         _ProgressBar(run.iteration, run.total_iterations, shown=progress) as bar,
+        contextlib.closing(_EventLog(folder.path / "tensorboard", run.history)) as log,
     ):
         while run.iteration < run.total_iterations:
             run.update()
             patience = checkpoint_seconds
             if run.at_epoch_end():
                 run.end_epoch()
+                log.add(run.history[-1])
                 patience = min(checkpoint_seconds, _EPOCH_END_SECONDS)
             if interrupted.is_set() or time.monotonic() - last_saved >= patience:
                 folder.write_resume_point(run.resume_point())
@@ -476,6 +480,26 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
     finally:
         for number in interrupting:
             signal.signal(number, signal.default_int_handler)
+
+
+class _EventLog:
+    """The history for TensorBoard, by epochs. Every sitting writes it anew, so that no epoch is there twice."""
+
+    def __init__(self, folder: Path, history: list[EpochRecord]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(folder)
+        self._wall_time = time.time() - sum(record.seconds for record in history)  # breaks are not shown
+        for record in history:
+            self.add(record)
+
+    def add(self, record: EpochRecord) -> None:
+        self._wall_time += record.seconds
+        for name, value in asdict(record).items():
+            if name not in ("epoch", "iteration", "seconds") and value is not None:
+                self._writer.add_scalar(name, value, record.epoch, walltime=self._wall_time)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class _ProgressBar:

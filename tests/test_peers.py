@@ -54,6 +54,7 @@ REFUSES: dict[str, dict[str, str]] = {
         "linear on positions": "batch1 must be a 3D tensor",
         "conv2d padding same": "argument 'padding'",
         "conv1d": "must match the size of tensor",
+        "conv1d narrowing": "must match the size of tensor",
         "conv3d": NO_LAYER,
         "conv3d dilated": NO_LAYER,
         "instancenorm": NO_LAYER,

@@ -262,7 +262,7 @@ def test_two_commands_on_one_folder_share_the_work(tmp_path: Path, expected: lis
 def test_interruption_saves_every_run_and_leaves_no_worker_behind(tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text(
-        "import os, sys\n"
+        "import os, signal, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
         "from flatminima.lab.executors import Processes, run_all\n"
@@ -276,14 +276,18 @@ def test_interruption_saves_every_run_and_leaves_no_worker_behind(tmp_path: Path
         "    training._Run.update = noted\n"
         "    training.train(spec, Path(sys.argv[1], 'runs'), checkpoint_seconds=1e9, progress=False)\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         f"    spec = RunSpec.from_json({replace(SPEC, epochs=100_000).to_json()!r})\n"
         "    run_all(slow, [spec, replace(spec, seed=1)], Processes(2), progress=False)\n"
     )
     process = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.PIPE, text=True)
     folders = [RunFolder.of(tmp_path / "runs", replace(SPEC, epochs=100_000, seed=seed)) for seed in (0, 1)]
-    wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2)  # both are in training
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    try:
+        wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2)  # both train
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()  # its workers end with it
     assert process.returncode != 0
     assert error.strip().splitlines()[-1] == "KeyboardInterrupt"
     assert error.count("Traceback") == 1  # the workers say nothing
@@ -321,6 +325,7 @@ def test_ray_without_a_cluster_there_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_tasks_on_a_cluster(cluster: Any) -> None:
     cluster.add_node(num_cpus=2)
     executor = Ray(cluster.address, threads=2)

@@ -427,7 +427,14 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     arguments = ["train", "digits", "--model", "mlp", "--epochs", "100000", "--root", str(tmp_path)]
     command = [sys.executable, "-m", "flatminima.cli", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("*/state.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -130,8 +130,8 @@ def test_data_are_looked_for_in_the_folder_given(tmp_path: Path) -> None:
     with pytest.raises(FlatminimaError, match="neither a folder cifar10 nor train"):
         built("scenario-1", data=tmp_path)
     (tmp_path / "cifar10").mkdir()
-    assert built("scenario-1", data=tmp_path).settings[0].spec.data == str(tmp_path / "cifar10")
-    assert built("scenario-1", "digits", data=tmp_path).settings[0].spec.data == "digits"
+    assert built("scenario-1", data=tmp_path).settings[0].spec.source == str(tmp_path / "cifar10")
+    assert built("scenario-1", "digits", data=tmp_path).settings[0].spec.source == "digits"
     with pytest.raises(FlatminimaError, match="cifar100"):
         built("table-1", data=tmp_path)
 
@@ -146,6 +146,6 @@ def test_settings_that_are_one_run_are_refused() -> None:
 def test_a_folder_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train-0.parquet").touch()
     monkeypatch.setattr(reproductions, "load_data", lambda source: load_data("digits"))  # ten classes too
-    assert built("scenario-1", data=tmp_path).settings[0].spec.data == str(tmp_path)
+    assert built("scenario-1", data=tmp_path).settings[0].spec.source == str(tmp_path)
     with pytest.raises(FlatminimaError, match="has 10 classes, not cifar100's 100"):
         built("table-1", data=tmp_path)

@@ -719,6 +719,25 @@ def test_changed_data_start_the_run_over(tmp_path: Path, monkeypatch: pytest.Mon
     assert bits(tmp_path / "changed", PLAIN) == bits(tmp_path / "from the start", PLAIN)
 
 
+def test_a_run_whose_data_were_moved_goes_on_and_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_folder(source: str, *, cache_dir: Path | None) -> Any:
+        assert Path(source).is_dir()
+        return load_data("digits")
+
+    monkeypatch.setattr(results, "load_data", load_folder)
+    images = tmp_path / "images"
+    images.mkdir()
+    spec = replace(PLAIN, data="cifar10", data_folder=str(images))
+    stopped_in_the_middle(spec, tmp_path / "runs")
+    moved = images.rename(tmp_path / "moved")
+    result = train(replace(spec, data_folder=str(moved)), tmp_path / "runs")
+    assert results.load_run(result.folder)[0].source == str(moved)
+
+    again = moved.rename(tmp_path / "moved again")
+    assert train(replace(spec, data_folder=str(again)), tmp_path / "runs").test_error == result.test_error
+    assert results.load_run(result.folder)[0].source == str(again)
+
+
 def test_another_environment_is_named(tmp_path: Path) -> None:
     stopped_in_the_middle(PLAIN, tmp_path)
     torch.set_num_threads(2)

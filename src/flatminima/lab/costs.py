@@ -54,7 +54,7 @@ class Cost:
 
 def cost(task: Task) -> Cost:
     """What a task takes from its beginning."""
-    spec, sizes = task.setting.spec, sizes_of(task.setting.spec.data)
+    spec, sizes = task.setting.spec, sizes_of(task.setting.spec.source)
     clean = sizes.train - spec.validation - spec.confusion if spec.train_size is None else spec.train_size
     trained = clean + spec.confusion
     updates = spec.total_iterations(trained)
@@ -121,7 +121,7 @@ def prices(tasks: Sequence[Task], records: Sequence[Record]) -> dict[tuple[str, 
             found[_kind(task)].append(seconds / cost(task).training)
     by_kind = {_kind(task): task.setting.spec for task in tasks}
     return {
-        kind: sum(known) / len(known) if known else _seconds_per_image(*kind, by_kind[kind].data)
+        kind: sum(known) / len(known) if known else _seconds_per_image(*kind, by_kind[kind].source)
         for kind, known in found.items()
     }
 

@@ -73,9 +73,9 @@ class Reproduction:
         Raises:
             FlatminimaError: the data cannot be loaded.
         """
-        used = {setting.spec.data for name in self.names for setting in self.experiment(name).settings}
-        for data in sorted(used):
-            load_data(data)  # now, and not in every run: what is wrong is said once, and what is slow is done once
+        used = {setting.spec.source for name in self.names for setting in self.experiment(name).settings}
+        for source in sorted(used):
+            load_data(source)  # now, and not in every run: what is wrong is said once, and what is slow is done once
         failures: dict[str, str] = {}
         try:
             for name in self.names:
@@ -182,7 +182,7 @@ def plan_table(planned: Sequence[Planned], workers: int) -> Group:
 def _line(asked: Experiment, task: Task) -> tuple[str, str]:
     """The line of the plan that a task belongs to."""
     setting = task.setting
-    subject = f"{setting.spec.model}, {Path(setting.spec.data).name}"
+    subject = f"{setting.spec.model}, {setting.spec.data}"
     if asked.answers == "choice":
         return subject, f"{len(asked.arms)} settings"
     return subject, setting.arm

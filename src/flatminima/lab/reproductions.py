@@ -381,15 +381,15 @@ def experiment(
         "table-2": lambda: table_2(preset, chosen),
     }
     built = builders[name]()
-    places = {name: _located(name, data) for name in {setting.spec.data for setting in built.settings}}
-    settings = tuple(replace(s, spec=replace(s.spec, data=places[s.spec.data])) for s in built.settings)
+    folders = {name: _folder_of(name, data) for name in {setting.spec.data for setting in built.settings}}
+    settings = tuple(replace(s, spec=replace(s.spec, data_folder=folders[s.spec.data])) for s in built.settings)
     return replace(built, settings=settings, seeds=built.seeds if seeds is None or name == "search" else seeds)
 
 
-def _located(name: str, folder: Path | None) -> str:
-    """Where a data set is."""
+def _folder_of(name: str, folder: Path | None) -> str | None:
+    """Where a data set's files lie, if not on the hub."""
     if folder is None or name == "digits":
-        return name
+        return None
     inside = folder / name
     if inside.is_dir():
         return str(inside.resolve())

@@ -355,7 +355,7 @@ def load_sets(spec: RunSpec, *, cache_dir: Path | None = None) -> TrainingSets:
     Raises:
         FlatminimaError: The data cannot be loaded, or has too few images.
     """
-    full, test = load_data(spec.data, cache_dir=cache_dir)
+    full, test = load_data(spec.source, cache_dir=cache_dir)
     full, validation = hold_out(full, spec.validation)
     if spec.train_size is None and spec.confusion == 0:
         return TrainingSets(full, full, test, validation)  # in the order of the files, whatever the seed
@@ -380,7 +380,7 @@ def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpe
         raise FlatminimaError(f"the run in {folder.path} is not finished; train it to the end first")
     sets = load_sets(spec, cache_dir=cache_dir)
     if sets.digest() != result.data_digest:
-        raise FlatminimaError(f"the data {spec.data!r} have changed since {folder.path} was trained; train it again")
+        raise FlatminimaError(f"the data {spec.source!r} have changed since {folder.path} was trained; train it again")
     model = build_model(spec.model, num_classes=sets.train.num_classes, in_channels=sets.train.images.shape[1])
     load_weights(model, folder.path / "checkpoint.safetensors")
     return spec, model.eval(), sets.clean, sets.test

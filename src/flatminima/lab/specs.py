@@ -196,6 +196,8 @@ class RunSpec:
     """Arithmetic of the training passes; penalties and evaluation are float32 in any case."""
     seed: int = 0
     """Decides the initial weights, the training subset, the confusion set, the batches and the augmentation."""
+    data_folder: str | None = field(default=None, compare=False)
+    """Where the parquet files of `data` lie (none: where its name says); no part of what makes two runs the same."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -222,8 +224,15 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """The run's name: the first 12 hexadecimal digits of the SHA-256 of :meth:`to_json`."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:_KEY_LENGTH]
+        """The run's name: the first 12 hexadecimal digits of the SHA-256 of what makes it equal to another."""
+        identity = self._values()
+        del identity["data_folder"]
+        return hashlib.sha256(_canonical(identity).encode()).hexdigest()[:_KEY_LENGTH]
+
+    @property
+    def source(self) -> str:
+        """What :func:`~flatminima.lab.data.load_data` loads."""
+        return self.data if self.data_folder is None else self.data_folder
 
     def iterations_per_epoch(self, num_samples: int) -> int:
         """Full mini-batches in ``num_samples`` training images.
@@ -246,11 +255,7 @@ class RunSpec:
 
     def to_json(self) -> str:
         """The canonical text: one line, fields sorted, floats in their shortest exact form."""
-        values = dataclasses.asdict(self)
-        values["schedule"]["kind"] = type(self.schedule).__name__
-        if self.regularizer is not None:
-            values["regularizer"]["kind"] = type(self.regularizer).__name__
-        return json.dumps(values, sort_keys=True)
+        return _canonical(self._values())
 
     @classmethod
     def from_json(cls, text: str) -> RunSpec:
@@ -272,6 +277,17 @@ class RunSpec:
                 values[name] = _build_one_of(name, kinds, values[name])
         spec: RunSpec = _build(cls, values)
         return spec
+
+    def _values(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["schedule"]["kind"] = type(self.schedule).__name__
+        if self.regularizer is not None:
+            values["regularizer"]["kind"] = type(self.regularizer).__name__
+        return values
+
+
+def _canonical(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def _build_one_of(name: str, kinds: Sequence[type[Any]], values: Mapping[str, Any]) -> Any:

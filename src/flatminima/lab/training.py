@@ -112,6 +112,8 @@ def train(
     folder = RunFolder.of(root, spec)
     with folder.lock(wait=wait):
         found = _reopen(folder, spec)
+        if found is not None and folder.read_spec().data_folder != spec.data_folder:
+            folder.write_spec(spec)  # who measures the run looks for the data there
         if isinstance(found, RunResult):
             return found
         folder.remove_leftovers()
@@ -341,7 +343,7 @@ def _resume(run: _Run, point: ResumePoint, folder: RunFolder) -> None:
     """Restore the run, unless the data have changed."""
     if point.data_digest != run.data_digest:
         warnings.warn(
-            f"this run starts over: the data {run.spec.data!r} have changed since {folder.path} was begun",
+            f"this run starts over: the data {run.spec.source!r} have changed since {folder.path} was begun",
             DamagedRunWarning,
             stacklevel=3,
         )

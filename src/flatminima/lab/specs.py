@@ -225,9 +225,13 @@ class RunSpec:
     @property
     def key(self) -> str:
         """The run's name: the first 12 hexadecimal digits of the SHA-256 of what makes it equal to another."""
+        return hashlib.sha256(_canonical(self.identity()).encode()).hexdigest()[:_KEY_LENGTH]
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it equal to another, JSON-able: every value but where the data lie."""
         identity = self._values()
         del identity["data_folder"]
-        return hashlib.sha256(_canonical(identity).encode()).hexdigest()[:_KEY_LENGTH]
+        return identity
 
     @property
     def source(self) -> str:

@@ -88,7 +88,7 @@ def summarize(
         "cases": experiment.cases,
         "arms": experiment.arms,
         "seeds": list(experiment.seeds),
-        "specs": {f"{s.case} / {s.arm}": dataclasses.asdict(s.spec) for s in experiment.settings},
+        "specs": {f"{s.case} / {s.arm}": s.spec.identity() for s in experiment.settings},
         "measuring": None if experiment.measuring is None else dataclasses.asdict(experiment.measuring),
         "published": [
             {"case": case, "arm": arm, "mean": mean, "std": std}

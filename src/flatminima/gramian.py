@@ -36,11 +36,19 @@ from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient,
 from flatminima.planning import FREE_SHARE, Piece, Plan, free_bytes, make_plan, pass_bytes, row_bytes
 from flatminima.precision import float64_device, in_float64, true_precision
 from flatminima.processes import Processes
+from flatminima.products import times_own_transpose
 from flatminima.recording import RecordedUse, Recorder
 from flatminima.sharding import Part, parts_of, processes_of, reshard, shard_of
 
 ROWS_BUDGET_BYTES = 256 * 2**20
-"""Rows of J held at once. A larger parameter is taken in slices of its first dimension."""
+"""Rows of J held at once. A larger parameter is taken in slices of its first dimension, ..."""
+
+CACHED_ROWS_BYTES = 16 * 2**20
+"""... on a CPU even of this: rows are multiplied out while they are in the cache, and their memory is used again, where
+fresh memory from the system would take as long as the arithmetic."""
+
+_EVEN_SLICE = 16
+"""Longer slices are multiples of this, as kernels for convolutions and products like it."""
 
 _Group = list[tuple[nn.Parameter, int, int]]
 """Slices of parameters' first dimensions: (parameter, start, stop)."""
@@ -433,7 +441,11 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: _Accu
 
 def _slices(parameter: nn.Parameter, n: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Ranges of ``parameter[start:stop]``'s first dimension whose rows for n samples fit the budget."""
-    step = max(1, ROWS_BUDGET_BYTES // max(n * row_bytes(parameter), 1))
+    row = max(n * row_bytes(parameter), 1)
+    most = max(1, ROWS_BUDGET_BYTES // row)
+    step = min(most, CACHED_ROWS_BYTES // row) if parameter.device.type == "cpu" else most
+    even = max(_EVEN_SLICE, step - step % _EVEN_SLICE)
+    step = even if even <= most else max(1, step)
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
 
@@ -449,7 +461,7 @@ def _add_product(unit: Tensor, rows: Tensor) -> None:
     outer = [d for d in columns if rows.stride(d) > rows.stride(0)]
     inner = columns[len(outer) :]
     for block in rows.permute(*outer, 0, *inner).reshape(math.prod(rows.shape[d] for d in outer), n, -1):
-        unit += (block @ block.T).to(unit.device)
+        unit += times_own_transpose(block).to(unit.device)
 
 
 def _used(batch: _Batch, candidates: Mapping[str, nn.Parameter], chunk: int) -> dict[str, nn.Parameter]:

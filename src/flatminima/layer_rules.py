@@ -21,15 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flatminima.products import has_onednn, times_transposes
+
 Rows = Callable[[Tensor, int, int], Tensor]
 Product = Callable[[Tensor, int, int], Tensor]
 Rule = Callable[..., "list[ParameterUse] | None"]
 
-_CACHE_BYTES = 2**21
+_CACHE_BYTES = 2**22
 """What a core multiplies fastest: copies of a convolution's input that stay in its share of the cache."""
 
 _COPIES_BYTES = 2**28
 """The same on an accelerator, where large products are fastest and only memory limits them."""
+
+_BLOCK = 16
+"""Channels that oneDNN keeps together."""
 
 
 @dataclass
@@ -58,7 +63,7 @@ def linear(n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     x = _positions(input, n)
 
     def weight_rows(grad: Tensor, start: int, stop: int) -> Tensor:
-        return torch.bmm(_positions(grad, n)[:, :, start:stop].transpose(1, 2), x)
+        return times_transposes(_positions(grad, n)[:, :, start:stop].transpose(1, 2), x.transpose(1, 2))
 
     def weight_product(grad: Tensor, start: int, stop: int) -> Tensor:
         return (g := _positions(grad, n)[:, 0, start:stop]) @ g.T * (x[:, 0] @ x[:, 0].T)
@@ -77,7 +82,7 @@ def matmul(n: int, input: Tensor, other: Tensor) -> list[ParameterUse] | None:
     x = _positions(input, n)
 
     def rows(grad: Tensor, start: int, stop: int) -> Tensor:
-        return torch.bmm(x[:, :, start:stop].transpose(1, 2), _positions(grad, n))
+        return times_transposes(x[:, :, start:stop].transpose(1, 2), _positions(grad, n).transpose(1, 2))
 
     return [ParameterUse(other, rows, input)]
 
@@ -146,15 +151,78 @@ def convolution_weight_rows(
         out_size, in_size = grad.shape[1] // groups, input.shape[1] // groups
         first, last = start // out_size, (stop - 1) // out_size + 1
         input, grad = input[:, first * in_size : last * in_size], grad[:, first * out_size : last * out_size]
-        rows = _correlation(input, grad, kernel, strides, pads, dilations, last - first)
+        form = (
+            _by_groups if _suits_groups(input, grad, kernel, strides, pads, dilations, last - first) else _correlation
+        )
+        rows = form(input, grad, kernel, strides, pads, dilations, last - first)
         return rows[:, start - first * out_size : stop - first * out_size]
     grad = grad[:, start:stop]
+    if _suits_groups(input, grad, kernel, strides, pads, dilations, 1):
+        return _by_groups(input, grad, kernel, strides, pads, dilations, 1)
     swapped_pads = [d * (k - 1) - pad for d, k, pad in zip(dilations, kernel, pads, strict=True)]
     if grad.shape[1] < input.shape[1] and set(strides) == {1} and min(swapped_pads) >= 0:
         # Without strides the two may change places, which mirrors the taps: the narrower is cheaper to displace.
         swapped = _correlation(grad, input, kernel, strides, swapped_pads, dilations, 1)
         return swapped.transpose(1, 2).flip(tuple(range(3, swapped.dim())))
     return _correlation(input, grad, kernel, strides, pads, dilations, 1)
+
+
+def _by_groups(
+    input: Tensor,
+    grad: Tensor,
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    pads: Sequence[int],
+    dilations: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The same as :func:`_correlation`: the weight gradient of a convolution whose groups are the samples.
+
+    A few samples at a time, so that all of it stays in the cache.
+    """
+    rows = grad.new_empty(len(grad), grad.shape[1], input.shape[1] // groups, *kernel)
+    chunk = _samples_in_cache(sum(t[0].numel() for t in (input, grad, rows, rows)) * rows.element_size(), rows.device)
+    for x, g, target in zip(*(torch.split(t, chunk) for t in (input, grad, rows)), strict=True):
+        weight = target.flatten(0, 1)  # its shape is all that is read
+        x, g = x.reshape(1, -1, *x.shape[2:]), g.reshape(1, -1, *g.shape[2:])
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            g,
+            x,
+            weight,
+            None,
+            strides,
+            list(pads),
+            dilations,
+            False,
+            [0] * len(kernel),
+            groups * len(target),
+            [False, True, False],
+        )
+        weight.copy_(gradient)
+    return rows
+
+
+def _suits_groups(
+    input: Tensor,
+    grad: Tensor,
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    pads: Sequence[int],
+    dilations: tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Whether oneDNN has this convolution with many groups, and is faster at it than products of matrices.
+
+    It keeps channels in blocks of 16, and a group must be made of whole ones.
+    """
+    sizes = zip(input.shape[2:], grad.shape[2:], kernel, strides, pads, dilations, strict=True)
+    return (
+        has_onednn(input)
+        and math.prod(kernel) > 1
+        and input.shape[1] // groups % _BLOCK == grad.shape[1] // groups % _BLOCK == 0
+        # padded alike on both sides, which "same" with an even kernel is not
+        and all((size + 2 * pad - d * (k - 1) - 1) // s + 1 == out for size, out, k, s, pad, d in sizes)
+    )
 
 
 def _correlation(
@@ -200,10 +268,10 @@ def _correlation(
             for tap in range(0 if in_place else kernel[-1]):
                 _copy_overlap(x[part], displaced[:, :, tap], [*starts, tap * dilations[lead] - pads[lead]], strides)
             flat = displaced.reshape((part.stop - first) * groups, kernel[-1] * c_in, -1)
-            target = g[part].flatten(0, 1).transpose(1, 2)
+            target = g[part].flatten(0, 1)
             for row, offset in taps:
-                window = flat[:, :, offset : offset + target.shape[1]]
-                torch.bmm(window, target, out=rows[row, first * groups : part.stop * groups])
+                window = flat[:, :, offset : offset + target.shape[2]]
+                times_transposes(window, target, out=rows[row, first * groups : part.stop * groups])
     shaped = rows.view(*kernel[:lead], n, groups, kernel[lead], c_in, c_grad)
     return shaped.permute(lead, lead + 1, lead + 4, lead + 3, *range(lead), lead + 2).flatten(1, 2)
 

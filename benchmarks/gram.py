@@ -28,6 +28,7 @@ import _harness
 from flatminima.gramian import factored_gram
 from flatminima.lab.models import build_model
 from flatminima.losses import CrossEntropy
+from flatminima.products import times_own_transpose, times_transposes
 from peers import PEERS, PerSampleLoss
 
 OURS, PLAIN = "flatminima", "forward-backward"
@@ -209,13 +210,12 @@ class Floor:
     def rows(self) -> None:
         """The arithmetic of the rows alone: per layer one batched product of operands that lie ready."""
         for batch, out, positions, features in self.row_products:
-            torch.bmm(_ones(batch, out, positions), _ones(batch, positions, features))
+            times_transposes(_ones(batch, out, positions), _ones(batch, features, positions))
 
     def products(self) -> None:
         """J_p J_pᵀ of rows that lie ready."""
         for size in self.sizes:
-            rows = _ones(len(self.y), size)
-            rows @ rows.T
+            times_own_transpose(_ones(len(self.y), size))
 
     def flops(self) -> dict[str, float]:
         """Floating-point operations by piece: those of matrix products and convolutions."""

@@ -179,7 +179,8 @@ def _comparison_verdict(summary: dict[str, Any]) -> list[str]:
         found.append(
             f"{pooled['arm']} against {pooled['against']}: {what} is lower in {lower} of {len(single)} cases "
             f"(clearly in {clearly}) and in {pooled['below']} of {pooled['pairs']} pairs (sign test "
-            f"p = {_p(pooled['p_sign'])}), by {-scale * pooled['mean']:.2g} {unit} on average."
+            f"p = {_p(pooled['p_sign'])}); on average it is {abs(scale * pooled['mean']):.2g} {unit} "
+            f"{'lower' if pooled['mean'] < 0 else 'higher'}."
         )
     if summary["pooled"]:
         single = [d for d in summary["differences"] if d["against"] == summary["arms"][0]]

@@ -33,7 +33,7 @@ from flatminima.batching import (
 )
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient, refuse_non_finite
-from flatminima.planning import FREE_SHARE, Piece, Plan, free_bytes, make_plan, pass_bytes, row_bytes
+from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, pass_bytes, row_bytes
 from flatminima.precision import float64_device, in_float64, true_precision
 from flatminima.processes import Processes
 from flatminima.products import times_own_transpose
@@ -193,8 +193,12 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
     with evaluating(model):
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
-    longest = {name: part.longest_shape() for name, part in parts.items()}
-    return make_plan(batch_size(inputs), longest, per_sample, min(ROWS_BUDGET_BYTES, budget // 4), budget)
+    n, longest = batch_size(inputs), {name: part.longest_shape() for name, part in parts.items()}
+    rows = {name: n * row_bytes(shape) for name, shape in longest.items()}
+    held = max(
+        row * min(first_dimension(longest[name]), _slice_length(row, device_of(model))) for name, row in rows.items()
+    )
+    return make_plan(n, longest, per_sample, held, budget)
 
 
 def warn_generic(names: Sequence[str], *, stacklevel: int = 3) -> None:
@@ -441,13 +445,17 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: _Accu
 
 def _slices(parameter: nn.Parameter, n: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Ranges of ``parameter[start:stop]``'s first dimension whose rows for n samples fit the budget."""
-    row = max(n * row_bytes(parameter), 1)
-    most = max(1, ROWS_BUDGET_BYTES // row)
-    step = min(most, CACHED_ROWS_BYTES // row) if parameter.device.type == "cpu" else most
-    even = max(_EVEN_SLICE, step - step % _EVEN_SLICE)
-    step = even if even <= most else max(1, step)
+    step = _slice_length(n * row_bytes(parameter), parameter.device)
     for first in range(start, stop, step):
         yield first, min(first + step, stop)
+
+
+def _slice_length(row: int, device: torch.device) -> int:
+    """How many entries of a parameter's first dimension to take at once, whose rows take ``row`` bytes each."""
+    most = max(1, ROWS_BUDGET_BYTES // max(row, 1))
+    length = min(most, CACHED_ROWS_BYTES // max(row, 1)) if device.type == "cpu" else most
+    even = max(_EVEN_SLICE, length - length % _EVEN_SLICE)
+    return even if even <= most else max(1, length)
 
 
 def _add_product(unit: Tensor, rows: Tensor) -> None:

@@ -190,7 +190,7 @@ def _planned_trials(tuning: Tuning) -> list[Planned]:
     progress, rows = tuning.progress({}), dict[str, Planned]()
     for trial in progress:
         subject, settings = _line(tuning.grid, trial.task)
-        rows.setdefault(subject, Planned(tuning.grid.name, subject, f"trials among {settings}, at most")).runs += 1
+        rows.setdefault(subject, Planned(tuning.grid.name, subject, f"at most, of {settings}")).runs += 1
     for trial, seconds in expected(progress):
         row = rows[_line(tuning.grid, trial.task)[0]]
         row.left += 1

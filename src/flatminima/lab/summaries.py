@@ -221,16 +221,15 @@ def _choice_verdict(summary: dict[str, Any]) -> list[str]:
 
 
 def _trials_in_a_sentence(trials: Sequence[Mapping[str, Any]]) -> str:
-    ended = {state: sum(trial["state"] == state for trial in trials) for state in ("finished", "pruned", "failed")}
-    return (
-        f"Of Optuna's {len(trials)} trials "
-        + ", ".join(
-            f"{number} {'was' if number == 1 else 'were'} pruned" if state == "pruned" else f"{number} {state}"
-            for state, number in ended.items()
-            if number or state == "pruned"
-        )
-        + "."
+    finished, pruned, failed = (
+        sum(trial["state"] == state for trial in trials) for state in ("finished", "pruned", "failed")
     )
+    text = f"Of Optuna's {len(trials)} trials, {finished} went to the end and {pruned} {_was(pruned)} pruned"
+    return text + (f"; {failed} failed." if failed else ".")
+
+
+def _was(number: int) -> str:
+    return "was" if number == 1 else "were"
 
 
 def _unfitted(records: Sequence[Record]) -> list[str]:

@@ -195,7 +195,7 @@ class Case:
         """Begin the next trial; at once and with its parameters, so that no kill leaves a half of it."""
         import optuna
 
-        seed = int.from_bytes(hashlib.sha256(f"{self._seed} trial {number}".encode()).digest()[:4], "big")
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {self.name} {number}".encode()).digest()[:4], "big")
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=STARTUP_TRIALS,
             n_ei_candidates=_CANDIDATES,

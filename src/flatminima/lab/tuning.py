@@ -39,7 +39,10 @@ HYPER_PARAMETERS = ("beta", "num_sub_batches", "max_grad_norm")
 
 RUNGS = tuple(eighth / 8 for eighth in range(2, 8))
 """Where a run is evaluated on the held-out images, and pruned if its best error so far is above the median of the
-finished ones', as fractions of its epochs. Not in the first quarter, when errors say little."""
+finished ones', as fractions of its epochs. Not in the first quarter, when errors say little.
+
+These errors are for the pruner alone and stay in the study. Evaluating changes nothing in a run, so they are no part of
+what it is, as ``evaluate_every`` is, and a trial's run is the grid's to the bit."""
 
 STARTUP_TRIALS = 10
 """Settings that are drawn at random before earlier trials decide (Optuna's own default)."""

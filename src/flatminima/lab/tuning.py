@@ -84,10 +84,13 @@ class Tuning:
     def experiment(self) -> Experiment:
         """The grid's experiment, which says that it is searched by trials."""
         settings = len(self._cases[0].settings)
+        trials = min(self.trials, settings)
+        by_errors = f"the first {STARTUP_TRIALS} drawn at random, the others by the errors so far"
         how = (
-            f"Optuna tries {min(self.trials, settings)} of the grid's {settings} settings: the first {STARTUP_TRIALS} "
-            f"at random, the others by the errors so far. From a quarter of its epochs on, a run whose error is above "
-            f"the median of the finished ones at that time is pruned, once {STARTUP_RUNS} are finished."
+            f"Optuna tries {trials} of the grid's {settings} settings, "
+            f"{by_errors if trials > STARTUP_TRIALS else 'drawn at random'}. From a quarter of its epochs on, a run "
+            f"whose error is above the median of the finished ones at that time is pruned, once {STARTUP_RUNS} are "
+            "finished."
         )
         return replace(self.grid, question=f"{self.grid.question} {how}")
 

@@ -471,6 +471,8 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert "with 2 workers" in " ".join(said.split())
     assert cli.main([*command, "--json"]) == 0
     assert sum(row["left"] for row in json.loads(capsys.readouterr().out)) == 10
+    assert cli.main(["reproduce", "search", "--out", str(tmp_path), "--dry-run", "--json", "--trials", "3"]) == 0
+    assert [row["left"] for row in json.loads(capsys.readouterr().out)] == [3, 3]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -480,6 +482,8 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
         (["scenario1"], "unknown experiment 'scenario1' (did you mean 'scenario-1'?)"),
         ([], "reproduce takes experiments: choose from search, scenario-1"),
         (["scenario-1", "--preset", "small", "--data", "/nowhere"], "/nowhere"),
+        (["search", "--trials", "0"], "a search needs at least one trial, got 0"),
+        (["scenario-1", "--trials", "3"], "trials are the search's: add search"),
     ],
 )
 def test_reproduce_refuses_in_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,6 +220,8 @@ class Reproduce:
     """Worker processes (None: one per core)."""
     seeds: tuple[int, ...] | None = None
     """Other seeds than the paper's five (0 to 4)."""
+    trials: Annotated[int | None, arg(aliases=("-t",))] = None
+    """Search by this many trials of Optuna for every network, hopeless ones pruned (None: over the whole grid)."""
     dry_run: Flag = False
     """Only say what would run, and for how long."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
@@ -451,6 +453,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             seeds=options.seeds,
             executor=executors[options.executor],
             workers=1 if options.executor == "local" else workers,
+            trials=options.trials,
         )
         if options.dry_run:
             plan = reproduction.plan()

@@ -70,6 +70,10 @@ class TrainingInterrupted(KeyboardInterrupt):
     """
 
 
+class TrainingStopped(Exception):  # noqa: N818
+    """The caller of a run stopped it at the end of an epoch, with its resume point saved; asked again, it goes on."""
+
+
 @contextmanager
 def recorded_warnings() -> Iterator[list[FlatminimaWarning]]:
     """Every warning of ours, withheld from the caller; the others go on."""

@@ -25,6 +25,7 @@ from flatminima.errors import (
     NonFiniteError,
     ResumedElsewhereWarning,
     TrainingInterrupted,
+    TrainingStopped,
 )
 from flatminima.evaluation import evaluate
 from flatminima.lab import results, training
@@ -392,6 +393,30 @@ def test_the_same_spec_gives_the_same_bits(spec: RunSpec, tmp_path: Path, uninte
     train(spec, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)  # and the caller's random numbers are not touched
     assert bits(tmp_path, spec) == bits(uninterrupted, spec)
+
+
+@SPECS
+def test_a_run_stopped_before_every_epoch_ends_in_the_same_bits(
+    spec: RunSpec, tmp_path: Path, uninterrupted: Path
+) -> None:
+    epochs = RunFolder.of(uninterrupted, spec).read_history()[-1].epoch
+    for number in range(epochs):
+        with pytest.raises(TrainingStopped, match=f"stopped after {number} of {epochs} epochs"):
+            train(spec, tmp_path, stop=lambda epoch, of, error, number=number: epoch == number)
+        assert RunFolder.of(tmp_path, spec).status == "unfinished"
+    train(spec, tmp_path, stop=lambda epoch, of, error: False)
+    assert bits(tmp_path, spec) == bits(uninterrupted, spec)
+
+
+def test_stop_is_given_the_validation_error_and_changes_nothing_by_asking(tmp_path: Path, uninterrupted: Path) -> None:
+    given: list[tuple[int, int, float | None]] = []
+    train(EVERYTHING, tmp_path, stop=lambda epoch, of, error: given.append((epoch, of, error())) is not None)
+    assert bits(tmp_path, EVERYTHING) == bits(uninterrupted, EVERYTHING)
+    assert [(epoch, of) for epoch, of, _ in given] == [(0, 3), (1, 3), (2, 3)]
+    shorter = replace(EVERYTHING, evaluate_every=1)
+    train(shorter, tmp_path)
+    history = RunFolder.of(tmp_path, shorter).read_history()
+    assert [error for _, _, error in given[1:]] == [record.validation_error for record in history[:2]]
 
 
 def test_another_seed_gives_another_run(tmp_path: Path, uninterrupted: Path) -> None:

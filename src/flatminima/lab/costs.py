@@ -21,7 +21,8 @@ from flatminima.lab.measuring import Measuring
 from flatminima.lab.models import build_model
 from flatminima.lab.specs import RegularizerSpec, RunSpec
 
-_FORWARD = 1 / 3  # of a forward-backward: two products backward for each one forward
+FORWARD = 1 / 3
+"""A forward pass in forward-backwards: two products backward for each one forward."""
 _GRAM = 2.0  # a sample in ξ: its forward-backward, and about as much again for the rows and their products
 _EXACT_PENALTY = 4.0  # a Hessian-vector product beside its gradient, as measured (benchmarks/regularizer.py)
 _TIMED_UPDATES = 3
@@ -63,7 +64,7 @@ def cost(task: Task) -> Cost:
     evaluations = -(-epochs // spec.evaluate_every)
     evaluated = evaluations * (sizes.test + spec.validation) + trained
     penalized = updates - min(_start_epoch(spec) * per_epoch, updates)
-    training = spec.batch_size * (updates + penalized * _extra(spec)) + _FORWARD * evaluated
+    training = spec.batch_size * (updates + penalized * _extra(spec)) + FORWARD * evaluated
     return Cost(training, sum(_measuring(how, sizes.classes) for how in task.ways))
 
 
@@ -85,7 +86,7 @@ def _extra(spec: RunSpec) -> float:
 
 def _measuring(how: Measuring, classes: int) -> float:
     robust = how.subset_size if how.robustness_samples is None else min(how.robustness_samples, how.subset_size)
-    jacobian = _FORWARD + (classes - 1) * _FORWARD  # K − 1 backward passes to the input alone
+    jacobian = FORWARD + (classes - 1) * FORWARD  # K − 1 backward passes to the input alone
     return how.trials * (how.subset_size * _GRAM + robust * jacobian)
 
 
@@ -116,10 +117,10 @@ def prices(tasks: Sequence[Task], records: Sequence[Record]) -> dict[tuple[str, 
     found: dict[tuple[str, int], list[float]] = {}
     for task in tasks:
         seconds = finished.get(task.folder.path.name)
-        found.setdefault(_kind(task), [])
+        found.setdefault(kind(task), [])
         if seconds is not None:
-            found[_kind(task)].append(seconds / cost(task).training)
-    by_kind = {_kind(task): task.setting.spec for task in tasks}
+            found[kind(task)].append(seconds / cost(task).training)
+    by_kind = {kind(task): task.setting.spec for task in tasks}
     return {
         kind: sum(known) / len(known) if known else _seconds_per_image(*kind, by_kind[kind].source)
         for kind, known in found.items()
@@ -133,10 +134,11 @@ def remaining(task: Task, *, trained: bool = False) -> Cost:
 
 def seconds(task: Task, price: dict[tuple[str, int], float], *, trained: bool = False) -> float:
     """What is left of a task, at :func:`prices`."""
-    return remaining(task, trained=trained).total * price[_kind(task)]
+    return remaining(task, trained=trained).total * price[kind(task)]
 
 
-def _kind(task: Task) -> tuple[str, int]:
+def kind(task: Task) -> tuple[str, int]:
+    """What tasks of one price share: network and batch size."""
     return task.setting.spec.model, task.setting.spec.batch_size
 
 

@@ -117,6 +117,11 @@ class Task:
         return RunFolder.of(self.root, self.setting.spec)
 
     @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        return self.folder.path.name
+
+    @property
     def ways(self) -> list[Measuring]:
         """How the minimum is measured: as asked, and at normalized logits."""
         if self.measuring is None:

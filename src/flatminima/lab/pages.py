@@ -40,11 +40,14 @@ def section(summary: dict[str, Any]) -> Section:
 def progress(summary: dict[str, Any]) -> str:
     """How far the experiment is."""
     done, left, failed = len(summary["records"]), len(summary["left"]), len(summary["failures"])
-    text = f"{done} of {done + left + failed} runs are done"
+    pruned = sum(trial["state"] == "pruned" for trial in summary.get("trials", ()))
+    text = f"{done} of {done + pruned + left + failed} runs are done"
+    text += f", {pruned} pruned" if pruned else ""
     text += f", {failed} failed" if failed else ""
     if left:
         text += f", {left} are left"
-        text += f", about {duration(summary['seconds_left'])} with {summary['workers']} workers"
+        bound = "at most" if "trials" in summary else "about"  # pruning saves some of it
+        text += f", {bound} {duration(summary['seconds_left'])} with {summary['workers']} workers"
     return text + "."
 
 
@@ -142,6 +145,8 @@ def _comparison_tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def _choice_tables(summary: dict[str, Any]) -> list[Table]:
+    if "trials" in summary:
+        return [_trials_table(case, summary["trials"]) for case in summary["cases"]]
     tables = []
     for case in summary["cases"]:
         records = sorted(select(summary["records"], case=case), key=lambda record: float(record["validation_error"]))
@@ -153,6 +158,25 @@ def _choice_tables(summary: dict[str, Any]) -> list[Table]:
             header = ("", "validation error %", "training accuracy %")
             tables.append(Table(f"{case}: the best of {len(records)}", header, rows))
     return tables
+
+
+def _trials_table(case: str, trials: Sequence[dict[str, Any]]) -> Table:
+    """The best first: the finished by their errors, then the pruned by the errors at which they were."""
+    states = ("finished", "pruned", "failed", "left")
+    of_case = sorted(
+        (trial for trial in trials if trial["case"] == case),
+        key=lambda trial: (states.index(trial["state"]), trial["validation_error"] or 0.0, trial["trial"]),
+    )
+    rows = tuple(
+        (
+            trial["arm"] or "–",
+            str(trial["trial"]),
+            f"pruned after epoch {trial['epoch']}" if trial["state"] == "pruned" else trial["state"],
+            "–" if trial["validation_error"] is None else f"{100 * trial['validation_error']:.2f}",
+        )
+        for trial in of_case
+    )
+    return Table(f"{case}: {len(rows)} trials", ("", "trial", "outcome", "validation error %"), rows)
 
 
 def _runs(summary: dict[str, Any]) -> Table:

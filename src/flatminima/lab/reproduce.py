@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flatminima.lab.report import Table, write_text
 from flatminima.lab.reproductions import EXPERIMENTS, PRESETS, PresetName, experiment
 from flatminima.lab.specs import RegularizerSpec
 from flatminima.lab.summaries import summarize
+from flatminima.lab.tuning import Trial, Tuning, expected, perform_trial
 from flatminima.progress import track
 
 _CHOSEN = "chosen.json"
@@ -47,6 +48,13 @@ class Reproduction:
     """Where runs go."""
     workers: int = 1
     """Runs at once, as far as estimates of time need to know."""
+    trials: int | None = None
+    """Search by this many trials of Optuna for every network (None: over the whole grid)."""
+
+    def __post_init__(self) -> None:
+        if self.trials is not None and "search" not in self.names:
+            raise FlatminimaError("trials are the search's: add search to the experiments, or leave the trials out")
+        self.tuning("search")  # refused now, not after the experiments before it
 
     @property
     def folder(self) -> Path:
@@ -63,6 +71,12 @@ class Reproduction:
         """One of them, with what the search has chosen so far."""
         chosen = _read_chosen(self.folder)
         return experiment(name, PRESETS[self.preset], chosen=chosen, data=self.data, seeds=self.seeds)
+
+    def tuning(self, name: str) -> Tuning | None:
+        """How an experiment is searched by trials, if it is."""
+        if self.trials is None or name != "search":
+            return None
+        return Tuning(self.experiment(name), self.trials, self.folder)
 
     def run(self, *, progress: bool = True) -> list[dict[str, Any]]:
         """Train and measure what is not yet, and report; a failed run is reported and the others go on.
@@ -88,11 +102,13 @@ class Reproduction:
     def _run(self, name: str, failures: dict[str, str], progress: bool) -> None:
         """One experiment; the page is brought up to date now and then."""
         asked, reported = self.experiment(name), time.monotonic()
-        tasks = asked.tasks(self.folder / "runs")
-        with contextlib.closing(self.executor.run(perform, tasks)) as ended:
+        tuning = self.tuning(name)
+        work: Callable[[Any], Any] = perform if tuning is None else perform_trial
+        tasks: Sequence[Task | Trial] = asked.tasks(self.folder / "runs") if tuning is None else tuning.tasks()
+        with contextlib.closing(self.executor.run(work, tasks)) as ended:
             for number, outcome in track(ended, name, progress, total=len(tasks)):
                 if isinstance(outcome, Failure):
-                    failures[tasks[number].folder.path.name] = outcome.error
+                    failures[tasks[number].name] = outcome.error
                 if time.monotonic() - reported > _REPORT_SECONDS:
                     self.report([self.summary(each, failures) for each in self.names])
                     reported = time.monotonic()
@@ -106,10 +122,12 @@ class Reproduction:
             name: which.
             failures: runs that failed without leaving a note in their folders, and why.
         """
-        asked = self.experiment(name)
+        asked, tuning = self.experiment(name), self.tuning(name)
+        if tuning is not None:
+            return tuning.summary(failures or {}, self.workers)
         tasks = asked.tasks(self.folder / "runs")
         state = _State.of(tasks, failures or {})
-        summary = summarize(asked, state.records, state.failures, [task.folder.path.name for task in state.left])
+        summary = summarize(asked, state.records, state.failures, [task.name for task in state.left])
         price = costs.prices(state.left, state.records) if state.left else {}
         summary["seconds_left"] = sum(costs.seconds(task, price) for task in state.left) / self.workers
         summary["workers"] = self.workers
@@ -129,7 +147,10 @@ class Reproduction:
         planned: dict[tuple[str, str, str], Planned] = {}
         trained: set[str] = set()  # experiments share runs
         for name in self.names:
-            asked = self.experiment(name)
+            asked, tuning = self.experiment(name), self.tuning(name)
+            if tuning is not None:
+                planned |= {(name, row.subject, row.training): row for row in _planned_trials(tuning)}
+                continue
             tasks = asked.tasks(self.folder / "runs")
             state = _State.of(tasks, {})
             price = costs.prices(tasks, state.records)
@@ -162,6 +183,20 @@ class Planned:
     """What those cost, in forward-backwards of one image."""
     seconds: float = 0.0
     """And in seconds of one worker."""
+
+
+def _planned_trials(tuning: Tuning) -> list[Planned]:
+    """What a search by trials takes at most: without pruning."""
+    progress, rows = tuning.progress({}), dict[str, Planned]()
+    for trial in progress:
+        subject, settings = _line(tuning.grid, trial.task)
+        rows.setdefault(subject, Planned(tuning.grid.name, subject, f"at most, of {settings}")).runs += 1
+    for trial, seconds in expected(progress):
+        row = rows[_line(tuning.grid, trial.task)[0]]
+        row.left += 1
+        row.passes += trial.cost
+        row.seconds += seconds
+    return list(rows.values())
 
 
 def plan_table(planned: Sequence[Planned], workers: int) -> Group:

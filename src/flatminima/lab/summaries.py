@@ -72,7 +72,11 @@ def plain(value: Any) -> dict[str, Any]:
 
 
 def summarize(
-    experiment: Experiment, records: Sequence[Record], failures: Mapping[str, str], left: Sequence[str]
+    experiment: Experiment,
+    records: Sequence[Record],
+    failures: Mapping[str, str],
+    left: Sequence[str],
+    trials: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What the records show so far, JSON-able; NaN as None.
 
@@ -81,6 +85,7 @@ def summarize(
         records: the finished minima.
         failures: why runs failed, by their names.
         left: names of the runs still to come.
+        trials: how far every trial is, if a choice is searched for by trials instead of over all settings.
     """
     ours = experiment.arms[1] if len(experiment.arms) > 1 else experiment.arms[0]
     summary: dict[str, Any] = {
@@ -118,7 +123,14 @@ def summarize(
             if other != ours and (found := _paired(records, ours, other, experiment.quantity)) is not None
         ]
     if experiment.answers == "choice":
-        summary["chosen"] = {case: best for case in experiment.cases if (best := _best(experiment, records, case))}
+        if trials is not None:
+            summary["trials"] = [dict(trial) for trial in trials]
+        contenders = {case: _contenders(experiment, case, trials) for case in experiment.cases}
+        summary["chosen"] = {
+            case: best
+            for case, arms in contenders.items()
+            if (best := _best(arms, select(records, case=case), experiment.quantity))
+        }
     summary["verdict"] = verdict(summary)
     return summary
 
@@ -195,15 +207,30 @@ def _choice_verdict(summary: dict[str, Any]) -> list[str]:
     found = []
     for case in summary["cases"]:
         arm = summary["chosen"].get(case)
-        if arm is None:
-            found.append(f"{case}: the search is not finished.")
-            continue
         errors = [record["validation_error"] for record in select(summary["records"], case=case)]
+        trials = [trial for trial in summary.get("trials", ()) if trial["case"] == case]
+        if arm is None:
+            open_ = not trials or any(trial["state"] == "left" for trial in trials)
+            found.append(f"{case}: " + ("the search is not finished." if open_ else "no trial has finished."))
+            continue
         found.append(
             f"{case}: {arm} wins with {100 * min(errors):.2f} % of the held-out images wrong, the worst of "
             f"{len(errors)} has {100 * max(errors):.2f} %. Each is one run, so the best is partly luck."
+            + (f" {_trials_in_a_sentence(trials)}" if trials else "")
         )
     return found
+
+
+def _trials_in_a_sentence(trials: Sequence[Mapping[str, Any]]) -> str:
+    finished, pruned, failed = (
+        sum(trial["state"] == state for trial in trials) for state in ("finished", "pruned", "failed")
+    )
+    text = f"Of Optuna's {len(trials)} trials, {finished} went to the end and {pruned} {_was(pruned)} pruned"
+    return text + (f"; {failed} failed." if failed else ".")
+
+
+def _was(number: int) -> str:
+    return "was" if number == 1 else "were"
 
 
 def _unfitted(records: Sequence[Record]) -> list[str]:
@@ -229,12 +256,18 @@ def _means(records: Sequence[Record], case: str, arm: str) -> dict[str, Any]:
     }
 
 
-def _best(experiment: Experiment, records: Sequence[Record], case: str) -> str | None:
+def _contenders(experiment: Experiment, case: str, trials: Sequence[Mapping[str, Any]] | None) -> list[str | None]:
+    """The arms that a case's best is chosen from; None for trials that are not begun."""
+    if trials is None:
+        return [setting.arm for setting in experiment.settings if setting.case == case]
+    return [trial["arm"] for trial in trials if trial["case"] == case and trial["state"] in ("finished", "left")]
+
+
+def _best(arms: Sequence[str | None], records: Sequence[Record], quantity: str) -> str | None:
     """The arm with the least quantity, once all arms are there; of equals the first."""
-    arms = [setting.arm for setting in experiment.settings if setting.case == case]
-    means = {arm: spread(select(records, arm, case), experiment.quantity) for arm in arms}
+    means = {arm: None if arm is None else spread(select(records, arm), quantity) for arm in arms}
     known = {arm: value.mean for arm, value in means.items() if value is not None}
-    return min(known, key=known.__getitem__) if len(known) == len(arms) else None
+    return min(known, key=known.__getitem__) if known and len(known) == len(means) else None
 
 
 def _reading(correlation: dict[str, Any]) -> str:

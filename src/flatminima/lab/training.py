@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,6 +37,7 @@ from flatminima.errors import (
     NonFiniteError,
     ResumedElsewhereWarning,
     TrainingInterrupted,
+    TrainingStopped,
 )
 from flatminima.evaluation import evaluate
 from flatminima.lab.data import ImageSet, augment
@@ -63,8 +64,15 @@ __all__ = [
     "RunResult",
     "RunSpec",
     "SharpnessAwareSpec",
+    "Stop",
     "train",
 ]
+
+Stop = Callable[[int, int, Callable[[], float | None]], bool]
+"""Whether a run stops between two epochs, by the epochs finished, the epochs in all, and its validation error then.
+
+The error is evaluated when it is asked for, which changes nothing in the run; it is None without held-out images.
+"""
 
 _EPOCH_END_SECONDS = 5.0  # at an epoch's end, save only if the last resume point is older than this
 _BAR_DELAY = 2.0  # seconds a run must last before it is worth a progress bar
@@ -81,6 +89,7 @@ def train(
     accelerator: str = "auto",
     cache_dir: Path | None = None,
     wait: bool = False,
+    stop: Stop | None = None,
 ) -> RunResult:
     """Train one network, or go on where an earlier call was stopped, or return at once if it is done.
 
@@ -95,6 +104,7 @@ def train(
         accelerator: Where to train, as Lightning Fabric names it: auto, cpu, cuda, mps.
         cache_dir: Where decoded data are cached (see :func:`flatminima.lab.data.load_data`).
         wait: If another process trains this run, wait for its result.
+        stop: Asked before every epoch whether to go no further for now.
 
     Returns:
         The result, read from or written to the run folder.
@@ -104,6 +114,7 @@ def train(
         FlatminimaError: The data cannot be loaded, another process trains this run (and ``wait`` is False), or it
             failed before.
         TrainingInterrupted: Ctrl-C; the resume point is saved.
+        TrainingStopped: ``stop`` said so; the resume point is saved.
 
     Warns:
         DamagedRunWarning: A file of the folder was damaged, so the run starts over.
@@ -123,7 +134,7 @@ def train(
             run = _Run(spec, sets, accelerator)
             if found is not None:
                 _resume(run, found, folder)
-            return _finish(run, folder, progress, checkpoint_seconds)
+            return _finish(run, folder, progress, checkpoint_seconds, stop)
 
 
 class _Run:
@@ -166,6 +177,11 @@ class _Run:
     def epoch(self) -> int:
         """Finished epochs; the record of the current one will say ``epoch + 1``."""
         return len(self.history)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run; the last may be cut short by a limit in iterations."""
+        return math.ceil(self.total_iterations / self.iterations_per_epoch)
 
     @property
     def regularizer_is_on(self) -> bool:
@@ -212,6 +228,11 @@ class _Run:
         )
         self.history.append(record)
         self.sums = EpochSums()
+
+    def validation_error(self) -> float | None:
+        """The held-out images' error at the end of the last epoch."""
+        known = self.history[-1].validation_error if self.history else None
+        return self._error(self.validation_set) if known is None else known
 
     def resume_point(self) -> ResumePoint:
         self._count_seconds()
@@ -361,10 +382,10 @@ def _resume(run: _Run, point: ResumePoint, folder: RunFolder) -> None:
     run.restore(point, folder.path)
 
 
-def _finish(run: _Run, folder: RunFolder, progress: bool, checkpoint_seconds: float) -> RunResult:
+def _finish(run: _Run, folder: RunFolder, progress: bool, checkpoint_seconds: float, stop: Stop | None) -> RunResult:
     """Train to the end and write the result; a loss that is not finite marks the folder as failed."""
     try:
-        _train_to_end(run, folder, progress, checkpoint_seconds)
+        _train_to_end(run, folder, progress, checkpoint_seconds, stop)
         result = run.result(folder.path)
     except NonFiniteError as error:
         message = (
@@ -377,7 +398,7 @@ def _finish(run: _Run, folder: RunFolder, progress: bool, checkpoint_seconds: fl
     return result
 
 
-def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_seconds: float) -> None:
+def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_seconds: float, stop: Stop | None) -> None:
     last_saved = time.monotonic()
     with (
         _deferred_interrupt() as interrupted,
@@ -385,6 +406,9 @@ def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_secon
         contextlib.closing(_EventLog(folder.path / "tensorboard", run.history)) as log,
     ):
         while run.iteration < run.total_iterations:
+            if stop is not None and run.at_epoch_end() and stop(run.epoch, run.epochs, run.validation_error):
+                folder.write_resume_point(run.resume_point())
+                raise TrainingStopped(f"stopped after {run.epoch} of {run.epochs} epochs (saved in {folder.path})")
             run.update()
             patience = checkpoint_seconds
             if run.at_epoch_end():
@@ -403,8 +427,7 @@ def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_secon
 
 
 def _headline(run: _Run) -> str:
-    epochs = math.ceil(run.total_iterations / run.iterations_per_epoch)
-    headline = f"{run.spec.model}, epoch {min(run.epoch + 1, epochs)}/{epochs}"
+    headline = f"{run.spec.model}, epoch {min(run.epoch + 1, run.epochs)}/{run.epochs}"
     if run.history:
         headline += f", loss {run.history[-1].train_loss:.3g}"
         evaluated = [record.test_error for record in run.history if record.test_error is not None]

@@ -177,11 +177,17 @@ def _gathered(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _forget_pass(model: nn.Module) -> None:
-    inner = {child for module in fsdp_modules(model) for child in module.modules() if child is not module}
-    for module in fsdp_modules(model):
-        if module not in inner and hasattr(module, "reset_iter_state"):
+    for module in outermost_fsdp_modules(model):
+        if hasattr(module, "reset_iter_state"):
             with suppress(AttributeError):  # raised before the first pass
                 module.reset_iter_state()
+
+
+def outermost_fsdp_modules(model: nn.Module) -> list[Any]:
+    """Those of :func:`fsdp_modules` that are in no other."""
+    modules = fsdp_modules(model)
+    inner = {child for module in modules for child in module.modules() if child is not module}
+    return [module for module in modules if module not in inner]
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

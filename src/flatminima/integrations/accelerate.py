@@ -24,7 +24,8 @@ def backward(
 
     Mixed precision, gradient scaling and accumulation are the accelerator's: inside ``accelerator.accumulate(model)``
     every micro-batch counts 1/``gradient_accumulation_steps``. Clip with ``max_grad_norm`` of the regularizer, not with
-    ``accelerator.clip_grad_norm_``. Under FSDP2 every micro-batch reduces its gradients. ``accelerator.register_for_checkpointing(regularizer)`` makes resuming exact.
+    ``accelerator.clip_grad_norm_``. ``accelerator.register_for_checkpointing(regularizer)`` makes resuming exact.
+    Under FSDP2 every micro-batch with a penalty reduces its gradients.
 
     Args:
         accelerator: the loop's ``accelerate.Accelerator``.

@@ -198,6 +198,12 @@ def fsdp_errors() -> dict[str, str]:
         FisherTraceRegularizer(model)
     found["a part only"] = str(error.value)
     model, inputs, targets = make(CASES["mlp"])
+    regularizer = FisherTraceRegularizer(model)
+    fully_shard(model[0], mesh=mesh)
+    with pytest.raises(FlatminimaError) as error:
+        regularizer.backward(F.cross_entropy, inputs, targets)
+    found["a part only, later"] = str(error.value)
+    model, inputs, targets = make(CASES["mlp"])
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with pytest.raises(FlatminimaError) as error:
         FisherTraceRegularizer(model).backward(F.cross_entropy, inputs, targets)
@@ -307,6 +313,7 @@ def test_training_shared_weights_is_training(processes: list[dict[str, Any]]) ->
     ("name", "message"),
     [
         ("a part only", "fully_shard must hold all that is trained, also 2.weight"),
+        ("a part only, later", "fully_shard must hold all that is trained, also 2.weight"),
         ("mixed precision", "is torch.bfloat16: keep trainable parameters in float32"),
         ("NaN", "the loss is nan"),
     ],

@@ -41,6 +41,8 @@ def this_process_alone(model: nn.Module) -> Iterator[None]:
 def gathered_weights(model: nn.Module) -> Iterator[None]:
     """FSDP2: all weights gathered, passes without communication, and FSDP2's defaults from there on."""
     modules, outermost = fsdp_modules(model), outermost_fsdp_modules(model)
+    if modules:
+        refuse_other_sharding(model)  # again, as frameworks shard a model in place
     for module in modules:
         module.set_requires_gradient_sync(False, recurse=False)
         module.set_reshard_after_forward(False, recurse=False)

@@ -85,7 +85,8 @@ def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cro
     Args:
         model: any module; its output is the logits, or an object with ``.logits``. Sharded by FSDP2 (``fully_shard``),
             it is called by all its processes with the same samples; each forms the rows of its own shards, and beside
-            what FSDP2 gathers for every pass they exchange the weights once more and the N'×N' sum.
+            what FSDP2 gathers for every pass they exchange the weights once more and the N'×N' sum. An error on one is
+            raised on all.
         inputs: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``) of tensors with N' rows.
         targets: (N',) class indices for the cross entropy; whatever ``loss`` takes otherwise.
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.

@@ -249,6 +249,7 @@ def measure(
     Args:
         model: any module; its output is the logits, or an object with ``.logits``. Sharded by FSDP2 (``fully_shard``),
             it is measured by all its processes together: all call with the same arguments and data, and get the same.
+            An error on one is raised on all.
         data: the training data: a map-style Dataset, a DataLoader, or a tuple of tensors (inputs, targets).
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
         fisher: ``"empirical"``: one gradient per sample, that of its loss (Eq. 4; the paper's measures). Or the exact
@@ -280,8 +281,8 @@ def measure(
             the rows of J do not fit at once, ξ is formed in several passes, exactly; see
             :func:`flatminima.gramian.plan_for`.
         distributed: split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
-            the same arguments and gets the whole result, which is that of a single process. Not for sharded models,
-            whose processes share every trial anyway.
+            the same arguments and gets the whole result, which is that of a single process, or the error of any. Not
+            for sharded models, whose processes share every trial anyway.
         progress: show a bar with the time left on a terminal.
 
     Raises:

@@ -159,6 +159,58 @@ class Language(nn.Module):
         return SimpleNamespace(logits=self.head(h.mean(1)))
 
 
+class Attention(nn.Module):
+    """torch's own attention: to itself under a mask, to another sequence, with appended biases, in a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.norm = nn.LayerNorm(6)
+        self.across = nn.MultiheadAttention(6, 3, bias=False)
+        self.appended = nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(6, 2, 8, batch_first=True)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        h = self.norm(x + self.first(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0])
+        h = h + self.across(h.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))[0].transpose(0, 1)
+        h = h + self.appended(h, h, h)[0]
+        return self.head(self.decoder(h, x[:, :2]).mean(1))
+
+
+class Positions(nn.Module):
+    """Positions without a dimension for samples: look-ups of one dimension, slices of a parameter, each added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 6)
+        self.looked_up, self.nested = nn.Embedding(9, 6, padding_idx=2), nn.Embedding(9, 6)
+        self.rows = nn.Parameter(torch.randn(9, 6))
+        self.block = nn.Parameter(torch.randn(2, 9, 6))
+        self.scale = nn.Parameter(torch.rand(9))
+        self.halved, self.detached = nn.Embedding(9, 6), nn.Parameter(torch.randn(9, 6))
+        self.squared, self.halved_later = nn.Embedding(9, 6), nn.Embedding(9, 6)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1])
+        h = self.tokens(tokens) + self.looked_up(positions)
+        h = torch.tanh(h) + self.nested(positions).unsqueeze(0)
+        h = torch.tanh(self.rows[: tokens.shape[1]] + h)
+        h = h + self.block[1, None, 1 : tokens.shape[1] + 1]
+        h = h * self.scale[2:8]
+        halved = self.halved(positions)
+        halved *= 0.5
+        with torch.no_grad():
+            detached = self.detached[: tokens.shape[1]]
+        h = torch.tanh(h + detached) + self.detached[1]
+        halved_later = self.halved_later(positions)
+        h = h + self.squared(positions).square() + halved_later
+        halved_later *= 0.5
+        return self.head((h + halved + halved_later[None]).mean(1))
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -278,13 +330,17 @@ CASES = [
         "language by keyword",
         Language,
         lambda: {"input_ids": _tokens(), "attention_mask": torch.tensor([[1, 1, 1, 0]] * N)},
-        (
-            "encoder.self_attn.in_proj_weight",
-            "encoder.self_attn.in_proj_bias",
-            "encoder.self_attn.out_proj.weight",
-            "encoder.self_attn.out_proj.bias",
+    ),
+    Case(
+        "torch's attention",
+        Attention,
+        _image(4, 6),
+        tuple(
+            f"appended.{name}"
+            for name in ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "out_proj.weight", "out_proj.bias")
         ),
     ),
+    Case("positions", Positions, _tokens, ("detached", "halved.weight", "squared.weight", "halved_later.weight")),
     Case("two inputs", TwoInputs, lambda: (_image(4)(), _image(3)()), ("bilinear.weight", "bilinear.bias")),
     Case(
         "recurrent",

@@ -1,9 +1,11 @@
-"""What processes exchange, counted by torch's own names."""
+"""Several processes: run until all have ended, and what they exchange, counted by torch's own names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,3 +17,14 @@ def counted_collectives() -> Iterator[dict[str, int]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield counts
     counts |= {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
+
+
+def spawn(function: Callable[..., None], processes: int, *args: Any, within: float) -> None:
+    """Run ``function(rank, *args)`` in so many processes; fail if they have not ended within so many seconds."""
+    context = torch.multiprocessing.spawn(function, args, nprocs=processes, join=False)
+    deadline = time.monotonic() + within
+    while not context.join(timeout=max(0.1, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise AssertionError(f"the processes have not ended within {within} s: they wait for each other")

@@ -132,6 +132,12 @@ def under_fsdp(rank: int) -> dict[str, Any]:
         grad_norm = float(regularizer.diagnostics()["grad_norm"])
         results[f"accumulated {main_gradient}"] = (whole_gradients_of(model), None, grad_norm)
 
+    model, inputs, targets = sharded("mlp", outermost=False)
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=6, **OPTIONS)
+    regularizer.backward(F.cross_entropy, inputs[mine], targets[mine])
+    grad_norm = float(regularizer.diagnostics()["grad_norm"])
+    results["layers on their own"] = (whole_gradients_of(model), None, grad_norm)
+
     model, inputs, targets = sharded("mlp", samples=13)  # 7 and 6 sub-batches of one
     uneven = slice(0, 7) if rank == 0 else slice(7, 13)
     regularizer = FisherTraceRegularizer(model, num_sub_batches=7, **OPTIONS)
@@ -146,7 +152,7 @@ def under_fsdp(rank: int) -> dict[str, Any]:
     return results
 
 
-def sharded(case: str, samples: int = 12) -> tuple[nn.Module, Any, Any]:
+def sharded(case: str, samples: int = 12, outermost: bool = True) -> tuple[nn.Module, Any, Any]:
     """The case's model split over all processes, every layer on its own where it runs by itself."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -157,7 +163,9 @@ def sharded(case: str, samples: int = 12) -> tuple[nn.Module, Any, Any]:
         for layer in model:
             if next(layer.parameters(), None) is not None:
                 fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh), inputs, targets
+    if outermost:
+        fully_shard(model, mesh=mesh)
+    return model, inputs, targets
 
 
 def trained(model: nn.Module, inputs: Any, targets: Any, num_sub_batches: int) -> dict[str, Any]:
@@ -189,6 +197,12 @@ def fsdp_errors() -> dict[str, str]:
     with pytest.raises(FlatminimaError) as error:
         FisherTraceRegularizer(model)
     found["a part only"] = str(error.value)
+    model, inputs, targets = make(CASES["mlp"])
+    regularizer = FisherTraceRegularizer(model)
+    fully_shard(model[0], mesh=mesh)
+    with pytest.raises(FlatminimaError) as error:
+        regularizer.backward(F.cross_entropy, inputs, targets)
+    found["a part only, later"] = str(error.value)
     model, inputs, targets = make(CASES["mlp"])
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with pytest.raises(FlatminimaError) as error:
@@ -273,6 +287,10 @@ def test_micro_batches_of_shared_weights_add_up(processes: list[dict[str, Any]],
     assert_joined(processes, f"accumulated {main_gradient}", "mlp", {})
 
 
+def test_layers_may_share_their_weights_without_an_outermost_module(processes: list[dict[str, Any]]) -> None:
+    assert_joined(processes, "layers on their own", "mlp", {})
+
+
 def assert_joined(processes: list[dict[str, Any]], name: str, case: str, options: dict[str, Any]) -> None:
     model, inputs, targets = make(CASES[case], samples=12)
     regularizer = FisherTraceRegularizer(model, num_sub_batches=12, **OPTIONS, **options)
@@ -294,7 +312,8 @@ def test_training_shared_weights_is_training(processes: list[dict[str, Any]]) ->
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a part only", "fully_shard must hold the whole model, also 2.weight"),
+        ("a part only", "fully_shard must hold all that is trained, also 2.weight"),
+        ("a part only, later", "fully_shard must hold all that is trained, also 2.weight"),
         ("mixed precision", "is torch.bfloat16: keep trainable parameters in float32"),
         ("NaN", "the loss is nan"),
     ],

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatminima._isolation import replaced_forward
 from flatminima.batching import is_sharded
 from flatminima.errors import FlatminimaError
-from flatminima.sharding import fsdp_modules, processes_of
+from flatminima.sharding import fsdp_modules, outermost_fsdp_modules, processes_of
 
 
 @contextmanager
@@ -40,7 +40,9 @@ def this_process_alone(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[None]:
     """FSDP2: all weights gathered, passes without communication, and FSDP2's defaults from there on."""
-    modules = fsdp_modules(model)
+    modules, outermost = fsdp_modules(model), outermost_fsdp_modules(model)
+    if modules:
+        refuse_other_sharding(model)  # again, as frameworks shard a model in place
     for module in modules:
         module.set_requires_gradient_sync(False, recurse=False)
         module.set_reshard_after_forward(False, recurse=False)
@@ -59,7 +61,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.reshard()
             module.set_requires_gradient_sync(True, recurse=False)
-            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.set_reshard_after_forward(module not in outermost, recurse=False)
             module.set_reshard_after_backward(True, recurse=False)
 
 
@@ -68,12 +70,12 @@ def refuse_other_sharding(model: nn.Module) -> None:
     if processes_of(model).group is None:
         return
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and not is_sharded(p)]
-    if left_out or model not in fsdp_modules(model):
+    if left_out:
         raise FlatminimaError(
-            f"fully_shard must hold the whole model, also {left_out[0] if left_out else 'its outermost module'}: "
+            f"fully_shard must hold all that is trained, also {left_out[0]}: "
             "call it on the model itself after its parts, without ignored_params"
         )
-    if not hasattr(model, "set_reshard_after_forward"):
+    if not hasattr(fsdp_modules(model)[0], "set_reshard_after_forward"):
         raise FlatminimaError("training under fully_shard needs a newer torch: this has no set_reshard_after_forward")
 
 

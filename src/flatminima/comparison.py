@@ -23,6 +23,7 @@ from flatminima.measures import (
     Options,
     Subject,
     Trial,
+    ending_together,
     measure,
     nan_to_none,
     rendered,
@@ -140,30 +141,31 @@ def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comp
     if len(models) < 2:
         raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
     asked = Options(**{**(measure.__kwdefaults__ or {}), **options})
-    samples = samples_of(data)
-    subjects = {}
-    for name, model in models.items():
-        with naming(name):
-            subjects[name] = Subject(model, samples, asked)
+    with ending_together(models.values(), asked):
+        samples = samples_of(data)
+        subjects = {}
+        for name, model in models.items():
+            with naming(name):
+                subjects[name] = Subject(model, samples, asked)
 
-    def perform(number: int) -> dict[str, Trial]:
-        trials = {}
+        def perform(number: int) -> dict[str, Trial]:
+            trials = {}
+            for name, subject in subjects.items():
+                with naming_errors(name):
+                    trials[name] = subject.perform(number)
+            return trials
+
+        def enough(done: Sequence[dict[str, Trial]]) -> bool:
+            return all(
+                asked.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
+                for a, b in itertools.combinations(models, 2)
+            )
+
+        done = perform_trials(perform, asked.trials, enough, distributed=asked.distributed, progress=asked.progress)
+        characterizations = {}
         for name, subject in subjects.items():
-            with naming_errors(name):
-                trials[name] = subject.perform(number)
-        return trials
-
-    def enough(done: Sequence[dict[str, Trial]]) -> bool:
-        return all(
-            asked.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
-            for a, b in itertools.combinations(models, 2)
-        )
-
-    done = perform_trials(perform, asked.trials, enough, distributed=asked.distributed, progress=asked.progress)
-    characterizations = {}
-    for name, subject in subjects.items():
-        with naming(name):
-            characterizations[name] = subject.characterize([trial[name] for trial in done])
+            with naming(name):
+                characterizations[name] = subject.characterize([trial[name] for trial in done])
     return comparison_of(characterizations)
 
 

@@ -14,7 +14,7 @@ from flatminima.losses import Loss, is_single_label, per_sample_loss
 from flatminima.precision import true_precision
 from flatminima.progress import track
 from flatminima.sampling import Samples
-from flatminima.sharding import processes_of
+from flatminima.sharding import shared
 
 EVALUATION_BATCH = 500
 """Samples per forward pass."""
@@ -52,8 +52,8 @@ def evaluate(model: nn.Module, samples: Samples, loss: Loss = "cross_entropy", *
         FlatminimaError: for targets or a loss of the wrong kind.
     """
     total, correct, classified = 0.0, 0, False
-    device, processes = device_of(model), processes_of(model)
-    with evaluating(model), torch.no_grad(), true_precision():
+    device = device_of(model)
+    with shared(model) as processes, evaluating(model), torch.no_grad(), true_precision():
         for start in track(range(0, len(samples), EVALUATION_BATCH), "training loss", progress):
             indices = range(start, min(start + EVALUATION_BATCH, len(samples)))
             inputs, targets = to_device(processes.attempt(partial(samples.fetch, indices)), device)

@@ -38,7 +38,7 @@ from flatminima.precision import float64_device, in_float64, true_precision
 from flatminima.processes import Processes
 from flatminima.products import times_own_transpose
 from flatminima.recording import RecordedUse, Recorder
-from flatminima.sharding import Part, parts_of, processes_of, reshard, shard_of
+from flatminima.sharding import Part, parts_of, reshard, shard_of, shared
 
 ROWS_BUDGET_BYTES = 256 * 2**20
 """Rows of J held at once. A larger parameter is taken in slices of its first dimension, ..."""
@@ -93,7 +93,8 @@ def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cro
     Args:
         model: any module; its output is the logits, or an object with ``.logits``. Sharded by FSDP2 (``fully_shard``),
             it is called by all its processes with the same samples; each forms the rows of its own shards, and beside
-            what FSDP2 gathers for every pass they exchange the weights once more and the N'×N' sum.
+            what FSDP2 gathers for every pass they exchange the weights once more and the N'×N' sum. An error on one is
+            raised on all.
         inputs: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``) of tensors with N' rows.
         targets: (N',) class indices for the cross entropy; whatever ``loss`` takes otherwise.
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
@@ -147,32 +148,31 @@ def factored_gram(
         spot_check: compare the rows of two samples with plain autograd.
     """
     model = unwrapped(model)
-    inputs = map_tensors(torch.Tensor.detach, inputs)
-    n = batch_size((inputs, targets))
-    plan = plan or plan_for(model, inputs)
-    processes = processes_of(model)
-    processes.require_same("samples", lambda: _sums((inputs, targets)))
-    parts = trainable_parts(model, processes)
-    dtype = _common_dtype(parts)
-    xi = _Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
-
-    batch = _Batch(model, inputs, targets, loss, logit_normalization)
-    generic: dict[str, nn.Parameter] = {}
-    with evaluating(model), true_precision(), torch.enable_grad():
-        if isinstance(batchnorm, int):
-            with _batch_statistics(model):
-                _add_with_batch_statistics(xi, batch, parts, batchnorm)
-            xi.add_up(processes)
-        else:
-            generic, unseen = _add_by_rules(xi, batch, parts, plan)
-            if unseen:
-                generic |= _used(batch, unseen, plan.chunk)
-            _add_one_by_one(xi, batch, {name: parts[name] for name in generic})
-            xi.add_up(processes)
-            if spot_check:
-                _check_against_autograd(xi, batch, parts, processes, SPOT_CHECK_TOLERANCE[dtype])
-    refuse_non_finite("gradients", xi.unit)
-    return FactoredGram(xi.unit, xi.log_scale, xi.loss, tuple(generic), dtype, xi.shares)
+    with shared(model) as processes:
+        inputs = map_tensors(torch.Tensor.detach, inputs)
+        n = batch_size((inputs, targets))
+        plan = plan or plan_for(model, inputs)
+        processes.require_same("samples", lambda: _sums((inputs, targets)))
+        parts = trainable_parts(model, processes)
+        dtype = _common_dtype(parts)
+        xi = _Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
+        batch = _Batch(model, inputs, targets, loss, logit_normalization)
+        generic: dict[str, nn.Parameter] = {}
+        with evaluating(model), true_precision(), torch.enable_grad():
+            if isinstance(batchnorm, int):
+                with _batch_statistics(model):
+                    _add_with_batch_statistics(xi, batch, parts, batchnorm)
+                xi.add_up(processes)
+            else:
+                generic, unseen = _add_by_rules(xi, batch, parts, plan)
+                if unseen:
+                    generic |= _used(batch, unseen, plan.chunk)
+                _add_one_by_one(xi, batch, {name: parts[name] for name in generic})
+                xi.add_up(processes)
+                if spot_check:
+                    _check_against_autograd(xi, batch, parts, processes, SPOT_CHECK_TOLERANCE[dtype])
+        refuse_non_finite("gradients", xi.unit)
+        return FactoredGram(xi.unit, xi.log_scale, xi.loss, tuple(generic), dtype, xi.shares)
 
 
 def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = None) -> Plan:
@@ -187,12 +187,12 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
         FlatminimaError: if the budget is too small for one sample and one slice of a parameter.
     """
     model = unwrapped(model)
-    processes = processes_of(model)
-    parts = trainable_parts(model, processes)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
-    budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
-    with evaluating(model):
+    with shared(model) as processes, evaluating(model):
+        parts = trainable_parts(model, processes)
+        budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
+    reshard(model)  # FSDP2 keeps the outermost module's parameters gathered after a forward pass
     n, longest = batch_size(inputs), {name: part.longest_shape() for name, part in parts.items()}
     rows = {name: n * row_bytes(shape) for name, shape in longest.items()}
     held = max(

@@ -3,7 +3,8 @@
 Rules are attached to the *functions* that modules call (``F.linear``, ``F.conv2d``, ...), not to module types, so a
 parameter used without its module (a tied embedding, ``F.linear(x, self.weight)``) is seen like any other. A rule reads
 the call's arguments and returns one :class:`ParameterUse` per parameter in it, or None for a call it does not cover;
-parameters without a covering rule take the generic path of :mod:`flatminima.gramian`.
+parameters without a covering rule take the generic path of :mod:`flatminima.gramian`. What is taken out of a parameter
+without looking at the samples (:data:`EXTRACTS`) counts as a parameter itself.
 
 Throughout, N is the number of samples and a tensor's first dimension is N, or N·T with the T positions of one
 sample side by side (a model that folds time or windows into the batch).
@@ -11,6 +12,7 @@ sample side by side (a model that folds time or windows into the batch).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from flatminima.products import has_onednn, times_transposes
 
 Rows = Callable[[Tensor, int, int], Tensor]
 Product = Callable[[Tensor, int, int], Tensor]
+PutBack = Callable[[Tensor], Tensor]
 Rule = Callable[..., "list[ParameterUse] | None"]
 
 _CACHE_BYTES = 2**22
@@ -533,11 +536,88 @@ def _commuted(rule: Rule) -> Rule:
     def either_side(n: int, input: Any, other: Any, **kwargs: Any) -> list[ParameterUse] | None:
         if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
             return None
-        if isinstance(input, torch.nn.Parameter):
-            input, other = other, input
-        return rule(n, input, other, **kwargs)
+        return [*(rule(n, input, other, **kwargs) or []), *(rule(n, other, input, **kwargs) or [])]
 
     return either_side
+
+
+def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
+    """``F.multi_head_attention_forward``, with its projections as calls of their own; None where that is not done.
+
+    Identity matrices, which change nothing, stay in their place. The calls before and after are of (N, T, E), not of
+    the (T, N, E) that attention works on.
+    """
+    call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    query = given["query"]
+    if given["in_proj_weight"] is None or given["bias_k"] is not None or query.dim() != 3:
+        return None
+    weight, bias = given["in_proj_weight"], given["in_proj_bias"]
+    out_weight, out_bias = given["out_proj_weight"], given["out_proj_bias"]
+    size = query.shape[-1]
+    projected: dict[int, Tensor] = {}
+    for i, name in enumerate(("query", "key", "value")):
+        x = given[name]
+        if id(x) not in projected:
+            projected[id(x)] = F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+        given[name] = projected[id(x)][..., i * size : (i + 1) * size]
+    same = torch.eye(size, dtype=query.dtype, device=query.device)
+    given |= {"in_proj_weight": same.repeat(3, 1), "in_proj_bias": None, "out_proj_weight": same, "out_proj_bias": None}
+    attended, weights = F.multi_head_attention_forward(*call.args, **call.kwargs)
+    return F.linear(attended.transpose(0, 1), out_weight, out_bias).transpose(0, 1), weights
+
+
+def entries(source: Tensor, index: Any) -> tuple[Tensor, PutBack] | None:
+    """``p[index]``, by numbers and slices."""
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(part is None or part is Ellipsis or type(part) in (int, slice) for part in index):
+        return None
+
+    def put_back(rows: Tensor) -> Tensor:
+        whole = rows.new_zeros(len(rows), *source.shape)
+        whole[(slice(None), *index)] = rows
+        return whole
+
+    return source, put_back
+
+
+def unsqueezed(source: Tensor, dim: int) -> tuple[Tensor, PutBack]:
+    """``p.unsqueeze(dim)``."""
+    return source, lambda rows: rows.reshape(len(rows), *source.shape)
+
+
+def looked_up(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Tensor, PutBack] | None:
+    """``F.embedding`` of one row of indices, which are the same for all samples."""
+    if max_norm is not None or scale_grad_by_freq or input.dim() != 1:
+        return None
+    trained = slice(None) if padding_idx is None else input != padding_idx % len(weight)
+
+    def put_back(rows: Tensor) -> Tensor:
+        return rows.new_zeros(len(rows), *weight.shape).index_add(1, input[trained], rows[:, trained])
+
+    return weight, put_back
+
+
+EXTRACTS: dict[Callable[..., Any], Callable[..., tuple[Tensor, PutBack] | None]] = {
+    torch.Tensor.__getitem__: entries,
+    torch.Tensor.unsqueeze: unsqueezed,
+    torch.unsqueeze: unsqueezed,
+    F.embedding: looked_up,
+}
+"""Functions that take entries out of a tensor: the call's arguments → the tensor, and how rows of J go back into it."""
+
+
+SPLIT: dict[Callable[..., Any], Callable[..., Any]] = {F.multi_head_attention_forward: attention}
+"""Functions that hide calls with rules from the recorder, and the same as calls that it sees."""
 
 
 RULES: dict[Callable[..., Any], Rule] = {

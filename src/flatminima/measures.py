@@ -7,7 +7,8 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from io import StringIO
@@ -30,10 +31,10 @@ from flatminima.evaluation import evaluate
 from flatminima.fisher import Fisher, FisherRows
 from flatminima.gramian import FactoredGram, factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
 from flatminima.losses import Loss
-from flatminima.processes import Result
+from flatminima.processes import Processes, Result
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
 from flatminima.sampling import Data, Samples, draw_subsets, samples_of
-from flatminima.sharding import processes_of
+from flatminima.sharding import processes_of, shared
 from flatminima.trials import perform_trials
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
@@ -248,6 +249,7 @@ def measure(
     Args:
         model: any module; its output is the logits, or an object with ``.logits``. Sharded by FSDP2 (``fully_shard``),
             it is measured by all its processes together: all call with the same arguments and data, and get the same.
+            An error on one is raised on all.
         data: the training data: a map-style Dataset, a DataLoader, or a tuple of tensors (inputs, targets).
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
         fisher: ``"empirical"``: one gradient per sample, that of its loss (Eq. 4; the paper's measures). Or the exact
@@ -279,8 +281,8 @@ def measure(
             the rows of J do not fit at once, ξ is formed in several passes, exactly; see
             :func:`flatminima.gramian.plan_for`.
         distributed: split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
-            the same arguments and gets the whole result, which is that of a single process. Not for sharded models,
-            whose processes share every trial anyway.
+            the same arguments and gets the whole result, which is that of a single process, or the error of any. Not
+            for sharded models, whose processes share every trial anyway.
         progress: show a bar with the time left on a terminal.
 
     Raises:
@@ -320,15 +322,16 @@ def measure(
         distributed=distributed,
         progress=progress,
     )
-    subject = Subject(model, samples_of(data), options)
-    done = perform_trials(
-        subject.perform,
-        trials,
-        lambda done: options.precise_enough([trial.log_det_fisher for trial in done]),
-        distributed=distributed,
-        progress=progress,
-    )
-    return subject.characterize(done)
+    with ending_together([model], options):
+        subject = Subject(model, samples_of(data), options)
+        done = perform_trials(
+            subject.perform,
+            trials,
+            lambda done: options.precise_enough([trial.log_det_fisher for trial in done]),
+            distributed=distributed,
+            progress=progress,
+        )
+        return subject.characterize(done)
 
 
 @dataclass(frozen=True)
@@ -375,6 +378,17 @@ class Options:
             return False
         kept = [value for value in values if not math.isnan(value)]
         return len(kept) >= MINIMUM_TRIALS and Estimate.of(kept).standard_error <= self.max_standard_error
+
+
+@contextmanager
+def ending_together(models: Iterable[nn.Module], options: Options) -> Iterator[None]:
+    """:meth:`Processes.together`, for the processes that split the trials, or those that share a model's parameters."""
+    with ExitStack() as stack:
+        if options.distributed:
+            stack.enter_context(Processes.all().together())
+        for model in models:
+            stack.enter_context(shared(unwrapped(model)))
+        yield
 
 
 class Subject:

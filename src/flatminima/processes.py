@@ -1,10 +1,18 @@
-"""Ground: the processes that work on one result together, and the few things that they exchange."""
+"""Ground: the processes that work on one result together, and the few things that they exchange.
+
+A process that fails alone would leave the others waiting in the next exchange. So before each one all meet in the
+group's store, where a process that failed has left word instead of coming.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +29,7 @@ class Processes:
     Attributes:
         rank: this process's number among them.
         size: how many there are.
-        group: torch's process group; None stands for the default one, and for a process on its own.
+        group: torch's process group; None for a process on its own.
     """
 
     rank: int = 0
@@ -37,29 +45,40 @@ class Processes:
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise FlatminimaError("distributed=True needs a process group: start with torchrun and init_process_group")
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
-    def gather(self, action: Callable[[], Result]) -> list[Result]:
-        """What ``action()`` returns on every process, by rank. An exception on one is raised on all."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An exception in this block on one process is raised on all, and leaves none waiting; they end it together.
+
+        The block may hold more of these methods' calls, and run a model that FSDP2 has split over these processes.
+        What it exchanges by other means is not watched: there the others wait as long as the group's timeout allows.
+        So they do for a process that is killed, where no launcher (``torchrun``) ends them with it.
+
+        Raises:
+            FlatminimaError: where another process failed; names it. In the type of its error if that is one of ours.
+        """
         if self.size == 1:
-            return [action()]
-        own: Result | Exception
-        try:
-            own = action()
-        except Exception as error:
-            own = error
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, own, group=self.group)
-        for result in gathered:
-            if isinstance(result, Exception):
-                raise result
-        return gathered
+            yield
+            return
+        meetings = _Meetings.of(self)
+        with meetings.announcing_failure(self.group):
+            yield
+            meetings.meet()
 
     def attempt(self, action: Callable[[], Result]) -> Result:
-        """What ``action()`` returns here; an exception on one process is raised on all."""
-        own: list[Result] = []
-        self.gather(lambda: own.append(action()))
-        return own[0]
+        """What ``action()`` returns here; exceptions as in :meth:`together`."""
+        with self.together():
+            return action()
+
+    def gather(self, action: Callable[[], Result]) -> list[Result]:
+        """What ``action()`` returns on every process, by rank; exceptions as in :meth:`together`."""
+        own = self.attempt(action)
+        if self.size == 1:
+            return [own]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, own, group=self.group)
+        return gathered
 
     def require_same(self, what: str, value: Callable[[], Any]) -> None:
         """Raise :class:`FlatminimaError` on all processes if ``value()`` differs between them."""
@@ -73,4 +92,95 @@ class Processes:
     def add_up(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by its sum over the processes."""
         if self.size > 1:
+            _Meetings.of(self).meet()
             dist.all_reduce(tensor, group=self.group)
+
+
+class _Meetings:
+    """Meetings of a group's processes in its store. All hold the same ones, in the same order."""
+
+    _of_group: ClassVar[WeakKeyDictionary[Any, _Meetings]] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, processes: Processes) -> _Meetings:
+        """Those of the processes' group; a collective call the first time."""
+        if processes.group not in cls._of_group:
+            cls._of_group[processes.group] = cls(processes)
+        return cls._of_group[processes.group]
+
+    def __init__(self, processes: Processes) -> None:
+        self.rank, self.size = processes.rank, processes.size
+        names: list[Any] = [None] * self.size
+        dist.all_gather_object(names, uuid.uuid4().hex, group=processes.group)  # the store may hold old groups' keys
+        store = dist.distributed_c10d._get_process_group_store(processes.group)
+        self.store: Any = dist.PrefixStore(f"flatminima/{names[0]}", store)  # type: ignore[attr-defined]
+        self.held = 0  # the number of the last meeting
+        self.announcing = False
+        self.failure_known = False
+
+    def meet(self) -> None:
+        """Wait for all processes; raise what one failed with, if it did instead of coming."""
+        self.held += 1
+        try:
+            if self.store.add(f"{self.held}/present", 1) == self.size:
+                self.store.set(f"{self.held}/failure", pickle.dumps(None))
+                for key in ("present", "failure"):  # all have left the last meeting
+                    self.store.delete_key(f"{self.held - 1}/{key}")
+            failure = pickle.loads(self.store.get(f"{self.held}/failure"))
+        except dist.DistStoreError as error:
+            raise FlatminimaError(
+                "another process has not come to the exchange within the process group's timeout: see whether it was "
+                f"killed, or still computes ({error})"
+            ) from error
+        if failure is not None:
+            self.failure_known = True
+            raise failure
+
+    @contextmanager
+    def announcing_failure(self, group: Any) -> Iterator[None]:
+        """Leave word of an exception at the next meeting, which the others wait at or come to.
+
+        Within another of these nothing is left to do: an exception reaches the outer one before the next meeting.
+        """
+        if self.announcing:
+            yield
+            return
+        self.announcing, self.failure_known = True, False
+        try:
+            with self._before_gathering(group):
+                yield
+        except BaseException as error:
+            if not self.failure_known:
+                self.held += 1
+                with suppress(dist.DistError):  # the store may have gone down with another process
+                    self.store.set(f"{self.held}/failure", pickle.dumps(self._as_heard(error)))
+            raise
+        finally:
+            self.announcing = False
+
+    def _as_heard(self, error: BaseException) -> FlatminimaError:
+        if isinstance(error, FlatminimaError):
+            return type(error)(f"process {self.rank}: {error}")
+        return FlatminimaError(f"process {self.rank} of {self.size} failed: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def _before_gathering(self, group: Any) -> Iterator[None]:
+        """A meeting before FSDP2 gathers weights, which it does by these functions, looked up when it needs them."""
+
+        def after_meeting(function: Callable[..., Any]) -> Callable[..., Any]:
+            def gather(*args: Any, **kwargs: Any) -> Any:
+                if kwargs.get("group") is group:
+                    self.meet()
+                return function(*args, **kwargs)
+
+            return gather
+
+        names = ("all_gather_single", "all_gather_into_tensor")  # what newer and older versions of torch call it
+        before = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+        try:
+            for name, function in before.items():
+                setattr(dist, name, after_meeting(function))
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(dist, name, function)

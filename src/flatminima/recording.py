@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flatminima.batching import Inputs, call_model, tensors_of
 from flatminima.errors import FlatminimaError
-from flatminima.layer_rules import RULES, ParameterUse
+from flatminima.layer_rules import EXTRACTS, RULES, SPLIT, ParameterUse
+from flatminima.planning import first_dimension
 from flatminima.sharding import following_inputs
 
 
@@ -54,6 +55,31 @@ class RecordedUse:
         self.on_arrival()
 
 
+@dataclass(frozen=True)
+class _Extract:
+    """Entries of one parameter, taken without looking at the samples; its rows of J go back to where they came from.
+
+    Attributes:
+        tensor: the entries.
+        version: of the tensor; overwritten in place, it is no longer what it was.
+        parameter: the parameter.
+        put_back: ``put_back(rows)``: rows of J for the tensor, (N, ...) → rows for the parameter.
+    """
+
+    tensor: Tensor
+    version: int
+    parameter: Tensor
+    put_back: Callable[[Tensor], Tensor]
+
+    def use_of_parameter(self, use: ParameterUse) -> ParameterUse:
+        """A use of the tensor as one of the parameter."""
+
+        def rows(grad: Tensor, start: int, stop: int) -> Tensor:
+            return self.put_back(use.rows(grad, 0, first_dimension(self.tensor)))[:, start:stop]
+
+        return ParameterUse(self.parameter, rows, use.reads)
+
+
 class Recorder(TorchFunctionMode):
     """Watches a forward pass call by call and keeps, for every trainable parameter, its uses.
 
@@ -68,6 +94,7 @@ class Recorder(TorchFunctionMode):
         self.parameters = parameters
         self.uses: dict[int, list[RecordedUse]] = {id(p): [] for p in parameters.values()}
         self.given_up: set[int] = set()
+        self.extracts: dict[int, _Extract] = {}
         self.of_samples: Any = WeakIdKeyDictionary()  # the tensors computed from the inputs
         device = next(iter(parameters.values())).device
         self.root = torch.zeros((), device=device, requires_grad=True)
@@ -103,11 +130,19 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         arguments = tensors_of((args, kwargs))
-        touched = {id(tensor) for tensor in arguments if id(tensor) in self.uses}
+        touched = {id(tensor) for tensor in arguments if id(tensor) in self.uses or id(tensor) in self.extracts}
+        if touched and func in SPLIT:
+            with self:
+                output = SPLIT[func](*args, **kwargs)
+            if output is not None:
+                return output
         of_samples = any(tensor in self.of_samples for tensor in arguments)
         if func is F.embedding and touched and not of_samples and args[0].dim() > 1:
             args, of_samples = self._position_look_up(args)
         output = func(*args, **kwargs)
+        if touched and not of_samples and (extract := self._extract(func, args, kwargs, output)) is not None:
+            self.extracts[id(output)] = extract
+            return output
         if touched and any(id(tensor) not in touched for tensor in tensors_of(output)):
             output, recorded = self._record(func, args, kwargs, output, touched, of_samples)
             of_samples = of_samples or recorded
@@ -124,6 +159,19 @@ class Recorder(TorchFunctionMode):
         if indices.shape[0] == 1:
             return (indices.expand(self.n, *indices.shape[1:]), *args[1:]), True
         return args, indices.shape[0] == self.n
+
+    def _extract(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> _Extract | None:
+        """The output as entries of one parameter, if that is what it is."""
+        taken = EXTRACTS[func](*args, **kwargs) if func in EXTRACTS and torch.is_grad_enabled() else None
+        if taken is None or id(taken[0]) in self._overwritten():
+            return None
+        source, put_back = taken
+        if id(source) not in self.extracts:
+            return _Extract(output, output._version, source, put_back)
+        outer = self.extracts[id(source)]
+        return _Extract(output, output._version, outer.parameter, lambda rows: outer.put_back(put_back(rows)))
 
     def _follow(self, tensor: Tensor, other: Tensor) -> None:
         if tensor in self.of_samples:
@@ -144,18 +192,27 @@ class Recorder(TorchFunctionMode):
     ) -> tuple[Any, bool]:
         """Record the call's uses, or give its parameters up. Returns the output to go on with, and which it was."""
         uses = self._uses(func, args, kwargs, output, of_samples)
-        covered = {id(use.parameter) for use in uses}
-        self.given_up |= touched - covered
+        covered = {id(use.parameter) for use in uses} - self._overwritten()
+        self.given_up |= {self._owner(tensor) for tensor in touched - covered}
         if not touched & covered:
             return output, False
         output = self._tap(output)
         for use in uses:
-            if id(use.parameter) in touched:
+            if id(use.parameter) in touched & covered:
+                if id(use.parameter) in self.extracts:
+                    use = self.extracts[id(use.parameter)].use_of_parameter(use)
                 recorded = RecordedUse(use, use.reads._version if use.reads is not None else 0)
                 # Hooked now, not after the forward pass: a later in-place operation would make it another tensor.
                 output.register_hook(recorded.arrive)
                 self.uses[id(use.parameter)].append(recorded)
         return output, True
+
+    def _overwritten(self) -> set[int]:
+        """Extracts that an in-place operation has made something else."""
+        return {tensor for tensor, extract in self.extracts.items() if extract.tensor._version != extract.version}
+
+    def _owner(self, tensor: int) -> int:
+        return id(self.extracts[tensor].parameter) if tensor in self.extracts else tensor
 
     def _uses(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, of_samples: bool

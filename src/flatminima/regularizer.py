@@ -84,10 +84,10 @@ class FisherTraceRegularizer:
       Penalty passes of ``"hvp"`` run eagerly, as compiled graphs have no second derivative. Compile the model, not the
       training step: :meth:`backward` cannot be traced, and a compiled function that calls it fails.
 
-    * FSDP2 (``fully_shard`` on the whole model): the same with sharded weights. For the penalty's passes every process
-      gathers them once, as it moves them in directions of its own, and keeps some four tensors of the unsharded size
-      (weights, their copy, g_i, ∇R_α, mean of the g_i) until it ends; the main pass then runs and reduces as ever. Each
-      penalty puts ``reshard_after_forward``, ``reshard_after_backward`` and gradient sync to FSDP2's defaults.
+    * FSDP2 (``fully_shard`` on all that is trained): the same with sharded weights. For the penalty's passes every
+      process gathers them once, as it moves them in directions of its own, and keeps some four tensors of the unsharded
+      size (weights, their copy, g_i, ∇R_α, mean of the g_i) until it ends; the main pass then runs and reduces as ever.
+      Each penalty puts ``reshard_after_forward``, ``reshard_after_backward`` and gradient sync to FSDP2's defaults.
 
     Args:
         model: the network; its trainable parameters are float32 or float64.

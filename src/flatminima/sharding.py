@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,21 @@ def processes_of(model: nn.Module) -> Processes:
     return Processes(mesh.get_local_rank(dimension), mesh.size(dimension), mesh.get_group(dimension))
 
 
+@contextmanager
+def shared(model: nn.Module) -> Iterator[Processes]:
+    """The processes that the model's parameters are split over; see :meth:`Processes.together` for this block.
+
+    The model can be used again after an exception: FSDP2 forgets the pass it came from (torch 2.13 and newer can).
+    """
+    processes = processes_of(model)
+    with processes.together():
+        try:
+            yield processes
+        except BaseException:
+            _forget_pass(model)
+            raise
+
+
 def reshard(model: nn.Module) -> None:
     """Put gathered parameters back to their shards, and back to ``requires_grad`` as the shards have it."""
     for module in fsdp_modules(model):
@@ -159,6 +174,20 @@ def _gathered(model: nn.Module) -> dict[str, nn.Parameter]:
         found |= {name: p for name, p in model.named_parameters() if not is_sharded(p)}
         module.reshard()
     return found
+
+
+def _forget_pass(model: nn.Module) -> None:
+    for module in outermost_fsdp_modules(model):
+        if hasattr(module, "reset_iter_state"):
+            with suppress(AttributeError):  # raised before the first pass
+                module.reset_iter_state()
+
+
+def outermost_fsdp_modules(model: nn.Module) -> list[Any]:
+    """Those of :func:`fsdp_modules` that are in no other."""
+    modules = fsdp_modules(model)
+    inner = {child for module in modules for child in module.modules() if child is not module}
+    return [module for module in modules if module not in inner]
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

@@ -74,6 +74,9 @@ def test_refuses_engines_with_a_backward_of_their_own() -> None:
     accelerator = SimpleNamespace(distributed_type=accelerate.utils.DistributedType.DEEPSPEED)
     with pytest.raises(FlatminimaError, match="DEEPSPEED is not supported"):
         backward(accelerator, FisherTraceRegularizer(mlp()), F.cross_entropy, torch.zeros(2, 6), torch.zeros(2))
+    accelerator = SimpleNamespace(distributed_type=accelerate.utils.DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(FlatminimaError, match="FSDP1 is not supported"):
+        backward(accelerator, FisherTraceRegularizer(mlp()), F.cross_entropy, torch.zeros(2, 6), torch.zeros(2))
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])

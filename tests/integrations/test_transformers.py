@@ -77,6 +77,9 @@ def test_refuses_what_the_trainer_owns(tmp_path: Path) -> None:
     trainer = trainer_for(tiny_model(), tmp_path)
     with pytest.raises(FlatminimaError, match="alpha must be"):
         FisherTraceTrainer(model=trainer.model, args=trainer.args, regularizer={"alpha": -1})
+    trainer.is_fsdp_enabled = True  # and Accelerate does not say that it is FSDP2
+    with pytest.raises(FlatminimaError, match="DeepSpeed and FSDP1 are not supported"):
+        trainer.training_step(trainer.model, {})
 
 
 def test_example_trains_and_resumes_to_the_same_bits(tmp_path: Path) -> None:

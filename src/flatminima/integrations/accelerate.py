@@ -10,7 +10,7 @@ from flatminima.batching import Inputs
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer import FisherTraceRegularizer, LossFunction
 
-_OWN_THEIR_BACKWARD = ("DEEPSPEED", "MEGATRON_LM", "FSDP")
+_OWN_THEIR_BACKWARD = ("DEEPSPEED", "MEGATRON_LM")
 
 
 def backward(
@@ -25,6 +25,7 @@ def backward(
     Mixed precision, gradient scaling and accumulation are the accelerator's: inside ``accelerator.accumulate(model)``
     every micro-batch counts 1/``gradient_accumulation_steps``. Clip with ``max_grad_norm`` of the regularizer, not with
     ``accelerator.clip_grad_norm_``. ``accelerator.register_for_checkpointing(regularizer)`` makes resuming exact.
+    Under FSDP2 every micro-batch with a penalty reduces its gradients.
 
     Args:
         accelerator: the loop's ``accelerate.Accelerator``.
@@ -37,10 +38,13 @@ def backward(
         The main loss, detached.
 
     Raises:
-        FlatminimaError: as there, and for DeepSpeed, Megatron-LM and FSDP.
+        FlatminimaError: as there, and for DeepSpeed, Megatron-LM and FSDP1.
     """
-    if accelerator.distributed_type.value in _OWN_THEIR_BACKWARD:
-        raise FlatminimaError(f"{accelerator.distributed_type.value} is not supported: use DistributedDataParallel")
+    engine = accelerator.distributed_type.value
+    if engine in _OWN_THEIR_BACKWARD:
+        raise FlatminimaError(f"{engine} is not supported: use DistributedDataParallel or FSDP2")
+    if engine == "FSDP" and not accelerator.is_fsdp2:
+        raise FlatminimaError("FSDP1 is not supported: pass FullyShardedDataParallelPlugin(fsdp_version=2)")
     return regularizer.backward(
         loss_fn,
         inputs,

@@ -26,7 +26,8 @@ class FisherTraceCallback(Callback):
 
     The penalty joins ``.grad`` before Lightning's own backward pass, so that mixed precision, accumulation, clipping
     (``Trainer(gradient_clip_val=...)``), the exchange between processes and checkpoints stay Lightning's. Schedules
-    follow ``trainer.global_step``.
+    follow ``trainer.global_step``. FSDP2 is Lightning's ``ModelParallelStrategy``, with ``fully_shard`` on the network
+    in ``configure_model``.
 
     ``training_step`` is also called on sub-batches; it must return the loss, or a dictionary with ``"loss"``. In these
     calls ``self.log`` does nothing and metrics keep their state; anything else that ``training_step`` does beside
@@ -42,7 +43,8 @@ class FisherTraceCallback(Callback):
         regularizer: the :class:`flatminima.FisherTraceRegularizer`, None before training starts.
 
     Raises:
-        FlatminimaError: for arguments out of range (when training starts), manual optimization, sharded strategies.
+        FlatminimaError: for arguments out of range (when training starts), manual optimization, FSDP1
+            (``FSDPStrategy``), tensor parallelism, or sharding that leaves trainable parameters whole.
     """
 
     def __init__(self, *, log: bool = True, **options: Any) -> None:

@@ -33,7 +33,7 @@ class FisherTraceMixin:
         **kwargs: the Trainer's.
 
     Raises:
-        FlatminimaError: for arguments out of range, DeepSpeed, FSDP or DataParallel.
+        FlatminimaError: for arguments out of range, DeepSpeed, FSDP1 or DataParallel.
     """
 
     def __init__(self, *args: Any, regularizer: dict[str, Any], **kwargs: Any) -> None:
@@ -47,8 +47,8 @@ class FisherTraceMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's, after the penalty has been added to ``.grad``."""
         trainer: Any = self
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise FlatminimaError("DeepSpeed and FSDP are not supported: use DistributedDataParallel")
+        if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+            raise FlatminimaError("DeepSpeed and FSDP1 are not supported: use DistributedDataParallel or FSDP2")
         if self._regularizer.model is not model:  # the Trainer wraps it for several processes
             self._regularizer = FisherTraceRegularizer(model, **self._regularizer_options)
         model.train()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatminima.errors import (
     DamagedRunWarning,
@@ -412,6 +414,69 @@ def test_seeds_differ_for_every_purpose_and_index() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# As on a GPU: updates do not wait for their numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Readings(TorchDispatchMode):
+    """Counts the numbers that leave the device one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def reading_late() -> Iterator[None]:
+    """Runs read what updates observed when they would on a GPU."""
+    build = training._Run.__init__
+
+    def late(run: training._Run, *args: Any) -> None:
+        build(run, *args)
+        run._reads_at_once = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Run, "__init__", late)
+        yield
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [PLAIN, replace(EVERYTHING, regularizer=None), replace(SHARPNESS, regularizer=SharpnessAwareSpec())],
+    ids=["plain", "augmented", "sam"],
+)
+def test_no_update_waits_for_a_number(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    with reading_late():
+        run = training._Run(spec, results.load_sets(spec), "cpu")
+    for name in ("tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("a tensor left the device"))
+    with Readings() as readings:
+        for _ in range(2):
+            run.update()
+    assert readings.count == 0
+    with Readings() as readings:
+        float(run._unread[0].loss)
+    assert readings.count == 1
+    monkeypatch.undo()
+    run.read()
+    assert run.sums.loss > 0
+
+
+@SPECS
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+def test_reading_late_changes_no_bit(
+    spec: RunSpec, checkpoint_seconds: float, tmp_path: Path, uninterrupted: Path
+) -> None:
+    with reading_late():
+        train(spec, tmp_path, checkpoint_seconds=checkpoint_seconds)
+    assert bits(tmp_path, spec) == bits(uninterrupted, spec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Crashes: the same bits, whenever the process dies
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -514,7 +579,7 @@ def test_a_crash_in_any_update_is_survived(
     updates, limit = 0, 0
     backward = training._Run._backward
 
-    def dying(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def dying(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> Any:
         nonlocal updates
         computed = backward(run, images, labels)
         updates += 1
@@ -564,7 +629,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, *, at: int, times: int) -> Non
     """Press Ctrl-C in the middle of an update."""
     backward = training._Run._backward
 
-    def pressing(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def pressing(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> Any:
         for _ in range(times if run.iteration == at else 0):
             signal.raise_signal(signal.SIGINT)
         return backward(run, images, labels)
@@ -765,6 +830,23 @@ def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path, regularizer: Re
     with pytest.raises(FlatminimaError) as again:
         train(spec, tmp_path)
     assert str(again.value) == f"this run failed before: {message} (delete {folder.path} to train it again)"
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+def test_a_loss_that_is_read_late_fails_the_run_at_its_own_update(tmp_path: Path, checkpoint_seconds: float) -> None:
+    """With the message it has where it is read at once; nothing that came after it is kept."""
+    spec = replace(PLAIN, lr=1e15, schedule=MultiStep(()))
+    with pytest.raises(NonFiniteError) as soon:
+        train(spec, tmp_path / "soon")
+    with reading_late(), pytest.raises(NonFiniteError) as late:
+        train(spec, tmp_path / "late", checkpoint_seconds=checkpoint_seconds)
+    assert str(late.value) == str(soon.value)
+    assert "in epoch 1, iteration 4" not in str(late.value)  # the last one of its epoch
+    folder = RunFolder.of(tmp_path / "late", spec)
+    assert folder.status == "failed"
+    assert {path.name for path in folder.path.iterdir()} == {
+        *("spec.json", "failure.json", "history.jsonl", "lock", "tensorboard"),
+    }
 
 
 def test_a_network_ruined_by_its_last_update_fails_the_run(tmp_path: Path) -> None:

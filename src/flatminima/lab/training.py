@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -126,6 +126,16 @@ def train(
             return _finish(run, folder, progress, checkpoint_seconds)
 
 
+@dataclass(frozen=True)
+class _Update:
+    """What one update observed, in scalar tensors: reading one waits for all that a GPU has still to do."""
+
+    iteration: int
+    loss: Tensor
+    correct: Tensor
+    trace: Tensor | None  # the regularizer's estimate, where there was a penalty
+
+
 class _Run:
     """A run in memory, between two updates."""
 
@@ -158,6 +168,8 @@ class _Run:
         self.iteration = 0
         self.sums = EpochSums()
         self.history: list[EpochRecord] = []
+        self._unread: list[_Update] = []
+        self._reads_at_once = device.type == "cpu"  # where there is nothing to wait for
         self._permutation = torch.empty(0, dtype=torch.int64)
         self._permuted_epoch = -1
         self._clock = time.perf_counter()
@@ -175,25 +187,52 @@ class _Run:
         """One update of the weights.
 
         Raises:
-            NonFiniteError: The loss is NaN or infinite; the weights are those before the update.
+            NonFiniteError: The loss is NaN or infinite; the weights are those before the update. On a GPU such a loss
+                is found when it is :meth:`read` or, with the regularizer, here.
         """
         images, labels = self._next_batch()
         self.sgd.param_groups[0]["lr"] = self._learning_rate()
         self.optimizer.zero_grad()
         torch.manual_seed(_derived_seed(self.spec.seed, "update", self.iteration))  # sub-batches, dropout
-        loss, correct = self._backward(images, labels)
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss}")
+        loss, correct, trace = self._backward(images, labels)
+        self._unread.append(_Update(self.iteration, loss, correct, trace))
+        if self._reads_at_once:
+            self.read()
         self.optimizer.step()
-        self.sums.loss += loss
-        self.sums.correct += correct
         self.iteration += 1
+
+    def read(self) -> None:
+        """Add what the updates have observed since the last reading to the epoch's sums.
+
+        Raises:
+            NonFiniteError: A loss was NaN or infinite. :attr:`iteration` is then the update's; if others followed it,
+                the weights are NaN, and nothing of them has been saved: whoever saves reads first.
+        """
+        if not self._unread:
+            return
+        updates, self._unread = self._unread, []
+        losses = torch.stack([update.loss for update in updates]).tolist()
+        for update, loss in zip(updates, losses, strict=True):
+            if not math.isfinite(loss):
+                self.iteration = update.iteration
+                raise NonFiniteError(f"the loss is {loss}")
+            self.sums.loss += loss
+        self.sums.correct += sum(torch.stack([update.correct for update in updates]).tolist())
+        traces = [update.trace for update in updates if update.trace is not None]
+        for trace in torch.stack(traces).tolist() if traces else []:
+            self.sums.trace += trace
+            self.sums.penalized += 1
 
     def at_epoch_end(self) -> bool:
         return self.iteration % self.iterations_per_epoch == 0 or self.iteration == self.total_iterations
 
     def end_epoch(self) -> None:
-        """Evaluate, if it is time, and add the record."""
+        """Evaluate, if it is time, and add the record.
+
+        Raises:
+            NonFiniteError: As :meth:`read`, or the weights give logits that are not finite.
+        """
+        self.read()
         updates = self.iteration - self.epoch * self.iterations_per_epoch
         evaluated = (self.epoch + 1) % self.spec.evaluate_every == 0 or self.iteration == self.total_iterations
         test_error = self._error(self.test_set) if evaluated else None
@@ -214,6 +253,12 @@ class _Run:
         self.sums = EpochSums()
 
     def resume_point(self) -> ResumePoint:
+        """The run as it is now.
+
+        Raises:
+            NonFiniteError: As :meth:`read`.
+        """
+        self.read()
         self._count_seconds()
         tensors = {f"weights/{name}": tensor for name, tensor in self.network.state_dict().items()}
         for name, parameter in self.network.named_parameters():
@@ -287,34 +332,31 @@ class _Run:
         losses = [record.train_loss for record in self.history]
         return self.spec.lr * self.spec.schedule.multiplier(self.iteration, self.total_iterations, losses)
 
-    def _backward(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Set the gradients; return the mini-batch's loss and the number of images classified rightly."""
-        correct = 0
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Set the gradients; return the loss, the number of images classified rightly, and the trace if penalized."""
+        correct: list[Tensor] = []
         counted: list[Tensor] = []
         spec = self.spec.regularizer
         main_pass_is_split = isinstance(spec, RegularizerSpec) and spec.main_gradient == "sub-batches"
 
         def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
-            nonlocal correct
             # A pass at moved weights comes after the one at w, with the same targets.
             in_main_pass = targets is labels or main_pass_is_split
             if in_main_pass and not any(targets is before for before in counted):
-                correct += int((logits.argmax(1) == targets).sum())
+                correct.append((logits.argmax(1) == targets).sum())
                 counted.append(targets)
             return F.cross_entropy(logits, targets, label_smoothing=self.spec.label_smoothing)
 
         if self.regularizer is None or not self.regularizer_is_on:
             loss = loss_fn(self.model(images), labels)
             self.fabric.backward(loss)
-            return float(loss.detach()), correct
+            return loss.detach(), correct[0], None
         seen = self._regularizer_step()
         with self.fabric.autocast():
             loss = self.regularizer.backward(loss_fn, images, labels)
         step = self._regularizer_step()
-        if step is not None and step is not seen:  # an update without penalty leaves the old one
-            self.sums.trace += float(step.trace)
-            self.sums.penalized += 1
-        return float(loss), correct
+        trace = None if step is None or step is seen else step.trace  # an update without penalty leaves the old one
+        return loss, torch.stack(correct).sum(), trace
 
     def _regularizer_step(self) -> RegularizerStep | None:
         return self.regularizer.last_step if isinstance(self.regularizer, FisherTraceRegularizer) else None

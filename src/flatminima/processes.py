@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,6 +40,13 @@ class Processes:
             raise FlatminimaError("distributed=True needs a process group: start with torchrun and init_process_group")
         return cls(dist.get_rank(), dist.get_world_size())
 
+    @classmethod
+    def launched(cls) -> Processes:
+        """Those that ``torchrun`` started, whether they have joined yet or not; without it, this process alone."""
+        if not (dist.is_available() and dist.is_torchelastic_launched()):
+            return cls()
+        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
     def gather(self, action: Callable[[], Result]) -> list[Result]:
         """What ``action()`` returns on every process, by rank. An exception on one is raised on all."""
         if self.size == 1:
@@ -60,6 +68,12 @@ class Processes:
         own: list[Result] = []
         self.gather(lambda: own.append(action()))
         return own[0]
+
+    def first(self, action: Callable[[], Result]) -> Result:
+        """What ``action()`` returns on the first process, which alone performs it. An exception is raised on all."""
+        results: list[Any] = self.gather(lambda: action() if self.rank == 0 else None)
+        first: Result = results[0]
+        return first
 
     def require_same(self, what: str, value: Callable[[], Any]) -> None:
         """Raise :class:`FlatminimaError` on all processes if ``value()`` differs between them."""

@@ -196,7 +196,7 @@ def test_updates_are_those_of_a_plain_loop(tmp_path: Path, nesterov: bool, smoot
 
 def test_every_epoch_uses_other_batches_and_crops() -> None:
     spec = replace(EVERYTHING, regularizer=None)
-    run = training._Run(spec, results.load_sets(spec), "cpu")
+    run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
     batches = []
     for iteration in range(run.total_iterations):
         run.iteration = iteration
@@ -211,7 +211,7 @@ def test_every_epoch_uses_other_batches_and_crops() -> None:
 
 def test_an_epoch_takes_no_image_twice() -> None:
     spec = replace(PLAIN, batch_size=35)  # divides the 140 images: an epoch takes every one
-    run = training._Run(spec, results.load_sets(spec), "cpu")
+    run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
     taken = []
     for iteration in range(4):
         run.iteration = iteration
@@ -451,7 +451,7 @@ def reading_late() -> Iterator[None]:
 )
 def test_no_update_waits_for_a_number(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     with reading_late():
-        run = training._Run(spec, results.load_sets(spec), "cpu")
+        run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("a tensor left the device"))
     with Readings() as readings:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,16 +283,34 @@ def test_what_cannot_be_shared_is_refused_before_anything_else(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def torchrun(root: Path, *options: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), "--master-port", "0"]
+@contextlib.contextmanager
+def torchrun(root: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     command = [*launcher, "-m", "flatminima", "train", "digits", "--model", "mlp", "--device", "cpu", *options]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, "--root", str(root)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
+    try:
+        yield process
+    finally:
+        process.terminate()  # and it ends those that it started
+        process.communicate()
+
+
+def wait_for_update(process: subprocess.Popen[str], root: Path, update: int) -> RunFolder:
+    """Wait until the one run under ``root`` is saved at ``update`` or later."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        for folder in map(RunFolder, root.iterdir()):
+            point = folder.read_resume_point()
+            if point is not None and point.iteration >= update:
+                return folder
+        time.sleep(0.1)
+    raise AssertionError(f"it does not get so far; exit status {process.poll()}")
 
 
 def ours(stderr: str) -> list[str]:
@@ -300,36 +320,34 @@ def ours(stderr: str) -> list[str]:
 
 @pytest.mark.slow
 def test_torchrun_is_stopped_by_ctrl_c_and_goes_on(tmp_path: Path) -> None:
-    process = torchrun(tmp_path, "--epochs", "100000")
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("*/state.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with torchrun(tmp_path, "--epochs", "100000") as process:
+        folder = wait_for_update(process, tmp_path, 1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert out == ""
     (said,) = ours(err)
-    assert said.startswith("flatminima: interrupted: stopped after")
-    (path,) = tmp_path.iterdir()
-    folder = RunFolder(path)
     stopped = folder.read_resume_point()
     assert stopped is not None
-    assert f"stopped after {stopped.iteration} of" in said
+    assert said.startswith(f"flatminima: interrupted: stopped after {stopped.iteration} of")
 
-    process = torchrun(tmp_path, "--epochs", "100000")
-    while folder.read_resume_point().iteration == stopped.iteration and time.monotonic() < deadline:  # type: ignore[union-attr]
-        time.sleep(0.1)
-    process.kill()  # torchrun alone: its processes end with it
-    err = process.communicate(timeout=60)[1]
-    assert ours(err) == [f"flatminima: going on with the unfinished run in {path}"]
-    assert folder.read_resume_point().iteration > stopped.iteration  # type: ignore[union-attr]
+    with torchrun(tmp_path, "--epochs", "100000") as process:
+        wait_for_update(process, tmp_path, stopped.iteration + 1)
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    assert out == ""
+    assert ours(err) == [f"flatminima: going on with the unfinished run in {folder.path}"]
+    assert folder.status == "unfinished"
+    assert folder.read_resume_point() is not None
 
 
 @pytest.mark.slow
 def test_torchrun_prints_one_result(tmp_path: Path) -> None:
-    out, err = torchrun(tmp_path, "--epochs", "2", "--json").communicate(timeout=200)
+    with torchrun(tmp_path, "--epochs", "2", "--json") as process:
+        out, err = process.communicate(timeout=120)
     assert json.loads(out)["environment"]["processes"] == PROCESSES
     assert ours(err) == []
-    out, err = torchrun(tmp_path, "--batch-size", "63").communicate(timeout=200)
+    with torchrun(tmp_path, "--batch-size", "63") as process:
+        out, err = process.communicate(timeout=120)
     assert out == ""
     (said,) = ours(err)
     assert said.startswith("flatminima: error: batch_size 63 cannot be shared equally by 2 processes")

@@ -130,6 +130,8 @@ class Train:
     """Where run folders are kept."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train (auto: on a GPU if there is one)."""
+    compile: Flag = False
+    """Compile the network first: a minute or more of preparation, then faster; the same run up to rounding."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
 
@@ -352,7 +354,13 @@ def _train(given: list[str]) -> tuple[bool, Report]:
         if before == "unfinished":
             _say(f"going on with the unfinished run in {folder.path}")
         accelerator = "auto" if options.device == "auto" else resolve_device(options.device).type
-        result = train(spec, options.root, progress=not options.output.no_progress, accelerator=accelerator)
+        result = train(
+            spec,
+            options.root,
+            progress=not options.output.no_progress,
+            accelerator=accelerator,
+            compile=options.compile,
+        )
     happened = {"finished": "was trained before, nothing to do", "unfinished": "resumed and finished"}
     seconds = result.seconds / result.epochs
     lines = [

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from flatminima.lab.data import augment, load_data
 from flatminima.lab.models import build_model
 from flatminima.lab.results import RunFolder, RunResult
 from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
+from flatminima.precision import _float32_switches, float32_products
 from flatminima.regularizer import FisherTraceRegularizer
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.
@@ -435,8 +437,8 @@ def reading_late() -> Iterator[None]:
     """Runs read what updates observed when they would on a GPU."""
     build = training._Run.__init__
 
-    def late(run: training._Run, *args: Any) -> None:
-        build(run, *args)
+    def late(run: training._Run, *args: Any, **options: Any) -> None:
+        build(run, *args, **options)
         run._reads_at_once = False
 
     with pytest.MonkeyPatch.context() as patch:
@@ -602,6 +604,100 @@ def test_a_crash_in_any_update_is_survived(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Compiled, and in TF32
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What dynamo takes from networks is run as it is, without the minutes that Inductor needs, and listed."""
+    found: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, *, dynamic, mode: compile_(model, backend=backend, dynamic=dynamic)
+    )
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "sparse", "sam"])
+def test_a_compiled_run_is_the_same_up_to_rounding_and_resumes(
+    name: str, tmp_path: Path, uninterrupted: Path, graphs: list[torch.fx.GraphModule]
+) -> None:
+    spec = replace(SHARPNESS, model="mlp") if name == "sam" else ALL[name]
+    result = train(spec, tmp_path / "compiled", compile=True)
+    assert len(graphs) > 0
+    assert result.environment["compiled"] is True
+    if name != "sam":
+        expected = RunFolder.of(uninterrupted, spec).read_checkpoint()
+        found = RunFolder.of(tmp_path / "compiled", spec).read_checkpoint()
+        assert found.keys() == expected.keys()  # the network's own names
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-2, atol=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupting(patch, at=5, times=1)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(TrainingInterrupted):
+            train(spec, tmp_path / "stopped", compile=True)
+        signal.signal(signal.SIGINT, handler)
+    train(spec, tmp_path / "stopped", compile=True)
+    assert bits(tmp_path / "stopped", spec) == bits(tmp_path / "compiled", spec)
+
+
+def test_a_run_that_goes_on_compiled_says_so(tmp_path: Path, graphs: list[torch.fx.GraphModule]) -> None:
+    stopped_in_the_middle(PLAIN, tmp_path)
+    with pytest.warns(ResumedElsewhereWarning, match="goes on with .* compiled True"):
+        train(PLAIN, tmp_path, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
+@pytest.mark.parametrize("spec", [PLAIN, BATCHNORM, EVERYTHING], ids=["plain", "batchnorm", "everything"])
+def test_a_run_compiled_by_inductor(spec: RunSpec, tmp_path: Path) -> None:
+    spec = replace(spec, precision="32-true")
+    eager = train(spec, tmp_path / "eager")
+    compiled = train(spec, tmp_path / "compiled", compile=True)
+    assert compiled.train_loss == pytest.approx(eager.train_loss, rel=1e-2)
+    stopped_in_the_middle(spec, tmp_path / "stopped", compile=True)
+    train(spec, tmp_path / "stopped", compile=True)
+    assert bits(tmp_path / "stopped", spec) == bits(tmp_path / "compiled", spec)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "tf32"])
+def test_tf32_is_used_if_and_only_if_it_is_asked_for(
+    precision: Any, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the caller has chosen, which is left as it was; on the CPU there is none, so the bits are the same."""
+
+    def switches() -> list[Any]:
+        return [getattr(holder, name) for holder, name, _, _ in _float32_switches()]
+
+    seen: list[list[Any]] = []
+    backward = training._Run._backward
+
+    def observed(run: training._Run, *batch: torch.Tensor) -> Any:
+        seen.append(switches())
+        return backward(run, *batch)
+
+    monkeypatch.setattr(training._Run, "_backward", observed)
+    spec = replace(PLAIN, precision=precision)
+    with float32_products(tf32=precision == "32-true"):
+        before = switches()
+        train(spec, tmp_path)
+        assert switches() == before
+    exact, fast = ([switch[i] for switch in _float32_switches()] for i in (2, 3))
+    assert seen == [fast if precision == "tf32" else exact] * 10
+    checkpoints = [
+        RunFolder.of(root, s).path / "checkpoint.safetensors" for root, s in ((tmp_path, spec), (uninterrupted, PLAIN))
+    ]
+    assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Ctrl-C and the lock
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -701,19 +797,19 @@ def test_a_finished_run_is_returned_at_once(tmp_path: Path, monkeypatch: pytest.
     assert isinstance(first, RunResult)
 
 
-def stopped_in_the_middle(spec: RunSpec, root: Path) -> RunFolder:
-    """A run killed after a few updates, in its second epoch."""
+def stopped_in_the_middle(spec: RunSpec, root: Path, **options: Any) -> RunFolder:
+    """A run killed after a few updates, in its second epoch or later."""
     with pytest.MonkeyPatch.context() as patch:
         update = training._Run.update
 
         def dying(run: training._Run) -> None:
-            if run.iteration == 6:
+            if run.iteration == 5:
                 raise Crash
             update(run)
 
         patch.setattr(training._Run, "update", dying)
         with pytest.raises(Crash):
-            train(spec, root, checkpoint_seconds=0.0)
+            train(spec, root, checkpoint_seconds=0.0, **options)
     return RunFolder.of(root, spec)
 
 

@@ -56,6 +56,7 @@ from flatminima.lab.results import (
 )
 from flatminima.lab.sharpness import SharpnessAwareGradient
 from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.precision import float32_products
 from flatminima.processes import Processes
 from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
 
@@ -86,11 +87,12 @@ def train(
     accelerator: str = "auto",
     cache_dir: Path | None = None,
     wait: bool = False,
+    compile: bool = False,
 ) -> RunResult:
     """Train one network, or go on where an earlier call was stopped, or return at once if it is done.
 
     On the CPU the result has the same bits whenever, and however often, the process was killed in between, as long as
-    the machine, the number of threads and the versions stay the same.
+    the machine, the number of threads, the versions and ``compile`` stay the same.
 
     Processes that ``torchrun`` started share one run, each on a device of its own: of every mini-batch of the spec they
     take equal parts, and of the regularizer's sub-batches too, so it is the run of one process up to rounding. Except
@@ -105,6 +107,8 @@ def train(
         accelerator: Where to train, as Lightning Fabric names it: auto, cpu, cuda, mps.
         cache_dir: Where decoded data are cached (see :func:`flatminima.lab.data.load_data`).
         wait: If another process trains this run, wait for its result.
+        compile: Train with ``torch.compile``: a minute or more of preparation, faster updates, the same run up to
+            rounding. On a GPU, plain training in one process becomes CUDA graphs.
 
     Returns:
         The result, read from or written to the run folder.
@@ -117,7 +121,8 @@ def train(
 
     Warns:
         DamagedRunWarning: A file of the folder was damaged, so the run starts over.
-        ResumedElsewhereWarning: The run began with other versions, threads, processes or another device.
+        ResumedElsewhereWarning: The run began with other versions, threads or processes, on another device, or
+            compiled and goes on uncompiled, or the other way round.
     """
     fabric = _launch(spec, accelerator)
     processes = _processes(fabric)
@@ -127,8 +132,8 @@ def train(
         if isinstance(found, RunResult):
             return found
         sets = _load(spec, cache_dir, processes)
-        with _reproducible():
-            run = _Run(spec, sets, fabric)
+        with _reproducible(tf32=spec.precision == "tf32"):
+            run = _Run(spec, sets, fabric, compile=compile)
             if found is not None and processes.first(lambda: _goes_on(run, found, folder)):
                 run.restore(found, folder.path)
             return _finish(run, folder, progress, checkpoint_seconds)
@@ -147,8 +152,8 @@ class _Update:
 class _Run:
     """A run in memory, between two updates."""
 
-    def __init__(self, spec: RunSpec, sets: TrainingSets, fabric: Fabric) -> None:
-        self.spec = spec
+    def __init__(self, spec: RunSpec, sets: TrainingSets, fabric: Fabric, *, compile: bool = False) -> None:
+        self.spec, self.is_compiled = spec, compile
         self.data_digest = sets.digest()
         self.fabric, self.processes = fabric, _processes(fabric)
         self.processes.require_same("the training data", lambda: self.data_digest)
@@ -171,8 +176,9 @@ class _Run:
             nesterov=spec.nesterov,
             weight_decay=spec.weight_decay,
         )
-        self.model, self.optimizer = fabric.setup(self.network, self.sgd)
-        wrapped = next((m for m in self.model.modules() if isinstance(m, DistributedDataParallel)), self.network)
+        trained = self._compiled() if compile else self.network  # what is saved and evaluated is never compiled
+        self.model, self.optimizer = fabric.setup(trained, self.sgd, _reapply_compile=False)
+        wrapped = next((m for m in self.model.modules() if isinstance(m, DistributedDataParallel)), trained)
         self.regularizer = _regularizer(wrapped, spec.regularizer, self.processes.size)
 
         self.iteration = 0
@@ -337,7 +343,17 @@ class _Run:
             "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type} {processor}",
             "threads": torch.get_num_threads(),
         }
-        return found | ({"processes": self.processes.size} if self.processes.size > 1 else {})
+        found |= {"processes": self.processes.size} if self.processes.size > 1 else {}
+        return found | ({"compiled": True} if self.is_compiled else {})
+
+    def _compiled(self) -> nn.Module:
+        torch.compiler.reset()  # graphs of earlier runs count towards a limit, past which the network runs eagerly
+        # CUDA graphs keep to the memory they were captured with, and the passes of regularizers use copies of buffers.
+        captured = self.fabric.device.type == "cuda" and self.spec.regularizer is None and self.processes.size == 1
+        compiled: nn.Module = torch.compile(  # type: ignore[assignment]
+            self.network, dynamic=False, mode="reduce-overhead" if captured else "default"
+        )
+        return compiled
 
     def _error(self, images: ImageSet) -> float | None:
         return evaluate(self.network, images).error if len(images) else None
@@ -418,8 +434,9 @@ def _means(by_process: Sequence[Sequence[float]]) -> list[float]:
 def _launch(spec: RunSpec, accelerator: str) -> Fabric:
     """Fabric on one device; under torchrun on one for each process, which then have joined."""
     size = Processes.launched().size
+    precision = "32-true" if spec.precision == "tf32" else spec.precision  # what float32 is, `_reproducible` decides
     if size == 1:
-        return Fabric(accelerator=accelerator, devices=1, precision=spec.precision)
+        return Fabric(accelerator=accelerator, devices=1, precision=precision)
     _require_shares(spec, size)
     on_this_node = int(os.environ["LOCAL_WORLD_SIZE"])
     fabric = Fabric(
@@ -427,7 +444,7 @@ def _launch(spec: RunSpec, accelerator: str) -> Fabric:
         devices=on_this_node,
         num_nodes=size // on_this_node,
         strategy="ddp",
-        precision=spec.precision,
+        precision=precision,
     )
     fabric.launch()
     return fabric
@@ -622,14 +639,13 @@ def _describe(environment: object) -> str:
 
 
 @contextlib.contextmanager
-def _reproducible() -> Iterator[None]:
-    """Leave the caller's random state alone, and ask cuDNN for deterministic kernels."""
-    cudnn = torch.backends.cudnn
+def _reproducible(*, tf32: bool) -> Iterator[None]:
+    """Leave the caller's random state and settings alone, ask cuDNN for deterministic kernels, and choose float32's."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with (
-        torch.random.fork_rng(devices),
-        cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32),
-    ):
+    with torch.random.fork_rng(devices), float32_products(tf32=tf32), contextlib.ExitStack() as restored:
+        for name, value in {"enabled": True, "benchmark": False, "deterministic": True}.items():
+            restored.callback(setattr, torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+            setattr(torch.backends.cudnn, name, value)
         yield
 
 

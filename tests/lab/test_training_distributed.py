@@ -104,6 +104,17 @@ def in_each_process(rank: int, folder: Path, port: int) -> None:
     run = training._Run(PLAIN, results.load_sets(PLAIN), training._launch(PLAIN, "cpu"))
     seen["batch"] = run._next_batch()
 
+    patch, compile_, graphs = pytest.MonkeyPatch(), torch.compile, []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    patch.setattr(torch, "compile", lambda model, *, dynamic, mode: compile_(model, backend=backend, dynamic=dynamic))
+    train(AGREEING["whole-batch"], folder / "compiled", accelerator="cpu", compile=True)
+    patch.undo()
+    seen["graphs"] = len(graphs)
+
     for name, spec in {"stopped": AGREEING["whole-batch"], "stopped with BatchNorm": BATCHNORM}.items():
         patch = patched_update(
             lambda run: signal.raise_signal(signal.SIGINT) if (rank, run.iteration) == (1, 4) else None
@@ -174,9 +185,14 @@ def seen(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
-@pytest.mark.parametrize("spec", AGREEING.values(), ids=AGREEING)
-def test_two_processes_train_the_run_of_one(spec: RunSpec, folder: Path) -> None:
-    alone, shared = (RunFolder.of(folder / name, spec) for name in ("alone", "shared"))
+@pytest.mark.parametrize(
+    ("root", "spec"),
+    [*(("shared", spec) for spec in AGREEING.values()), ("compiled", AGREEING["whole-batch"])],
+    ids=[*AGREEING, "compiled"],
+)
+def test_two_processes_train_the_run_of_one(root: str, spec: RunSpec, folder: Path, seen: list[dict[str, Any]]) -> None:
+    assert all(found["graphs"] > 0 for found in seen)
+    alone, shared = (RunFolder.of(folder / name, spec) for name in ("alone", root))
     assert alone.read_spec() == shared.read_spec()
     expected, found = alone.read_checkpoint(), shared.read_checkpoint()
     assert found.keys() == expected.keys()
@@ -303,7 +319,7 @@ def torchrun(root: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
 
 def wait_for_update(process: subprocess.Popen[str], root: Path, update: int) -> RunFolder:
     """Wait until the one run under ``root`` is saved at ``update`` or later."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         for folder in map(RunFolder, root.iterdir()):
             point = folder.read_resume_point()
@@ -343,11 +359,11 @@ def test_torchrun_is_stopped_by_ctrl_c_and_goes_on(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_prints_one_result(tmp_path: Path) -> None:
     with torchrun(tmp_path, "--epochs", "2", "--json") as process:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     assert json.loads(out)["environment"]["processes"] == PROCESSES
     assert ours(err) == []
     with torchrun(tmp_path, "--batch-size", "63") as process:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
     assert out == ""
     (said,) = ours(err)
     assert said.startswith("flatminima: error: batch_size 63 cannot be shared equally by 2 processes")

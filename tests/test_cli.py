@@ -454,6 +454,35 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     assert capsys.readouterr().err.startswith(f"flatminima: going on with the unfinished run in {folder}\n")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_speaks(
+    rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+    def said(status: int, *arguments: str) -> str:
+        assert cli.main(list(arguments)) == status
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err
+
+    error = said(2, "train", "digits", "--batch-size", "63", "--root", str(tmp_path))
+    refusal = said(2, "measure", "runs/any")
+    if rank > 0:
+        assert error == refusal == ""
+    else:
+        assert error.startswith("flatminima: error: batch_size 63 cannot be shared equally by 2 processes")
+        assert refusal.startswith("flatminima: error: only `train` can be shared by several processes")
+        assert len((error + refusal).splitlines()) == 2
+
+    def unlucky(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(training, "train", unlucky)
+    assert "out of memory" in said(1, "train", "digits")  # the others may know nothing of it
+
+
 def test_output_may_be_cut_short_by_its_reader() -> None:
     reading, writing = os.pipe()
     os.close(reading)

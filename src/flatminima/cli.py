@@ -19,7 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, TypeVar
 
-from flatminima.errors import FlatminimaError, FlatminimaWarning, RankDeficientError, TrainingInterrupted
+from flatminima.errors import (
+    FlatminimaError,
+    FlatminimaWarning,
+    NonFiniteError,
+    RankDeficientError,
+    TrainingInterrupted,
+)
+from flatminima.processes import Processes
 
 try:
     import tyro
@@ -107,11 +114,15 @@ class RunOptions(RunSpec):
 class Train:
     """Train one network into a run folder; the same command again goes on where it stopped.
 
+    Under torchrun its processes share the run, each with a device of its own and an equal part of every mini-batch.
+
     RECIPE is one of the paper's trainings, and the options below change it. Without RECIPE it is that of the --model,
     digits for --data digits, or else resnet20. --regularizer, or any of its options, switches the regularizer on; and
     --sam, or any of its options, sharpness-aware minimization in its place.
 
     Example: flatminima train resnet20 --data cifar10 --epochs 3
+
+    Example: torchrun --nproc-per-node 2 -m flatminima train resnet20 --data cifar10
     """
 
     run: Annotated[AvoidSubcommands[RunOptions], arg(name="")]
@@ -119,6 +130,8 @@ class Train:
     """Where run folders are kept."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train (auto: on a GPU if there is one)."""
+    compile: Flag = False
+    """Compile the network first: a minute or more of preparation, then faster; the same run up to rounding."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
 
@@ -258,14 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         except RankDeficientError as error:
             return _fail(f"error: {error} (options: --on-singular skip, --double, --subset-size)", 2, debug)
+        except NonFiniteError as error:  # one process alone may have met it
+            return _fail(f"error: {error}", 2, debug, by_any=True)
         except (FlatminimaError, FileNotFoundError) as error:
             return _fail(f"error: {error}", 2, debug)
         except ModuleNotFoundError as error:
             return _fail(f"error: the command line needs {error.name}: pip install 'flatminima[lab]'", 1, debug)
         except OSError as error:
-            return _fail(f"error: {error}", 1, debug)
+            return _fail(f"error: {error}", 1, debug, by_any=True)
         except Exception as error:
-            return _fail(f"error: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+            return _fail(f"error: {type(error).__name__}: {error} (--debug shows where)", 1, debug, by_any=True)
 
 
 def _run(given: list[str]) -> None:
@@ -280,7 +295,12 @@ def _run(given: list[str]) -> None:
     if given[0] not in COMMANDS:
         hint = _did_you_mean(given[0], list(COMMANDS))
         raise FlatminimaError(f"unknown command {given[0]!r}{hint}: choose from {', '.join(COMMANDS)}")
+    processes = Processes.launched()
+    if processes.size > 1 and given[0] != "train":
+        raise FlatminimaError(f"only `train` can be shared by several processes: start `{given[0]}` without torchrun")
     as_json, report = COMMANDS[given[0]](given[1:])
+    if processes.rank > 0:
+        return
     if as_json:
         print(json.dumps(report.json, default=str, allow_nan=False))  # noqa: T201
     else:
@@ -336,7 +356,13 @@ def _train(given: list[str]) -> tuple[bool, Report]:
         if before == "unfinished":
             _say(f"going on with the unfinished run in {folder.path}")
         accelerator = "auto" if options.device == "auto" else resolve_device(options.device).type
-        result = train(spec, options.root, progress=not options.output.no_progress, accelerator=accelerator)
+        result = train(
+            spec,
+            options.root,
+            progress=not options.output.no_progress,
+            accelerator=accelerator,
+            compile=options.compile,
+        )
     happened = {"finished": "was trained before, nothing to do", "unfinished": "resumed and finished"}
     seconds = result.seconds / result.epochs
     lines = [
@@ -519,14 +545,16 @@ def _fields(value: Any) -> dict[str, Any]:
     return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
 
 
-def _say(text: str) -> None:
-    print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+def _say(text: str, *, by_any: bool = False) -> None:
+    """Say it on standard error; of several processes the first alone, unless it may be news to that one."""
+    if by_any or Processes.launched().rank == 0:
+        print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
 
 
-def _fail(text: str, status: int, debug: bool) -> int:
+def _fail(text: str, status: int, debug: bool, *, by_any: bool = False) -> int:
     if debug:
         traceback.print_exc()
-    _say(text)
+    _say(text, by_any=by_any)
     return status
 
 

@@ -25,10 +25,18 @@ def true_precision() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(device, enabled=False))
-        for holder, name, exact in _float32_switches():
+        stack.enter_context(float32_products(tf32=False))
+        yield
+
+
+@contextlib.contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Products of float32 numbers in float32 or, on GPUs that have it, in TF32 (10 bits); restored afterwards."""
+    with contextlib.ExitStack() as stack:
+        for holder, name, exact, fast in _float32_switches():
             before = getattr(holder, name)
             stack.callback(setattr, holder, name, before)
-            setattr(holder, name, exact)
+            setattr(holder, name, fast if tf32 else exact)
         yield
 
 
@@ -47,8 +55,10 @@ def back_like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(other.dtype).to(other.device)
 
 
-def _float32_switches() -> list[tuple[Any, str, Any]]:
-    """(object, attribute, exact value) of every switch that trades float32 accuracy for speed.
+def _float32_switches() -> list[tuple[Any, str, Any, Any]]:
+    """(object, attribute, exact value, value for TF32) of every switch that trades float32 accuracy for speed.
+
+    The CPU stays exact.
 
     From 2.9 on PyTorch has one switch per backend and operator, and reading the older ones fails once a user has set
     a newer one; before, there were two.
@@ -57,5 +67,8 @@ def _float32_switches() -> list[tuple[Any, str, Any]]:
     if hasattr(backends.cuda.matmul, "fp32_precision"):
         operators = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
         mkldnn = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
-        return [(operator, "fp32_precision", "ieee") for operator in (*operators, *mkldnn)]
-    return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+        return [
+            *((operator, "fp32_precision", "ieee", "tf32") for operator in operators),
+            *((operator, "fp32_precision", "ieee", "ieee") for operator in mkldnn),
+        ]
+    return [(backends.cuda.matmul, "allow_tf32", False, True), (backends.cudnn, "allow_tf32", False, True)]

@@ -6,6 +6,7 @@ group's store, where a process that failed has left word instead of coming.
 
 from __future__ import annotations
 
+import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterator
@@ -47,6 +48,13 @@ class Processes:
             raise FlatminimaError("distributed=True needs a process group: start with torchrun and init_process_group")
         return cls(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
+    @classmethod
+    def launched(cls) -> Processes:
+        """Those that ``torchrun`` started, whether they have joined yet or not; without it, this process alone."""
+        if not (dist.is_available() and dist.is_torchelastic_launched()):
+            return cls()
+        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """An exception in this block on one process is raised on all, and leaves none waiting; they end it together.
@@ -79,6 +87,12 @@ class Processes:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, own, group=self.group)
         return gathered
+
+    def first(self, action: Callable[[], Result]) -> Result:
+        """What ``action()`` returns on the first process, which alone does it; exceptions as in :meth:`together`."""
+        results: list[Any] = self.gather(lambda: action() if self.rank == 0 else None)
+        first: Result = results[0]
+        return first
 
     def require_same(self, what: str, value: Callable[[], Any]) -> None:
         """Raise :class:`FlatminimaError` on all processes if ``value()`` differs between them."""

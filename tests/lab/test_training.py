@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatminima.errors import (
     DamagedRunWarning,
@@ -33,6 +36,7 @@ from flatminima.lab.data import augment, load_data
 from flatminima.lab.models import build_model
 from flatminima.lab.results import RunFolder, RunResult
 from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
+from flatminima.precision import _float32_switches, float32_products
 from flatminima.regularizer import FisherTraceRegularizer
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.
@@ -195,7 +199,7 @@ def test_updates_are_those_of_a_plain_loop(tmp_path: Path, nesterov: bool, smoot
 
 def test_every_epoch_uses_other_batches_and_crops() -> None:
     spec = replace(EVERYTHING, regularizer=None)
-    run = training._Run(spec, results.load_sets(spec), "cpu")
+    run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
     batches = []
     for iteration in range(run.total_iterations):
         run.iteration = iteration
@@ -210,7 +214,7 @@ def test_every_epoch_uses_other_batches_and_crops() -> None:
 
 def test_an_epoch_takes_no_image_twice() -> None:
     spec = replace(PLAIN, batch_size=35)  # divides the 140 images: an epoch takes every one
-    run = training._Run(spec, results.load_sets(spec), "cpu")
+    run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
     taken = []
     for iteration in range(4):
         run.iteration = iteration
@@ -437,6 +441,69 @@ def test_seeds_differ_for_every_purpose_and_index() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# As on a GPU: updates do not wait for their numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Readings(TorchDispatchMode):
+    """Counts the numbers that leave the device one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operation is torch.ops.aten._local_scalar_dense.default
+        return operation(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def reading_late() -> Iterator[None]:
+    """Runs read what updates observed when they would on a GPU."""
+    build = training._Run.__init__
+
+    def late(run: training._Run, *args: Any, **options: Any) -> None:
+        build(run, *args, **options)
+        run._reads_at_once = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training._Run, "__init__", late)
+        yield
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [PLAIN, replace(EVERYTHING, regularizer=None), replace(SHARPNESS, regularizer=SharpnessAwareSpec())],
+    ids=["plain", "augmented", "sam"],
+)
+def test_no_update_waits_for_a_number(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    with reading_late():
+        run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
+    for name in ("tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("a tensor left the device"))
+    with Readings() as readings:
+        for _ in range(2):
+            run.update()
+    assert readings.count == 0
+    with Readings() as readings:
+        float(run._unread[0].loss)
+    assert readings.count == 1
+    monkeypatch.undo()
+    run.read()
+    assert run.sums.loss > 0
+
+
+@SPECS
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+def test_reading_late_changes_no_bit(
+    spec: RunSpec, checkpoint_seconds: float, tmp_path: Path, uninterrupted: Path
+) -> None:
+    with reading_late():
+        train(spec, tmp_path, checkpoint_seconds=checkpoint_seconds)
+    assert bits(tmp_path, spec) == bits(uninterrupted, spec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Crashes: the same bits, whenever the process dies
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -539,7 +606,7 @@ def test_a_crash_in_any_update_is_survived(
     updates, limit = 0, 0
     backward = training._Run._backward
 
-    def dying(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def dying(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> Any:
         nonlocal updates
         computed = backward(run, images, labels)
         updates += 1
@@ -559,6 +626,100 @@ def test_a_crash_in_any_update_is_survived(
     monkeypatch.undo()
     train(spec, tmp_path)
     assert bits(tmp_path, spec) == bits(uninterrupted, spec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled, and in TF32
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What dynamo takes from networks is run as it is, without the minutes that Inductor needs, and listed."""
+    found: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, *, dynamic, mode: compile_(model, backend=backend, dynamic=dynamic)
+    )
+    return found
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "sparse", "sam"])
+def test_a_compiled_run_is_the_same_up_to_rounding_and_resumes(
+    name: str, tmp_path: Path, uninterrupted: Path, graphs: list[torch.fx.GraphModule]
+) -> None:
+    spec = replace(SHARPNESS, model="mlp") if name == "sam" else ALL[name]
+    result = train(spec, tmp_path / "compiled", compile=True)
+    assert len(graphs) > 0
+    assert result.environment["compiled"] is True
+    if name != "sam":
+        expected = RunFolder.of(uninterrupted, spec).read_checkpoint()
+        found = RunFolder.of(tmp_path / "compiled", spec).read_checkpoint()
+        assert found.keys() == expected.keys()  # the network's own names
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-2, atol=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupting(patch, at=5, times=1)
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(TrainingInterrupted):
+            train(spec, tmp_path / "stopped", compile=True)
+        signal.signal(signal.SIGINT, handler)
+    train(spec, tmp_path / "stopped", compile=True)
+    assert bits(tmp_path / "stopped", spec) == bits(tmp_path / "compiled", spec)
+
+
+def test_a_run_that_goes_on_compiled_says_so(tmp_path: Path, graphs: list[torch.fx.GraphModule]) -> None:
+    stopped_in_the_middle(PLAIN, tmp_path)
+    with pytest.warns(ResumedElsewhereWarning, match="goes on with .* compiled True"):
+        train(PLAIN, tmp_path, compile=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
+@pytest.mark.parametrize("spec", [PLAIN, BATCHNORM, EVERYTHING], ids=["plain", "batchnorm", "everything"])
+def test_a_run_compiled_by_inductor(spec: RunSpec, tmp_path: Path) -> None:
+    spec = replace(spec, precision="32-true")
+    eager = train(spec, tmp_path / "eager")
+    compiled = train(spec, tmp_path / "compiled", compile=True)
+    assert compiled.train_loss == pytest.approx(eager.train_loss, rel=1e-2)
+    stopped_in_the_middle(spec, tmp_path / "stopped", compile=True)
+    train(spec, tmp_path / "stopped", compile=True)
+    assert bits(tmp_path / "stopped", spec) == bits(tmp_path / "compiled", spec)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "tf32"])
+def test_tf32_is_used_if_and_only_if_it_is_asked_for(
+    precision: Any, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the caller has chosen, which is left as it was; on the CPU there is none, so the bits are the same."""
+
+    def switches() -> list[Any]:
+        return [getattr(holder, name) for holder, name, _, _ in _float32_switches()]
+
+    seen: list[list[Any]] = []
+    backward = training._Run._backward
+
+    def observed(run: training._Run, *batch: torch.Tensor) -> Any:
+        seen.append(switches())
+        return backward(run, *batch)
+
+    monkeypatch.setattr(training._Run, "_backward", observed)
+    spec = replace(PLAIN, precision=precision)
+    with float32_products(tf32=precision == "32-true"):
+        before = switches()
+        train(spec, tmp_path)
+        assert switches() == before
+    exact, fast = ([switch[i] for switch in _float32_switches()] for i in (2, 3))
+    assert seen == [fast if precision == "tf32" else exact] * 10
+    checkpoints = [
+        RunFolder.of(root, s).path / "checkpoint.safetensors" for root, s in ((tmp_path, spec), (uninterrupted, PLAIN))
+    ]
+    assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,7 +750,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, *, at: int, times: int) -> Non
     """Press Ctrl-C in the middle of an update."""
     backward = training._Run._backward
 
-    def pressing(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def pressing(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> Any:
         for _ in range(times if run.iteration == at else 0):
             signal.raise_signal(signal.SIGINT)
         return backward(run, images, labels)
@@ -661,19 +822,19 @@ def test_a_finished_run_is_returned_at_once(tmp_path: Path, monkeypatch: pytest.
     assert isinstance(first, RunResult)
 
 
-def stopped_in_the_middle(spec: RunSpec, root: Path) -> RunFolder:
-    """A run killed after a few updates, in its second epoch."""
+def stopped_in_the_middle(spec: RunSpec, root: Path, **options: Any) -> RunFolder:
+    """A run killed after a few updates, in its second epoch or later."""
     with pytest.MonkeyPatch.context() as patch:
         update = training._Run.update
 
         def dying(run: training._Run) -> None:
-            if run.iteration == 6:
+            if run.iteration == 5:
                 raise Crash
             update(run)
 
         patch.setattr(training._Run, "update", dying)
         with pytest.raises(Crash):
-            train(spec, root, checkpoint_seconds=0.0)
+            train(spec, root, checkpoint_seconds=0.0, **options)
     return RunFolder.of(root, spec)
 
 
@@ -790,6 +951,23 @@ def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path, regularizer: Re
     with pytest.raises(FlatminimaError) as again:
         train(spec, tmp_path)
     assert str(again.value) == f"this run failed before: {message} (delete {folder.path} to train it again)"
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+def test_a_loss_that_is_read_late_fails_the_run_at_its_own_update(tmp_path: Path, checkpoint_seconds: float) -> None:
+    """With the message it has where it is read at once; nothing that came after it is kept."""
+    spec = replace(PLAIN, lr=1e15, schedule=MultiStep(()))
+    with pytest.raises(NonFiniteError) as soon:
+        train(spec, tmp_path / "soon")
+    with reading_late(), pytest.raises(NonFiniteError) as late:
+        train(spec, tmp_path / "late", checkpoint_seconds=checkpoint_seconds)
+    assert str(late.value) == str(soon.value)
+    assert "in epoch 1, iteration 4" not in str(late.value)  # the last one of its epoch
+    folder = RunFolder.of(tmp_path / "late", spec)
+    assert folder.status == "failed"
+    assert {path.name for path in folder.path.iterdir()} == {
+        *("spec.json", "failure.json", "history.jsonl", "lock", "tensorboard"),
+    }
 
 
 def test_a_network_ruined_by_its_last_update_fails_the_run(tmp_path: Path) -> None:

@@ -492,13 +492,13 @@ def augment(images: Tensor, scheme: str, generator: torch.Generator) -> Tensor:
     padding = _CROP_PADDING[scheme]
     batch, channels, height, width = images.shape
 
-    def draw(high: int) -> Tensor:
-        drawn = torch.randint(high, (batch, 1), generator=generator, device=generator.device)
-        return drawn.to(images.device)
-
-    rows = draw(2 * padding + 1) + torch.arange(height, device=images.device)  # (B, H)
-    columns = draw(2 * padding + 1) + torch.arange(width, device=images.device)  # (B, W)
-    columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+    highs = (2 * padding + 1, 2 * padding + 1, 2)
+    drawn = [torch.randint(high, (batch, 1), generator=generator, device=generator.device) for high in highs]
+    # One copy, and to a GPU one that does not wait for the work before it.
+    top, left, mirrored = torch.stack(drawn).to(images.device, non_blocking=images.is_cuda)  # (B, 1) each
+    rows = top + torch.arange(height, device=images.device)  # (B, H)
+    columns = left + torch.arange(width, device=images.device)  # (B, W)
+    columns = torch.where(mirrored == 1, columns.flip(1), columns)
     padded = F.pad(images, (padding, padding, padding, padding))
     # One gather over flat pixels is five times as fast as indexing the four axes.
     pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (B, H, W)

@@ -20,7 +20,7 @@ from flatminima.regularizer import MainGradient
 
 __all__ = ["RECIPES", "MultiStep", "Plateau", "Precision", "RegularizerSpec", "RunSpec", "SharpnessAwareSpec"]
 
-Precision = Literal["32-true", "bf16-mixed"]
+Precision = Literal["32-true", "bf16-mixed", "tf32"]
 
 _KEY_LENGTH = 12  # hexadecimal digits: 48 bits, so 10,000 runs under one root collide with probability 2e-7
 
@@ -193,7 +193,8 @@ class RunSpec:
     evaluate_every: int = 1
     """Evaluate on the test images (and those held out) after every so many epochs, and after the last."""
     precision: Precision = "32-true"
-    """Arithmetic of the training passes; penalties and evaluation are float32 in any case."""
+    """Arithmetic of the training passes (tf32: that of GPUs which have it, float32 elsewhere); penalties and evaluation
+    are float32 in any case."""
     seed: int = 0
     """Decides the initial weights, the training subset, the confusion set, the batches and the augmentation."""
     data_folder: str | None = field(default=None, compare=False)

@@ -17,6 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from flatminima.errors import FlatminimaError
+from flatminima.lab.results import write_whole
+
 
 @dataclass(frozen=True)
 class Theme:
@@ -170,8 +173,13 @@ def write_page(path: Path, template: str, **context: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Replace the file as a whole; its folder is made if there is none.
+
+    Raises:
+        FlatminimaError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlatminimaError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from None
+    write_whole(path, text)

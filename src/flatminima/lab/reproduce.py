@@ -110,7 +110,7 @@ class Reproduction:
         tasks = asked.tasks(self.folder / "runs")
         state = _State.of(tasks, failures or {})
         summary = summarize(asked, state.records, state.failures, [task.folder.path.name for task in state.left])
-        price = costs.prices(state.left, state.records) if state.left else {}
+        price = costs.prices(tasks, state.records) if state.left else {}
         summary["seconds_left"] = sum(costs.seconds(task, price) for task in state.left) / self.workers
         summary["workers"] = self.workers
         return summary

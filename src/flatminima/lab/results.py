@@ -37,6 +37,7 @@ __all__ = [
     "load_run",
     "load_sets",
     "load_weights",
+    "write_whole",
 ]
 
 Record = TypeVar("Record")
@@ -183,7 +184,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self._file("lock"), blocking=wait).acquire(poll_interval=0.2)
         except filelock.Timeout:
-            raise FlatminimaError(f"another process is training {self.path}; wait for it or stop it") from None
+            raise FlatminimaError(f"another process is training or measuring {self.path}; wait for it or stop it") from None
         except OSError as error:
             raise FlatminimaError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from None
         with lock:
@@ -204,9 +205,19 @@ class RunFolder:
         except FlatminimaError as error:
             raise _damaged(self._file("spec.json"), str(error)) from None
 
+    def require_spec(self, spec: RunSpec) -> None:
+        """Refuse the folder of another run.
+
+        Raises:
+            DamagedFileError: ``spec.json`` is missing or damaged.
+            FlatminimaError: It is another run's.
+        """
+        if self.read_spec() != spec:
+            raise FlatminimaError(f"{self.path} holds another run than its name says; delete or rename it")
+
     def write_spec(self, spec: RunSpec) -> None:
         """Write ``spec.json``."""
-        _write(self._file("spec.json"), spec.to_json() + "\n")
+        write_whole(self._file("spec.json"), spec.to_json() + "\n")
 
     def read_history(self) -> list[EpochRecord]:
         """The finished epochs, up to the last resume point of an unfinished run.
@@ -227,7 +238,7 @@ class RunFolder:
     def write_history(self, history: list[EpochRecord]) -> None:
         """Write ``history.jsonl``."""
         lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in history]
-        _write(self._file("history.jsonl"), "".join(lines))
+        write_whole(self._file("history.jsonl"), "".join(lines))
 
     def read_resume_point(self) -> ResumePoint | None:
         """Where the run was last saved; None if it never was.
@@ -287,13 +298,13 @@ class RunFolder:
         self.write_history(history)
         values = dataclasses.asdict(result)
         del values["folder"]
-        _write(self._file("result.json"), json.dumps(values, indent=2) + "\n")
+        write_whole(self._file("result.json"), json.dumps(values, indent=2) + "\n")
         self._file("state.safetensors").unlink(missing_ok=True)
 
     def write_failure(self, message: str, history: list[EpochRecord]) -> None:
         """Mark the run as failed; it is deterministic, so it would fail again."""
         self.write_history(history)
-        _write(self._file("failure.json"), json.dumps({"error": message}) + "\n")
+        write_whole(self._file("failure.json"), json.dumps({"error": message}) + "\n")
         self._file("state.safetensors").unlink(missing_ok=True)
 
     def read_measures(self) -> str | None:
@@ -303,7 +314,7 @@ class RunFolder:
 
     def write_measures(self, text: str) -> None:
         """Write ``measures.json``."""
-        _write(self._file("measures.json"), text)
+        write_whole(self._file("measures.json"), text)
 
     def clear(self) -> None:
         """Delete this run's files, so that nothing of an earlier attempt can be taken for this one's."""
@@ -464,7 +475,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str,
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(note)
     metadata = {_NOTE: json.dumps({"digest": _digest(stored, text), "note": text})}
-    _write(path, safetensors.torch.save(stored, metadata=metadata))
+    write_whole(path, safetensors.torch.save(stored, metadata=metadata))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -510,8 +521,12 @@ def _read_text(path: Path) -> str:
         raise _damaged(path, f"it cannot be read: {_one_line(error)}") from None
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` as a whole, and return once the disk has it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` as a whole, and return once the disk has it.
+
+    Raises:
+        FlatminimaError: The disk is full, or the folder cannot be written to; ``path`` is as before.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -520,6 +535,8 @@ def _write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk has better use for its space
         raise FlatminimaError(
             f"cannot write {path}: {error.strerror}; free some space or choose another folder"
         ) from None

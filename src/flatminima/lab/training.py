@@ -330,8 +330,7 @@ def _reopen(folder: RunFolder, spec: RunSpec) -> RunResult | ResumePoint | None:
     if folder.is_empty:
         return None
     try:
-        if folder.read_spec() != spec:
-            raise FlatminimaError(f"{folder.path} holds another run than its name says; delete or rename it")
+        folder.require_spec(spec)
         return folder.read_result() or folder.read_resume_point()
     except DamagedFileError as error:
         warnings.warn(f"this run starts over: {error}", DamagedRunWarning, stacklevel=3)

@@ -17,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from flatminima.errors import FlatminimaError
-from flatminima.lab.results import write_whole
+from flatminima.lab.results import unwritable, write_whole
 
 
 @dataclass(frozen=True)
@@ -181,5 +180,5 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FlatminimaError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from None
+        raise unwritable(path, error) from None
     write_whole(path, text)

@@ -37,6 +37,7 @@ __all__ = [
     "load_run",
     "load_sets",
     "load_weights",
+    "unwritable",
     "write_whole",
 ]
 
@@ -184,7 +185,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self._file("lock"), blocking=wait).acquire(poll_interval=0.2)
         except filelock.Timeout:
-            raise FlatminimaError(f"another process is training or measuring {self.path}; wait for it or stop it") from None
+            raise FlatminimaError(
+                f"another process is training or measuring {self.path}; wait for it or stop it"
+            ) from None
         except OSError as error:
             raise FlatminimaError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from None
         with lock:
@@ -537,9 +540,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # a full disk has better use for its space
-        raise FlatminimaError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another folder"
-        ) from None
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> FlatminimaError:
+    """What to raise where ``path`` could not be written."""
+    return FlatminimaError(f"cannot write {path}: {error.strerror}; free some space or choose another folder")
 
 
 def _damaged(path: Path, what: str) -> DamagedFileError:

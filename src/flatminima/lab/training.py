@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from flatminima.errors import (
     DamagedFileError,
     DamagedRunWarning,
-    FlatminimaError,
     NonFiniteError,
     ResumedElsewhereWarning,
     TrainingInterrupted,
@@ -50,6 +51,7 @@ from flatminima.lab.results import (
     TrainingSets,
     assign_weights,
     load_sets,
+    unwritable,
 )
 from flatminima.lab.sharpness import SharpnessAwareGradient
 from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
@@ -484,23 +486,43 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 
 
 class _EventLog:
-    """The history for TensorBoard, by epochs. Every sitting writes it anew, so that no epoch is there twice."""
+    """The history for TensorBoard, by epochs. Every sitting writes it anew, so that no epoch is there twice.
+
+    Written here and now, not by the thread of torch's ``SummaryWriter``, which dies with a traceback on a full disk.
+    """
 
     def __init__(self, folder: Path, history: list[EpochRecord]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(folder)
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}"
         self._wall_time = time.time() - sum(record.seconds for record in history)  # breaks are not shown
+        try:
+            folder.mkdir()
+            self._file = self._path.open("wb")
+        except OSError as error:
+            raise unwritable(self._path, error) from None
+        self._write(Event(wall_time=self._wall_time, file_version="brain.Event:2"))
         for record in history:
             self.add(record)
 
     def add(self, record: EpochRecord) -> None:
         self._wall_time += record.seconds
-        for name, value in asdict(record).items():
-            if name not in ("epoch", "iteration", "seconds") and value is not None:
-                self._writer.add_scalar(name, value, record.epoch, walltime=self._wall_time)
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in asdict(record).items()
+            if name not in ("epoch", "iteration", "seconds") and value is not None
+        ]
+        self._write(Event(wall_time=self._wall_time, step=record.epoch, summary=Summary(value=values)))
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was said when it was written
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        try:
+            RecordWriter(self._file).write(event.SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self._path, error) from None
 
 
 class _ProgressBar:

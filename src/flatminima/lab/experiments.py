@@ -117,6 +117,11 @@ class Task:
         return RunFolder.of(self.root, self.setting.spec)
 
     @property
+    def label(self) -> str:
+        """Which of the experiment's runs it is."""
+        return f"{self.setting.case}, {self.setting.arm}, seed {self.setting.spec.seed}"
+
+    @property
     def ways(self) -> list[Measuring]:
         """How the minimum is measured: as asked, and at normalized logits."""
         if self.measuring is None:

@@ -28,7 +28,7 @@ from flatminima.errors import (
 )
 from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.loading import load_model, resolve_device
-from flatminima.lab.results import RunFolder, load_run
+from flatminima.lab.results import RunFolder, RunProgress, load_run
 from flatminima.measures import Characterization, measure
 from flatminima.precision import float64_device
 from flatminima.progress import track
@@ -133,7 +133,8 @@ def _measured(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: 
         warnings.warn(f"measured again: {error}", DamagedRunWarning, stacklevel=3)
         others = []
     _, model, clean, _ = load_run(folder.path)
-    with recorded_warnings() as recorded:
+    with folder.watched() as note, recorded_warnings() as recorded:
+        note(RunProgress("measuring"))
         characterization = how.of(model, clean, device=device, progress=progress)
     messages = [(type(warning).__name__, str(warning)) for warning in recorded]
     entry = {"asked": asked, "warnings": messages, "characterization": json.loads(characterization.to_json())}

@@ -23,7 +23,7 @@ from flatminima.lab.report import Table, write_text
 from flatminima.lab.reproductions import EXPERIMENTS, PRESETS, PresetName, experiment
 from flatminima.lab.specs import RegularizerSpec
 from flatminima.lab.summaries import summarize
-from flatminima.progress import track
+from flatminima.lab.watching import watch
 
 _CHOSEN = "chosen.json"
 _REPORT_SECONDS = 60.0
@@ -90,7 +90,7 @@ class Reproduction:
         asked, reported = self.experiment(name), time.monotonic()
         tasks = asked.tasks(self.folder / "runs")
         with contextlib.closing(self.executor.run(perform, tasks)) as ended:
-            for number, outcome in track(ended, name, progress, total=len(tasks)):
+            for number, outcome in watch(ended, tasks, name, progress):
                 if isinstance(outcome, Failure):
                     failures[tasks[number].folder.path.name] = outcome.error
                 if time.monotonic() - reported > _REPORT_SECONDS:

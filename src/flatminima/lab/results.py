@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "EpochRecord",
     "ResumePoint",
     "RunFolder",
+    "RunProgress",
     "RunResult",
     "TrainingSets",
     "load_run",
@@ -51,7 +53,9 @@ _FILES = (
     "result.json",
     "failure.json",
     "measures.json",
+    "progress.json",
 )
+_WATCH_SECONDS = 1.0  # between two notes of how far the run is
 _NOTE = "flatminima"  # the one metadata entry of our safetensors files: safetensors writes several in random order
 _NAMED_KEYS = 3  # parameter names an error message lists before it counts the rest
 
@@ -140,6 +144,29 @@ class ResumePoint:
     """Digest of the data trained on."""
     environment: Mapping[str, str | int]
     """Versions, device and threads."""
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a run in progress is: what a live view shows of it."""
+
+    doing: Literal["training", "measuring"]
+    """Training, or measuring the minimum."""
+    iteration: int = 0
+    """Updates made."""
+    iterations: int = 0
+    """Updates in all."""
+    epoch: int = 0
+    """The present one, counted from 1."""
+    epochs: int = 0
+    """How many there will be."""
+    loss: float | None = None
+    """Mean mini-batch loss of the last finished epoch, if there is one."""
+
+    @property
+    def fraction(self) -> float:
+        """How much of the training is done."""
+        return self.iteration / self.iterations if self.doing == "training" else 1.0
 
 
 class RunFolder:
@@ -318,6 +345,45 @@ class RunFolder:
     def write_measures(self, text: str) -> None:
         """Write ``measures.json``."""
         write_whole(self._file("measures.json"), text)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Callable[[RunProgress], None]]:
+        """What it yields notes down how far the run is, once a second at most; the note ends with the context.
+
+        It is there for whoever watches. No run fails because it cannot be written.
+        """
+        path = self._file("progress.json")
+        due = 0.0
+
+        def note(progress: RunProgress) -> None:
+            nonlocal due
+            if time.monotonic() < due:
+                return
+            due = time.monotonic() + _WATCH_SECONDS
+            temporary = _beside(path)
+            with contextlib.suppress(OSError):
+                temporary.write_text(json.dumps(dataclasses.asdict(progress)))
+                temporary.replace(path)
+
+        try:
+            yield note
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def read_progress(self) -> RunProgress | None:
+        """How far the run is; None if nobody says so."""
+        try:
+            return _record(RunProgress, self._file("progress.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def progress_written(self) -> int | None:
+        """When that was written (nanoseconds, by the file system's clock); a killed process leaves it behind."""
+        try:
+            return self._file("progress.json").stat().st_mtime_ns
+        except OSError:
+            return None
 
     def clear(self) -> None:
         """Delete this run's files, so that nothing of an earlier attempt can be taken for this one's."""
@@ -530,7 +596,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         FlatminimaError: The disk is full, or the folder cannot be written to; ``path`` is as before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -541,6 +607,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # a full disk has better use for its space
         raise unwritable(path, error) from None
+
+
+def _beside(path: Path) -> Path:
+    """Where a process writes what will become ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def unwritable(path: Path, error: OSError) -> FlatminimaError:

@@ -47,6 +47,7 @@ from flatminima.lab.results import (
     EpochSums,
     ResumePoint,
     RunFolder,
+    RunProgress,
     RunResult,
     TrainingSets,
     assign_weights,
@@ -384,6 +385,7 @@ def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_secon
         _deferred_interrupt() as interrupted,
         _ProgressBar(run.iteration, run.total_iterations, shown=progress) as bar,
         contextlib.closing(_EventLog(folder.path / "tensorboard", run.history)) as log,
+        folder.watched() as note,
     ):
         while run.iteration < run.total_iterations:
             run.update()
@@ -401,13 +403,26 @@ def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_secon
                     f"the same command goes on from there (saved in {folder.path})"
                 )
             bar.update(run.iteration, _headline(run))
+            note(_progress(run))
+
+
+def _progress(run: _Run) -> RunProgress:
+    epochs = math.ceil(run.total_iterations / run.iterations_per_epoch)
+    return RunProgress(
+        doing="training",
+        iteration=run.iteration,
+        iterations=run.total_iterations,
+        epoch=min(run.epoch + 1, epochs),
+        epochs=epochs,
+        loss=run.history[-1].train_loss if run.history else None,
+    )
 
 
 def _headline(run: _Run) -> str:
-    epochs = math.ceil(run.total_iterations / run.iterations_per_epoch)
-    headline = f"{run.spec.model}, epoch {min(run.epoch + 1, epochs)}/{epochs}"
+    progress = _progress(run)
+    headline = f"{run.spec.model}, epoch {progress.epoch}/{progress.epochs}"
     if run.history:
-        headline += f", loss {run.history[-1].train_loss:.3g}"
+        headline += f", loss {progress.loss:.3g}"
         evaluated = [record.test_error for record in run.history if record.test_error is not None]
         headline += f", test error {evaluated[-1]:.1%}" if evaluated else ""
     return headline

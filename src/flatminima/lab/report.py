@@ -140,7 +140,6 @@ def lines(
     axes.set_xticks(list(x))
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def band(axes: Axes, theme: Theme, names: Sequence[str], values: Sequence[Sequence[float]], *, log: bool) -> None:
@@ -156,7 +155,6 @@ def band(axes: Axes, theme: Theme, names: Sequence[str], values: Sequence[Sequen
     axes.set_xticks(x, names)
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def write_page(path: Path, template: str, **context: Any) -> None:

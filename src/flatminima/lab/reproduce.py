@@ -18,7 +18,7 @@ from flatminima.lab import costs
 from flatminima.lab.data import load_data
 from flatminima.lab.executors import Executor, Failure, Processes
 from flatminima.lab.experiments import Experiment, Record, Task, look_up, perform
-from flatminima.lab.pages import duration, section, write_reports
+from flatminima.lab.pages import counted, duration, failed, section, write_reports
 from flatminima.lab.report import Table, write_text
 from flatminima.lab.reproductions import EXPERIMENTS, PRESETS, PresetName, experiment
 from flatminima.lab.specs import RegularizerSpec
@@ -94,7 +94,8 @@ class Reproduction:
                 if isinstance(outcome, Failure):
                     failures[tasks[number].folder.path.name] = outcome.error
                 if time.monotonic() - reported > _REPORT_SECONDS:
-                    self.report([self.summary(each, failures) for each in self.names])
+                    with contextlib.suppress(FlatminimaError):  # a full disk: the last page says so, if it is then
+                        self.report([self.summary(each, failures) for each in self.names])
                     reported = time.monotonic()
         if asked.answers == "choice":
             _write_chosen(self.folder, asked, self.summary(name, failures)["chosen"])
@@ -110,6 +111,11 @@ class Reproduction:
         tasks = asked.tasks(self.folder / "runs")
         state = _State.of(tasks, failures or {})
         summary = summarize(asked, state.records, state.failures, [task.folder.path.name for task in state.left])
+        summary["unfinished"] = {
+            name: task.label
+            for task in tasks
+            if (name := task.folder.path.name) in state.failures or name in summary["left"]
+        }
         price = costs.prices(tasks, state.records) if state.left else {}
         summary["seconds_left"] = sum(costs.seconds(task, price) for task in state.left) / self.workers
         summary["workers"] = self.workers
@@ -174,7 +180,7 @@ def plan_table(planned: Sequence[Planned], workers: int) -> Group:
     left, passes, seconds = (sum(getattr(p, name) for p in planned) for name in ("left", "passes", "seconds"))
     total = (
         f"{left} runs are left: {passes:.2g} forward-backwards of one image, about {duration(seconds / workers)} with "
-        f"{workers} workers (estimated; a regularized update counts 2 to 6, SAM's 2, measuring included)."
+        f"{counted(workers, 'worker')} (estimated; a regularized update counts 2 to 6, SAM's 2, measuring included)."
     )
     return Group(Table("What would run", header, tuple(rows)), total)
 
@@ -194,7 +200,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> Group:
     for summary in summaries:
         shown = section(summary)
         parts += [*shown.tables, *(f"• {line}" for line in summary["verdict"]), shown.progress, ""]
-        parts += [f"failed: {run}: {error}" for run, error in summary["failures"].items()]
+        parts += failed(summary)
     return Group(*parts)
 
 

@@ -236,7 +236,7 @@ def _mean_std(entry: dict[str, Any] | None, scale: float = 1.0) -> str:
         return "–"
     mean, std = scale * entry["mean"], None if entry["std"] is None else scale * entry["std"]
     digits = f"{mean:.2f}" if 0.1 <= abs(mean) < 100 else f"{mean:.1f}" if 100 <= abs(mean) < 10_000 else f"{mean:.3g}"
-    return digits if std is None else f"{digits} ± {std:.2g}"
+    return digits if std is None else f"{digits} ± {f'{std:.0f}' if 100 <= std < 10_000 else f'{std:.2g}'}"
 
 
 def _difference(entry: dict[str, Any] | None, scale: float) -> str:

@@ -219,6 +219,7 @@ sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--w
 def perform_noted(task: Task) -> Record:
     """A worker's part: its process is noted, and a resume point saved after every epoch."""
     training._EPOCH_END_SECONDS = 0.0
+    task.root.mkdir(parents=True, exist_ok=True)
     (task.root / f"worker.{os.getpid()}").touch()
     return perform(task)
 
@@ -298,7 +299,7 @@ def workers_of(out: Path) -> list[int]:
 def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process is None or process.poll() is None, process.communicate()[1]
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
 
@@ -322,8 +323,8 @@ def test_killed_commands_end_in_the_same_numbers(
     assert 0 < len(before) < len(tasks) * 5
     with command(tmp_path) as first, command(tmp_path) as second:
         for process in (first, second):
-            assert process.communicate()[1] == ""
-            assert process.returncode == 0
+            said, errors = process.communicate()
+            assert (process.returncode, errors) == (0, ""), said
     (summary,) = json.loads(asked.page.with_suffix(".json").read_text())
     assert numbers(summary) == undisturbed["longer"]
     assert written(tasks).items() >= before.items()

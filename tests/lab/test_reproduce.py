@@ -207,10 +207,11 @@ SEEDS = (0, 1)
 COMMAND = """
 import sys
 from flatminima import cli
-from flatminima.lab import reproduce, reproductions
+from flatminima.lab import pages, reproduce, reproductions
 from test_reproduce import LONGER, perform_noted
 reproductions.PRESETS["digits"] = LONGER
 reproduce.perform = perform_noted
+pages._figure = lambda summary: []
 seeds = ["--seeds", "0", "1"]
 sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--workers", "2", *sys.argv[1:]]))
 """

@@ -34,10 +34,15 @@ class Section:
 
 def section(summary: dict[str, Any]) -> Section:
     """A summary's tables and figures."""
-    tables = {"ranking": _ranking_tables, "comparison": _comparison_tables, "choice": _choice_tables}
     pictures = _figure(summary) if summary["answers"] == "ranking" else []
     time_left = duration(summary["seconds_left"]) if summary["left"] else "–"
-    return Section(summary, tables[summary["answers"]](summary), pictures, _runs(summary), progress(summary), time_left)
+    return Section(summary, tables(summary), pictures, _runs(summary), progress(summary), time_left)
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """A summary's tables alone."""
+    kinds = {"ranking": _ranking_tables, "comparison": _comparison_tables, "choice": _choice_tables}
+    return kinds[summary["answers"]](summary)
 
 
 def progress(summary: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from flatminima.lab import costs
 from flatminima.lab.data import load_data
 from flatminima.lab.executors import Executor, Failure, Processes
 from flatminima.lab.experiments import Experiment, Record, Task, look_up, perform
-from flatminima.lab.pages import counted, duration, failed, section, write_reports
+from flatminima.lab.pages import counted, duration, failed, progress, tables, write_reports
 from flatminima.lab.report import Table, write_text
 from flatminima.lab.reproductions import EXPERIMENTS, PRESETS, PresetName, experiment
 from flatminima.lab.specs import RegularizerSpec
@@ -198,8 +198,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> Group:
     """The summaries for a terminal."""
     parts: list[Any] = []
     for summary in summaries:
-        shown = section(summary)
-        parts += [*shown.tables, *(f"• {line}" for line in summary["verdict"]), shown.progress, ""]
+        parts += [*tables(summary), *(f"• {line}" for line in summary["verdict"]), progress(summary), ""]
         parts += failed(summary)
     return Group(*parts)
 

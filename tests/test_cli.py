@@ -21,6 +21,7 @@ from flatminima import cli
 from flatminima.errors import FlatminimaWarning
 from flatminima.lab import demo, training
 from flatminima.lab.models import build_model
+from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.specs import RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 TRAIN = ["train", "digits", "--model", "mlp", "--epochs", "2", "--train-size", "200", "--no-progress"]
@@ -503,6 +504,21 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main(["reproduce", "search", "--out", str(tmp_path), "--dry-run", "--json", "--trials", "3"]) == 0
     assert [row["left"] for row in json.loads(capsys.readouterr().out)] == [3, 3]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reproduce_lists_failed_runs_and_its_status_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(asked: Reproduction, *, progress: bool) -> list[dict[str, Any]]:
+        first, *_ = asked.experiment("scenario-1").tasks(asked.folder / "runs")
+        return [asked.summary("scenario-1", {first.folder.path.name: "no such luck"})]
+
+    monkeypatch.setattr(Reproduction, "run", run)
+    command = ["reproduce", "scenario-1", "--preset", "digits", "--out", str(tmp_path), "--seeds", "3"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().out
+    assert "failed: 0, plain, seed 3 (mlp-" in said
+    assert "no such luck" in said
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,8 @@ class Report:
 
     json: Any
     text: RenderableType
+    status: int = 0
+    """The exit status: 1 where a part of the work failed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -256,9 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", FlatminimaWarning)
         warnings.showwarning = _show_warning
         try:
-            _run(given)
+            status = _run(given)
             sys.stdout.flush()
-            return 0
+            return status
         except SystemExit as exit_:  # --help of a command
             return int(exit_.code or 0)
         except TrainingInterrupted as interruption:
@@ -283,15 +285,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"error: {type(error).__name__}: {error} (--debug shows where)", 1, debug, by_any=True)
 
 
-def _run(given: list[str]) -> None:
+def _run(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
         print(_usage(), end="")  # noqa: T201
-        return
+        return 0
     if given[0] == "--version":
         from importlib.metadata import version
 
         print(PROGRAM, version(PROGRAM))  # noqa: T201
-        return
+        return 0
     if given[0] not in COMMANDS:
         hint = _did_you_mean(given[0], list(COMMANDS))
         raise FlatminimaError(f"unknown command {given[0]!r}{hint}: choose from {', '.join(COMMANDS)}")
@@ -300,13 +302,14 @@ def _run(given: list[str]) -> None:
         raise FlatminimaError(f"only `train` can be shared by several processes: start `{given[0]}` without torchrun")
     as_json, report = COMMANDS[given[0]](given[1:])
     if processes.rank > 0:
-        return
+        return report.status
     if as_json:
         print(json.dumps(report.json, default=str, allow_nan=False))  # noqa: T201
     else:
         console = Console()
         console = console if console.is_terminal else Console(width=NARROWEST_TABLE)
         console.print(report.text, soft_wrap=isinstance(report.text, Text))
+    return report.status
 
 
 def _usage() -> str:
@@ -487,7 +490,8 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             return options.output.json, Report([dataclasses.asdict(row) for row in plan], shown)
         summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
-        return options.output.json, Report(summaries, Group(reproduce.table(summaries), page))
+        status = int(any(summary["failures"] for summary in summaries))
+        return options.output.json, Report(summaries, Group(reproduce.table(summaries), page), status)
 
 
 COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {

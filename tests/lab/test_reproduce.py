@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab import reproduce, reproductions
-from flatminima.lab.executors import Local
+from flatminima.lab import pages, reproduce, reproductions, training
+from flatminima.lab.executors import Failure, Local
 from flatminima.lab.experiments import Record, Task, look_up, perform
 from flatminima.lab.measuring import Measuring
 from flatminima.lab.pages import progress
@@ -185,3 +196,234 @@ def test_default_regularizer_is_the_presets(tmp_path: Path) -> None:
     specs = [s.spec.regularizer for s in reproduction(tmp_path, "table-1").experiment("table-1").settings]
     assert TINY.regularizer in specs
     assert isinstance(TINY.regularizer, RegularizerSpec)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kills, full disks, damage: the same command again, and the same numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+LONGER = replace(TINY, scenario=replace(TINY.scenario, epochs=60))
+SEEDS = (0, 1)
+COMMAND = """
+import sys
+from flatminima import cli
+from flatminima.lab import pages, reproduce, reproductions
+from test_reproduce import LONGER, perform_noted
+reproductions.PRESETS["digits"] = LONGER
+reproduce.perform = perform_noted
+pages._figure = lambda summary: []
+seeds = ["--seeds", "0", "1"]
+sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--workers", "2", *sys.argv[1:]]))
+"""
+
+
+def perform_noted(task: Task) -> Record:
+    """A worker's part: its process is noted, and a resume point saved after every epoch."""
+    training._EPOCH_END_SECONDS = 0.0
+    task.root.mkdir(parents=True, exist_ok=True)
+    (task.root / f"worker.{os.getpid()}").touch()
+    return perform(task)
+
+
+@contextlib.contextmanager
+def command(out: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command as a process of its own."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """As workers have: sums depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The numbers of scenario I by preset."""
+    found = {}
+    for name, preset in (("tiny", TINY), ("longer", LONGER)):
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), one_thread():
+            warnings.simplefilter("ignore")
+            patch.setattr(pages, "_figure", lambda summary: [])
+            patch.setitem(reproductions.PRESETS, "digits", preset)
+            out = tmp_path_factory.mktemp(name)
+            found[name] = numbers(reproduction(out, "scenario-1", seeds=SEEDS).run(progress=False)[0])
+    return found
+
+
+def numbers(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary as it is written, without times."""
+    values = json.loads(json.dumps(summary))
+    for record in values["records"]:
+        del record["seconds"]
+    return {name: value for name, value in values.items() if name not in ("seconds_left", "workers")}
+
+
+def written(tasks: list[Task]) -> dict[Path, int]:
+    """When the files of finished and measured runs were written: work that is done twice has another time."""
+    done = [task for task in tasks if task.folder.status == "finished" and look_up(task) is not None]
+    return {path: path.stat().st_mtime_ns for task in done for path in task.folder.path.iterdir() if path.is_file()}
+
+
+def leftovers(out: Path) -> list[Path]:
+    return [path for path in out.rglob("*") if path.suffix == ".tmp" or path.name == "progress.json"]
+
+
+def lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def workers_of(out: Path) -> list[int]:
+    """The workers that live."""
+    return [pid for path in out.rglob("worker.*") if lives(pid := int(path.suffix[1:]))]
+
+
+def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_killed_commands_end_in_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
+) -> None:
+    """SIGKILL of a worker, then of the command, whose workers must not live on; then two commands finish it at once."""
+    monkeypatch.setitem(reproductions.PRESETS, "digits", LONGER)
+    asked, moments = reproduction(tmp_path, "scenario-1", seeds=SEEDS), random.Random(1)
+    tasks = asked.experiment("scenario-1").tasks(asked.folder / "runs")
+    with command(tmp_path) as process:
+        wait_until(lambda: any(task.folder.read_history() for task in tasks), process)
+        time.sleep(moments.uniform(0, 0.3))
+        os.kill(moments.choice(workers_of(tmp_path)), signal.SIGKILL)
+        wait_until(lambda: written(tasks), process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        wait_until(lambda: not workers_of(tmp_path))
+    before = written(tasks)
+    assert 0 < len(before) < len(tasks) * 5
+    with command(tmp_path) as first, command(tmp_path) as second:
+        for process in (first, second):
+            said, errors = process.communicate()
+            assert (process.returncode, errors) == (0, ""), said
+    (summary,) = json.loads(asked.page.with_suffix(".json").read_text())
+    assert numbers(summary) == undisturbed["longer"]
+    assert written(tasks).items() >= before.items()
+    assert leftovers(tmp_path) == []
+
+
+def no_space(monkeypatch: pytest.MonkeyPatch, *full: Path) -> None:
+    """The disk is full whenever these files are written."""
+    sync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.with_name(path.name.removeprefix(".").removesuffix(f".{os.getpid()}.tmp")) in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.fixture
+def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reproduction, list[Task]]]:
+    """Scenario I before its runs, with one thread and without pictures, which take longer than the runs."""
+    monkeypatch.setattr(pages, "_figure", lambda summary: [])
+    asked = reproduction(tmp_path, "scenario-1", seeds=SEEDS)
+    with one_thread():
+        yield asked, asked.experiment("scenario-1").tasks(asked.folder / "runs")
+
+
+def test_a_full_disk_costs_its_runs_alone_until_there_is_space_again(
+    scenario: tuple[Reproduction, list[Task]], monkeypatch: pytest.MonkeyPatch, undisturbed: Any
+) -> None:
+    asked, tasks = scenario
+    monkeypatch.setattr(training, "_EPOCH_END_SECONDS", 0.0)
+    names = "state.safetensors", "result.json", "measures.json"
+    full = [task.folder.path / name for task, name in zip(tasks, names, strict=False)]
+    with monkeypatch.context() as patch:
+        no_space(patch, *full)
+        (summary,) = asked.run(progress=False)
+    assert summary["failures"] == {
+        path.parent.name: f"cannot write {path}: No space left on device; free some space or choose another folder"
+        for path in full
+    }
+    assert len(summary["records"]) == len(tasks) - len(names)
+    assert leftovers(asked.out) == []
+    before = written(tasks)
+    assert numbers(asked.run(progress=False)[0]) == undisturbed["tiny"]
+    assert written(tasks).items() >= before.items()
+
+
+def test_a_page_that_the_disk_does_not_take_costs_no_run(
+    scenario: tuple[Reproduction, list[Task]], monkeypatch: pytest.MonkeyPatch, undisturbed: Any
+) -> None:
+    asked, tasks = replace(scenario[0], seeds=(0,)), scenario[1][:2]
+    monkeypatch.setattr(reproduce, "_REPORT_SECONDS", 0.0)  # after every run
+    with monkeypatch.context() as patch:
+        no_space(patch, asked.page)
+        with pytest.raises(FlatminimaError, match=r"cannot write .*scenario-1\.html: No space left on device; free"):
+            asked.run(progress=False)
+    before = written(tasks)
+    assert leftovers(asked.out) == []
+    assert numbers(asked.run(progress=False)[0])["records"] == undisturbed["tiny"]["records"][:2]
+    assert written(tasks) == before
+
+
+@pytest.mark.parametrize("limit", [0, 700, 30_000], ids=["spec", "event log", "checkpoint"])
+def test_files_that_may_not_grow_are_named_in_one_line(
+    limit: int, scenario: tuple[Reproduction, list[Task]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a full disk does, a limit on the size of files stops writes half-way, those without a sync too."""
+    _, (task, *_) = scenario
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        ((_, outcome),) = Local().run(perform, [task])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert isinstance(outcome, Failure)
+    assert outcome.error.startswith(f"cannot write {task.folder.path}")
+    assert outcome.error.endswith("File too large; free some space or choose another folder")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_damaged_runs_are_made_again_and_nothing_is_mixed(
+    scenario: tuple[Reproduction, list[Task]], tmp_path: Path, undisturbed: Any
+) -> None:
+    asked, tasks = scenario
+    asked.run(progress=False)
+    weights, measures, other, whole = (task.folder.path for task in tasks)
+    before = written(tasks[3:])
+    os.truncate(weights / "checkpoint.safetensors", 1000)
+    (measures / "measures.json").write_text("[{")
+    for path in before:
+        (other / path.name).write_bytes(path.read_bytes())
+    shown = asked.summary("scenario-1")
+    assert shown["left"] == [weights.name, measures.name]
+    assert [record["run"] for record in shown["records"]] == [whole.name]
+    (summary,) = asked.run(progress=False)
+    assert summary["failures"] == {other.name: f"{other} holds another run than its name says; delete or rename it"}
+    other.rename(tmp_path / "elsewhere")
+    assert numbers(asked.run(progress=False)[0]) == undisturbed["tiny"]
+    assert written(tasks[3:]) == before

@@ -20,6 +20,7 @@ from flatminima.lab.results import (
     EpochSums,
     ResumePoint,
     RunFolder,
+    RunProgress,
     RunResult,
     load_run,
     load_sets,
@@ -327,6 +328,33 @@ def test_the_lock_excludes_others_and_is_freed(tmp_path: Path) -> None:
         pass
     with RunFolder(folder.path).lock():
         pass
+
+
+@pytest.mark.parametrize(("seconds", "seen"), [(0.0, 4), (1e9, 2)])
+def test_who_watches_reads_how_far_the_run_is(
+    seconds: float, seen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "_WATCH_SECONDS", seconds)
+    folder = RunFolder(tmp_path)
+    assert (folder.read_progress(), folder.progress_written()) == (None, None)
+    with folder.watched() as note:
+        for iteration in (2, 4):
+            note(RunProgress("training", iteration=iteration, iterations=8, epoch=1, epochs=2))
+        progress = folder.read_progress()
+    assert progress == RunProgress("training", iteration=seen, iterations=8, epoch=1, epochs=2)
+    assert progress.fraction == seen / 8
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"doing": 3, "what": 4}', "7"])
+def test_a_note_of_progress_that_is_none_is_nobodys_concern(text: str, tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text(text)
+    assert RunFolder(tmp_path).read_progress() is None
+
+
+def test_a_note_of_progress_that_cannot_be_written_is_nobodys_concern(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "missing").watched() as note:
+        note(RunProgress("measuring"))
 
 
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -16,15 +16,16 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, FlatminimaWarning
 from flatminima.progress import track
 
 Task = TypeVar("Task")
@@ -284,6 +285,7 @@ def _serve(connection: Any, function: Callable[[Any], Any], threads: int, gpu: s
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    warnings.showwarning = _show_warning
     torch.set_num_threads(threads)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -294,6 +296,21 @@ def _serve(connection: Any, function: Callable[[Any], Any], threads: int, gpu: s
             outcome = _attempt(function, task)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             connection.send(outcome)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours in one line, as the command line shows them; others as Python does."""
+    if issubclass(category, FlatminimaWarning):
+        sys.stderr.write(f"flatminima: warning: {message}\n")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _end_with_parent() -> None:

@@ -122,6 +122,11 @@ class Task:
         return self.folder.path.name
 
     @property
+    def label(self) -> str:
+        """Which of the experiment's runs it is."""
+        return f"{self.setting.case}, {self.setting.arm}, seed {self.setting.spec.seed}"
+
+    @property
     def ways(self) -> list[Measuring]:
         """How the minimum is measured: as asked, and at normalized logits."""
         if self.measuring is None:
@@ -145,13 +150,15 @@ def look_up(task: Task) -> Record | None:
     """What :func:`perform` would return, if the run folder already holds all of it; nothing is trained or measured.
 
     Raises:
-        FlatminimaError: the run failed before; the message says why.
+        FlatminimaError: the run failed before, or the folder holds another; the message says why.
     """
+    folder = task.folder
     try:
-        result = task.folder.read_result()
+        result = folder.read_result()
+        if result is None:
+            return None
+        folder.require_spec(task.setting.spec)
     except DamagedFileError:
-        return None
-    if result is None:
         return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FlatminimaWarning)

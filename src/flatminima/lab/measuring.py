@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -27,7 +28,7 @@ from flatminima.errors import (
 )
 from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.loading import load_model, resolve_device
-from flatminima.lab.results import RunFolder, load_run
+from flatminima.lab.results import RunFolder, RunProgress, load_run
 from flatminima.measures import Characterization, measure
 from flatminima.precision import float64_device
 from flatminima.progress import track
@@ -116,24 +117,35 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder = RunFolder(path)
     if folder.read_spec() and folder.read_result() is None:
         raise FlatminimaError(f"the run in {path} is not finished: train it to the end first")
-    asked = _asked(folder, how, device)
-    kept = _read_kept(folder)
-    found = next((entry for entry in kept if entry["asked"] == asked), None)
+    found = _kept(folder, _asked(folder, how, device))
     if found is None:
-        _, model, clean, _ = load_run(path)
-        with recorded_warnings() as recorded:
-            characterization = how.of(model, clean, device=device, progress=progress)
-        messages = [(type(warning).__name__, str(warning)) for warning in recorded]
-        found = {"asked": asked, "warnings": messages, "characterization": json.loads(characterization.to_json())}
-        folder.write_measures(json.dumps([*kept, found]) + "\n")
+        with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured
+            asked = _asked(folder, how, device)
+            found = _kept(folder, asked) or _measured(folder, how, asked, device, progress)
     return _as_taken(found)
+
+
+def _measured(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> dict[str, Any]:
+    """A new entry, kept beside the others; the caller holds the folder alone."""
+    try:
+        others = _read_kept(folder)
+    except DamagedFileError as error:
+        warnings.warn(f"measured again: {error}", DamagedRunWarning, stacklevel=3)
+        others = []
+    _, model, clean, _ = load_run(folder.path)
+    with folder.watched() as note, recorded_warnings() as recorded:
+        note(RunProgress("measuring"))
+        characterization = how.of(model, clean, device=device, progress=progress)
+    messages = [(type(warning).__name__, str(warning)) for warning in recorded]
+    entry = {"asked": asked, "warnings": messages, "characterization": json.loads(characterization.to_json())}
+    folder.write_measures(json.dumps([*others, entry]) + "\n")
+    return entry
 
 
 def kept_measures(path: Path, how: Measuring, *, device: str = "auto") -> Characterization | None:
     """What :func:`measure_run` would read from a finished run's folder; None if it would have to measure."""
     folder = RunFolder(path)
-    asked = _asked(folder, how, device)
-    found = next((entry for entry in _read_kept(folder) if entry["asked"] == asked), None)
+    found = _kept(folder, _asked(folder, how, device))
     return None if found is None else _as_taken(found)
 
 
@@ -241,19 +253,26 @@ def _asked(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     }
 
 
+def _kept(folder: RunFolder, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The entry that is the answer; None if there is none that can be read."""
+    with contextlib.suppress(DamagedFileError):
+        return next((entry for entry in _read_kept(folder) if entry["asked"] == asked), None)
+    return None
+
+
 def _read_kept(folder: RunFolder) -> list[dict[str, Any]]:
+    """All entries.
+
+    Raises:
+        DamagedFileError: they cannot be read.
+    """
     try:
         kept = json.loads(folder.read_measures() or "[]")
         for entry in kept:
             entry["asked"], [(category, message) for category, message in entry["warnings"]]
             Characterization.from_json(json.dumps(entry["characterization"]))
-    except (DamagedFileError, FlatminimaError, ValueError, TypeError, KeyError):
-        warnings.warn(
-            f"the measures kept in {folder.path} are damaged or of another version: measured again",
-            DamagedRunWarning,
-            stacklevel=3,
-        )
-        return []
+    except (FlatminimaError, ValueError, TypeError, KeyError):
+        raise DamagedFileError(f"the measures kept in {folder.path} are damaged or of another version") from None
     return list(kept)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import math
@@ -28,13 +29,20 @@ class Section:
     pictures: list[Picture]
     runs: Table
     progress: str
+    time_left: str
 
 
 def section(summary: dict[str, Any]) -> Section:
     """A summary's tables and figures."""
-    tables = {"ranking": _ranking_tables, "comparison": _comparison_tables, "choice": _choice_tables}
     pictures = _figure(summary) if summary["answers"] == "ranking" else []
-    return Section(summary, tables[summary["answers"]](summary), pictures, _runs(summary), progress(summary))
+    time_left = duration(summary["seconds_left"]) if summary["left"] else "–"
+    return Section(summary, tables(summary), pictures, _runs(summary), progress(summary), time_left)
+
+
+def tables(summary: dict[str, Any]) -> list[Table]:
+    """A summary's tables alone."""
+    kinds = {"ranking": _ranking_tables, "comparison": _comparison_tables, "choice": _choice_tables}
+    return kinds[summary["answers"]](summary)
 
 
 def progress(summary: dict[str, Any]) -> str:
@@ -45,10 +53,15 @@ def progress(summary: dict[str, Any]) -> str:
     text += f", {pruned} pruned" if pruned else ""
     text += f", {failed} failed" if failed else ""
     if left:
-        text += f", {left} are left"
+        text += f", {left} {'is' if left == 1 else 'are'} left"
         bound = "at most" if "trials" in summary else "about"  # pruning saves some of it
-        text += f", {bound} {duration(summary['seconds_left'])} with {summary['workers']} workers"
+        text += f", {bound} {duration(summary['seconds_left'])} with {counted(summary['workers'], 'worker')}"
     return text + "."
+
+
+def failed(summary: dict[str, Any]) -> list[str]:
+    """A line for every failed run: which, where, why."""
+    return [f"failed: {summary['unfinished'][run]} ({run}): {error}" for run, error in summary["failures"].items()]
 
 
 def duration(seconds: float) -> str:
@@ -56,7 +69,12 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    return counted(round(seconds), "second")
+
+
+def counted(number: int, noun: str) -> str:
+    """So many of something."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def write_reports(summaries: Sequence[dict[str, Any]], stem: Path, *, preset: str, lead: str) -> None:
@@ -71,6 +89,8 @@ def write_reports(summaries: Sequence[dict[str, Any]], stem: Path, *, preset: st
         sections=sections,
         preset=preset,
         lead=lead,
+        unfinished=any(summary["left"] for summary in summaries),
+        written=f"{datetime.datetime.now().astimezone():%Y-%m-%d at %H:%M %Z}",
         environment=environments[0] if environments else {},
     )
 
@@ -81,7 +101,7 @@ def _markdown(sections: Sequence[Section], preset: str, lead: str) -> str:
         parts.append(f"## {part.summary['title']}\n\n{part.summary['question']}\n")
         parts.append("\n".join(f"* {line}" for line in part.summary["verdict"]) + "\n")
         parts.append(part.progress + "\n")
-        parts += [f"* failed: `{run}`: {error}\n" for run, error in part.summary["failures"].items()]
+        parts += [f"* {line}\n" for line in failed(part.summary)]
         parts += [table.markdown() for table in part.tables]
     return "\n".join(parts)
 
@@ -103,7 +123,7 @@ def _ranking_tables(summary: dict[str, Any]) -> list[Table]:
         )
         for name, found in summary["correlations"].items()
     )
-    heading = ("", "over settings", "over minima", "95 % interval", "the paper says it")
+    heading = ("measure", "over settings", "over minima", "95 % interval", "the paper says it")
     return [means, Table("Kendall's τ with the test error", heading, correlations)] if correlations else [means]
 
 
@@ -155,7 +175,7 @@ def _choice_tables(summary: dict[str, Any]) -> list[Table]:
             for record in records[:_SHOWN_OF_A_SEARCH]
         )
         if rows:
-            header = ("", "validation error %", "training accuracy %")
+            header = ("setting", "validation error %", "training accuracy %")
             tables.append(Table(f"{case}: the best of {len(records)}", header, rows))
     return tables
 
@@ -245,7 +265,7 @@ def _mean_std(entry: dict[str, Any] | None, scale: float = 1.0) -> str:
         return "–"
     mean, std = scale * entry["mean"], None if entry["std"] is None else scale * entry["std"]
     digits = f"{mean:.2f}" if 0.1 <= abs(mean) < 100 else f"{mean:.1f}" if 100 <= abs(mean) < 10_000 else f"{mean:.3g}"
-    return digits if std is None else f"{digits} ± {std:.2g}"
+    return digits if std is None else f"{digits} ± {f'{std:.0f}' if 100 <= std < 10_000 else f'{std:.2g}'}"
 
 
 def _difference(entry: dict[str, Any] | None, scale: float) -> str:

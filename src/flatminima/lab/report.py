@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from flatminima.lab.results import unwritable, write_whole
+
 
 @dataclass(frozen=True)
 class Theme:
@@ -138,7 +140,6 @@ def lines(
     axes.set_xticks(list(x))
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def band(axes: Axes, theme: Theme, names: Sequence[str], values: Sequence[Sequence[float]], *, log: bool) -> None:
@@ -154,7 +155,6 @@ def band(axes: Axes, theme: Theme, names: Sequence[str], values: Sequence[Sequen
     axes.set_xticks(x, names)
     if log:
         axes.set_yscale("log")
-        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def write_page(path: Path, template: str, **context: Any) -> None:
@@ -170,8 +170,13 @@ def write_page(path: Path, template: str, **context: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Replace the file as a whole; its folder is made if there is none.
+
+    Raises:
+        FlatminimaError: the disk is full, or the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    write_whole(path, text)

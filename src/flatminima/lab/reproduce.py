@@ -18,13 +18,13 @@ from flatminima.lab import costs
 from flatminima.lab.data import load_data
 from flatminima.lab.executors import Executor, Failure, Processes
 from flatminima.lab.experiments import Experiment, Record, Task, look_up, perform
-from flatminima.lab.pages import duration, section, write_reports
+from flatminima.lab.pages import counted, duration, failed, progress, tables, write_reports
 from flatminima.lab.report import Table, write_text
 from flatminima.lab.reproductions import EXPERIMENTS, PRESETS, PresetName, experiment
 from flatminima.lab.specs import RegularizerSpec
 from flatminima.lab.summaries import summarize
 from flatminima.lab.tuning import Trial, Tuning, expected, perform_trial
-from flatminima.progress import track
+from flatminima.lab.watching import watch
 
 _CHOSEN = "chosen.json"
 _REPORT_SECONDS = 60.0
@@ -102,15 +102,16 @@ class Reproduction:
     def _run(self, name: str, failures: dict[str, str], progress: bool) -> None:
         """One experiment; the page is brought up to date now and then."""
         asked, reported = self.experiment(name), time.monotonic()
-        tuning = self.tuning(name)
+        tuning, runs = self.tuning(name), asked.tasks(self.folder / "runs")
         work: Callable[[Any], Any] = perform if tuning is None else perform_trial
-        tasks: Sequence[Task | Trial] = asked.tasks(self.folder / "runs") if tuning is None else tuning.tasks()
+        tasks: Sequence[Task | Trial] = runs if tuning is None else tuning.tasks()
         with contextlib.closing(self.executor.run(work, tasks)) as ended:
-            for number, outcome in track(ended, name, progress, total=len(tasks)):
+            for number, outcome in watch(ended, len(tasks), runs, name, progress):
                 if isinstance(outcome, Failure):
                     failures[tasks[number].name] = outcome.error
                 if time.monotonic() - reported > _REPORT_SECONDS:
-                    self.report([self.summary(each, failures) for each in self.names])
+                    with contextlib.suppress(FlatminimaError):  # a full disk: the last page says so, if it is then
+                        self.report([self.summary(each, failures) for each in self.names])
                     reported = time.monotonic()
         if asked.answers == "choice":
             _write_chosen(self.folder, asked, self.summary(name, failures)["chosen"])
@@ -128,7 +129,10 @@ class Reproduction:
         tasks = asked.tasks(self.folder / "runs")
         state = _State.of(tasks, failures or {})
         summary = summarize(asked, state.records, state.failures, [task.name for task in state.left])
-        price = costs.prices(state.left, state.records) if state.left else {}
+        summary["unfinished"] = {
+            task.name: task.label for task in tasks if task.name in state.failures or task.name in summary["left"]
+        }
+        price = costs.prices(tasks, state.records) if state.left else {}
         summary["seconds_left"] = sum(costs.seconds(task, price) for task in state.left) / self.workers
         summary["workers"] = self.workers
         return summary
@@ -209,7 +213,7 @@ def plan_table(planned: Sequence[Planned], workers: int) -> Group:
     left, passes, seconds = (sum(getattr(p, name) for p in planned) for name in ("left", "passes", "seconds"))
     total = (
         f"{left} runs are left: {passes:.2g} forward-backwards of one image, about {duration(seconds / workers)} with "
-        f"{workers} workers (estimated; a regularized update counts 2 to 6, SAM's 2, measuring included)."
+        f"{counted(workers, 'worker')} (estimated; a regularized update counts 2 to 6, SAM's 2, measuring included)."
     )
     return Group(Table("What would run", header, tuple(rows)), total)
 
@@ -227,9 +231,8 @@ def table(summaries: Sequence[dict[str, Any]]) -> Group:
     """The summaries for a terminal."""
     parts: list[Any] = []
     for summary in summaries:
-        shown = section(summary)
-        parts += [*shown.tables, *(f"• {line}" for line in summary["verdict"]), shown.progress, ""]
-        parts += [f"failed: {run}: {error}" for run, error in summary["failures"].items()]
+        parts += [*tables(summary), *(f"• {line}" for line in summary["verdict"]), progress(summary), ""]
+        parts += failed(summary)
     return Group(*parts)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,11 +33,14 @@ __all__ = [
     "EpochRecord",
     "ResumePoint",
     "RunFolder",
+    "RunProgress",
     "RunResult",
     "TrainingSets",
     "load_run",
     "load_sets",
     "load_weights",
+    "unwritable",
+    "write_whole",
 ]
 
 Record = TypeVar("Record")
@@ -49,7 +53,9 @@ _FILES = (
     "result.json",
     "failure.json",
     "measures.json",
+    "progress.json",
 )
+_WATCH_SECONDS = 1.0  # between two notes of how far the run is
 _NOTE = "flatminima"  # the one metadata entry of our safetensors files: safetensors writes several in random order
 _NAMED_KEYS = 3  # parameter names an error message lists before it counts the rest
 
@@ -140,6 +146,29 @@ class ResumePoint:
     """Versions, device and threads."""
 
 
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a run in progress is: what a live view shows of it."""
+
+    doing: Literal["training", "measuring"]
+    """Training, or measuring the minimum."""
+    iteration: int = 0
+    """Updates made."""
+    iterations: int = 0
+    """Updates in all."""
+    epoch: int = 0
+    """The present one, counted from 1."""
+    epochs: int = 0
+    """How many there will be."""
+    loss: float | None = None
+    """Mean mini-batch loss of the last finished epoch, if there is one."""
+
+    @property
+    def fraction(self) -> float:
+        """How much of the training is done."""
+        return self.iteration / self.iterations if self.doing == "training" else 1.0
+
+
 class RunFolder:
     """The files of one run.
 
@@ -183,7 +212,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self._file("lock"), blocking=wait).acquire(poll_interval=0.2)
         except filelock.Timeout:
-            raise FlatminimaError(f"another process is training {self.path}; wait for it or stop it") from None
+            raise FlatminimaError(
+                f"another process is training or measuring {self.path}; wait for it or stop it"
+            ) from None
         except OSError as error:
             raise FlatminimaError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from None
         with lock:
@@ -204,9 +235,19 @@ class RunFolder:
         except FlatminimaError as error:
             raise _damaged(self._file("spec.json"), str(error)) from None
 
+    def require_spec(self, spec: RunSpec) -> None:
+        """Refuse the folder of another run.
+
+        Raises:
+            DamagedFileError: ``spec.json`` is missing or damaged.
+            FlatminimaError: It is another run's.
+        """
+        if self.read_spec() != spec:
+            raise FlatminimaError(f"{self.path} holds another run than its name says; delete or rename it")
+
     def write_spec(self, spec: RunSpec) -> None:
         """Write ``spec.json``."""
-        _write(self._file("spec.json"), spec.to_json() + "\n")
+        write_whole(self._file("spec.json"), spec.to_json() + "\n")
 
     def read_history(self) -> list[EpochRecord]:
         """The finished epochs, up to the last resume point of an unfinished run.
@@ -227,7 +268,7 @@ class RunFolder:
     def write_history(self, history: list[EpochRecord]) -> None:
         """Write ``history.jsonl``."""
         lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in history]
-        _write(self._file("history.jsonl"), "".join(lines))
+        write_whole(self._file("history.jsonl"), "".join(lines))
 
     def read_resume_point(self) -> ResumePoint | None:
         """Where the run was last saved; None if it never was.
@@ -287,13 +328,13 @@ class RunFolder:
         self.write_history(history)
         values = dataclasses.asdict(result)
         del values["folder"]
-        _write(self._file("result.json"), json.dumps(values, indent=2) + "\n")
+        write_whole(self._file("result.json"), json.dumps(values, indent=2) + "\n")
         self._file("state.safetensors").unlink(missing_ok=True)
 
     def write_failure(self, message: str, history: list[EpochRecord]) -> None:
         """Mark the run as failed; it is deterministic, so it would fail again."""
         self.write_history(history)
-        _write(self._file("failure.json"), json.dumps({"error": message}) + "\n")
+        write_whole(self._file("failure.json"), json.dumps({"error": message}) + "\n")
         self._file("state.safetensors").unlink(missing_ok=True)
 
     def read_measures(self) -> str | None:
@@ -303,7 +344,46 @@ class RunFolder:
 
     def write_measures(self, text: str) -> None:
         """Write ``measures.json``."""
-        _write(self._file("measures.json"), text)
+        write_whole(self._file("measures.json"), text)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Callable[[RunProgress], None]]:
+        """What it yields notes down how far the run is, once a second at most; the note ends with the context.
+
+        It is there for whoever watches. No run fails because it cannot be written.
+        """
+        path = self._file("progress.json")
+        due = 0.0
+
+        def note(progress: RunProgress) -> None:
+            nonlocal due
+            if time.monotonic() < due:
+                return
+            due = time.monotonic() + _WATCH_SECONDS
+            temporary = _beside(path)
+            with contextlib.suppress(OSError):
+                temporary.write_text(json.dumps(dataclasses.asdict(progress)))
+                temporary.replace(path)
+
+        try:
+            yield note
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def read_progress(self) -> RunProgress | None:
+        """How far the run is; None if nobody says so."""
+        try:
+            return _record(RunProgress, self._file("progress.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def progress_written(self) -> int | None:
+        """When that was written (nanoseconds, by the file system's clock); a killed process leaves it behind."""
+        try:
+            return self._file("progress.json").stat().st_mtime_ns
+        except OSError:
+            return None
 
     def clear(self) -> None:
         """Delete this run's files, so that nothing of an earlier attempt can be taken for this one's."""
@@ -464,7 +544,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str,
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(note)
     metadata = {_NOTE: json.dumps({"digest": _digest(stored, text), "note": text})}
-    _write(path, safetensors.torch.save(stored, metadata=metadata))
+    write_whole(path, safetensors.torch.save(stored, metadata=metadata))
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -510,9 +590,13 @@ def _read_text(path: Path) -> str:
         raise _damaged(path, f"it cannot be read: {_one_line(error)}") from None
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` as a whole, and return once the disk has it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` as a whole, and return once the disk has it.
+
+    Raises:
+        FlatminimaError: The disk is full, or the folder cannot be written to; ``path`` is as before.
+    """
+    temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -520,9 +604,19 @@ def _write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise FlatminimaError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another folder"
-        ) from None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk has better use for its space
+        raise unwritable(path, error) from None
+
+
+def _beside(path: Path) -> Path:
+    """Where a process writes what will become ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def unwritable(path: Path, error: OSError) -> FlatminimaError:
+    """What to raise where ``path`` could not be written."""
+    return FlatminimaError(f"cannot write {path}: {error.strerror}; free some space or choose another folder")
 
 
 def _damaged(path: Path, what: str) -> DamagedFileError:

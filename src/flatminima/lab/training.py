@@ -29,9 +29,11 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from flatminima.errors import (
     DamagedFileError,
@@ -50,10 +52,12 @@ from flatminima.lab.results import (
     EpochSums,
     ResumePoint,
     RunFolder,
+    RunProgress,
     RunResult,
     TrainingSets,
     assign_weights,
     load_sets,
+    unwritable,
 )
 from flatminima.lab.sharpness import SharpnessAwareGradient
 from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
@@ -512,8 +516,7 @@ def _reopen(folder: RunFolder, spec: RunSpec) -> RunResult | ResumePoint | None:
     if folder.is_empty:
         return None
     try:
-        if folder.read_spec() != spec:
-            raise FlatminimaError(f"{folder.path} holds another run than its name says; delete or rename it")
+        folder.require_spec(spec)
         return folder.read_result() or folder.read_resume_point()
     except DamagedFileError as error:
         warnings.warn(f"this run starts over: {error}", DamagedRunWarning, stacklevel=8)  # the line that called `train`
@@ -567,6 +570,7 @@ def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_secon
         _deferred_interrupt() as interrupted,
         _ProgressBar(run.iteration, run.total_iterations, shown=progress) as bar,
         _event_log(run, folder) as log,
+        folder.watched() as note,
     ):
         while run.iteration < run.total_iterations:
             if stop is not None and run.at_epoch_end() and _stops(run, stop):
@@ -587,6 +591,19 @@ def _train_to_end(run: _Run, folder: RunFolder, progress: bool, checkpoint_secon
                     f"the same command goes on from there (saved in {folder.path})"
                 )
             bar.update(run.iteration, _headline(run))
+            if run.processes.rank == 0:
+                note(_progress(run))
+
+
+def _progress(run: _Run) -> RunProgress:
+    return RunProgress(
+        doing="training",
+        iteration=run.iteration,
+        iterations=run.total_iterations,
+        epoch=min(run.epoch + 1, run.epochs),
+        epochs=run.epochs,
+        loss=run.history[-1].train_loss if run.history else None,
+    )
 
 
 def _stops(run: _Run, stop: Stop) -> bool:
@@ -634,9 +651,10 @@ class _Breaks:
 
 
 def _headline(run: _Run) -> str:
-    headline = f"{run.spec.model}, epoch {min(run.epoch + 1, run.epochs)}/{run.epochs}"
+    progress = _progress(run)
+    headline = f"{run.spec.model}, epoch {progress.epoch}/{progress.epochs}"
     if run.history:
-        headline += f", loss {run.history[-1].train_loss:.3g}"
+        headline += f", loss {progress.loss:.3g}"
         evaluated = [record.test_error for record in run.history if record.test_error is not None]
         headline += f", test error {evaluated[-1]:.1%}" if evaluated else ""
     return headline
@@ -714,23 +732,43 @@ def _event_log(run: _Run, folder: RunFolder) -> Iterator[Callable[[EpochRecord],
 
 
 class _EventLog:
-    """The history for TensorBoard, by epochs. Every sitting writes it anew, so that no epoch is there twice."""
+    """The history for TensorBoard, by epochs. Every sitting writes it anew, so that no epoch is there twice.
+
+    Written here and now, not by the thread of torch's ``SummaryWriter``, which dies with a traceback on a full disk.
+    """
 
     def __init__(self, folder: Path, history: list[EpochRecord]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(folder)
+        self._path = folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}"
         self._wall_time = time.time() - sum(record.seconds for record in history)  # breaks are not shown
+        try:
+            folder.mkdir()
+            self._file = self._path.open("wb")
+        except OSError as error:
+            raise unwritable(self._path, error) from None
+        self._write(Event(wall_time=self._wall_time, file_version="brain.Event:2"))
         for record in history:
             self.add(record)
 
     def add(self, record: EpochRecord) -> None:
         self._wall_time += record.seconds
-        for name, value in asdict(record).items():
-            if name not in ("epoch", "iteration", "seconds") and value is not None:
-                self._writer.add_scalar(name, value, record.epoch, walltime=self._wall_time)
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in asdict(record).items()
+            if name not in ("epoch", "iteration", "seconds") and value is not None
+        ]
+        self._write(Event(wall_time=self._wall_time, step=record.epoch, summary=Summary(value=values)))
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was said when it was written
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        try:
+            RecordWriter(self._file).write(event.SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            raise unwritable(self._path, error) from None
 
 
 class _ProgressBar:

@@ -127,6 +127,11 @@ class Tuning:
             [trial.trial.name for trial in progress if trial.state == "left"],
             [trial.plain() for trial in progress],
         )
+        summary["unfinished"] = {
+            trial.trial.name: trial.task.label if trial.begun else "not begun"
+            for trial in progress
+            if trial.state in ("failed", "left")
+        }
         summary["seconds_left"] = sum(seconds for _, seconds in expected(progress)) / workers
         summary["workers"] = workers
         return summary

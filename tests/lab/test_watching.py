@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flatminima.lab import watching
+from flatminima.lab.executors import Failure, Local
+from flatminima.lab.experiments import Setting, Task
+from flatminima.lab.results import RunProgress
+from flatminima.lab.specs import RunSpec
+from flatminima.lab.watching import watch
+
+SPEC = RunSpec(model="mlp", data="digits", epochs=8)
+TRAINING = RunProgress("training", iteration=30, iterations=80, epoch=4, epochs=8, loss=0.123)
+
+
+def tasks(root: Path) -> list[Task]:
+    return [Task(Setting("a case", "[an arm]", replace(SPEC, seed=seed)), None, root) for seed in (0, 1)]
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """A terminal of 80 columns, looked at without delay; what it has shown so far."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, height=20, color_system=None)
+    monkeypatch.setattr(watching, "Console", lambda **_: console)
+    monkeypatch.setattr(watching, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(watching, "_LOOK_SECONDS", 0.001)
+    return file.getvalue
+
+
+def wait_for(screen: Callable[[], str], text: str, *, shown: bool = True) -> None:
+    """Wait until the present frame has the text, or has it no longer."""
+    deadline = time.monotonic() + 60
+    while (text in frames(screen)[-1]) != shown:
+        assert time.monotonic() < deadline, screen()[-1000:]
+        time.sleep(0.005)
+
+
+def frames(screen: Callable[[], str]) -> list[str]:
+    """What was written between the codes that wipe it away again, without other codes."""
+    return [re.sub(r"\x1b\[[?\w]*", "", frame) for frame in re.split(r"\r\x1b\[(?:1A\x1b\[)?2K", screen())]
+
+
+def test_runs_in_progress_are_shown_until_they_end(tmp_path: Path, screen: Callable[[], str]) -> None:
+    first, second = tasks(tmp_path)
+    for task in (first, second):
+        task.folder.path.mkdir()
+
+    def run() -> Iterator[tuple[int, Any]]:
+        wait_for(screen, "0/2 runs")
+        with first.folder.watched() as note:
+            note(TRAINING)
+            wait_for(screen, "a case, [an arm], seed 0")
+            wait_for(screen, "epoch 4/8")
+            wait_for(screen, "loss 0.123")
+        wait_for(screen, "seed 0", shown=False)
+        with second.folder.watched() as note:
+            note(RunProgress("measuring"))
+            wait_for(screen, "measuring")
+            yield 0, "done"
+            wait_for(screen, "1/2 runs")
+            wait_for(screen, "seed 1")
+        yield 1, Failure(second, "no luck")
+
+    assert [number for number, _ in watch(run(), 2, [first, second], "experiment")] == [0, 1]
+    assert max(len(line) for frame in frames(screen) for line in frame.split("\n")) == 77  # room for a terminal's ^C
+    assert frames(screen)[-1] == ""
+    assert "\x1b[?25h" in screen()  # the cursor is back
+
+
+def test_failures_are_counted(tmp_path: Path, screen: Callable[[], str]) -> None:
+    def run() -> Iterator[tuple[int, Any]]:
+        yield 0, Failure(None, "no luck")
+        wait_for(screen, "1/2 runs, 1 failed")
+
+    assert len(list(watch(run(), 2, tasks(tmp_path), "experiment"))) == 1
+
+
+def test_what_a_killed_process_left_is_not_shown(tmp_path: Path, screen: Callable[[], str]) -> None:
+    first, second = tasks(tmp_path)
+    for task in (first, second):
+        task.folder.path.mkdir()
+        (task.folder.path / "progress.json").write_text('{"doing": "measuring"}')
+
+    def run() -> Iterator[tuple[int, Any]]:
+        with second.folder.watched() as note:
+            note(TRAINING)
+            wait_for(screen, "seed 1")
+            assert "seed 0" not in screen()
+        yield 0, "done"
+
+    list(watch(run(), 2, [first, second], "experiment"))
+
+
+def test_an_interruption_takes_the_view_away(tmp_path: Path, screen: Callable[[], str]) -> None:
+    def run() -> Iterator[tuple[int, Any]]:
+        wait_for(screen, "0/2 runs")
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        list(watch(run(), 2, tasks(tmp_path), "experiment"))
+    assert frames(screen)[-1] == ""
+
+
+def test_without_a_terminal_nothing_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = list(watch(Local().run(str, [1, 2]), 2, tasks(tmp_path), "experiment"))
+    assert numbers == [(0, "1"), (1, "2")]
+    assert capsys.readouterr() == ("", "")

@@ -22,7 +22,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flatminima._distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima._isolation import BatchStatistics
-from flatminima._penalty import Closure, Estimator, Penalty, PenaltyPasses, Weights, scalar_loss
+from flatminima._penalty import Estimator, Passes, Penalty, PenaltyPasses
+from flatminima._sub_batches import Closure, Weights, scalar_loss
 from flatminima.batching import Inputs, device_of, run_model
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.sharding import whole
@@ -147,6 +148,7 @@ class FisherTraceRegularizer:
         estimator: Estimator = "finite-difference",
         main_gradient: MainGradient = "whole-batch",
         batch_statistics: BatchStatistics = "sub-batch",
+        passes: Passes = "one-by-one",
         parameters: Iterable[nn.Parameter] | None = None,
         every: int = 1,
         start_step: int = 0,
@@ -161,6 +163,7 @@ class FisherTraceRegularizer:
         _require_choice("estimator", estimator, Estimator)
         _require_choice("main_gradient", main_gradient, MainGradient)
         _require_choice("batch_statistics", batch_statistics, BatchStatistics)
+        _require_choice("passes", passes, Passes)
         _require(
             main_gradient == "whole-batch" or batch_statistics == "sub-batch",
             f"main_gradient='sub-batches' needs batch_statistics='sub-batch' (got {batch_statistics!r}): "
@@ -177,6 +180,7 @@ class FisherTraceRegularizer:
         self.estimator = estimator
         self.main_gradient = main_gradient
         self.batch_statistics = batch_statistics
+        self.passes = passes
         self.every = every
         self.start_step = start_step
         self.warmup_steps = warmup_steps
@@ -301,7 +305,7 @@ class FisherTraceRegularizer:
         since = self.step - self.start_step
         if since < 0 or since % self.every:
             return None
-        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics)
+        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self.passes)
         update_buffers = self.main_gradient == "sub-batches"
         with gathered_weights(self.model):
             weights = Weights.of(self.model, self._penalized)

@@ -159,13 +159,13 @@ class _Passes:
 
 def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
     """L(B_i, w) − L(B_i, w − α g_i), and the same difference of gradients (Eq. 6)."""
-    weights, model = sub_batches.weights, sub_batches.model
-    with restored_generators(weights.parameters), scratch_buffers(model):
+    weights = sub_batches.weights
+    with restored_generators(weights.parameters), sub_batches.scratch_buffers():
         loss = sub_batches.loss()
         gradients = sub_batches.gradients(loss)
         buffers = sub_batches.buffers()
     here = _dense(gradients, sub_batches.parameters)
-    with sub_batches.moved(here, -alpha), scratch_buffers(model):
+    with sub_batches.moved(here, -alpha), sub_batches.scratch_buffers():
         moved_loss = sub_batches.loss()
         moved_gradients = sub_batches.gradients(moved_loss)
     difference = torch._foreach_sub(here, _dense(moved_gradients, sub_batches.parameters))
@@ -184,7 +184,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
 def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Passes:
     """The limit of the finite difference for small α: α‖g_i‖² and α H_i g_i, by differentiating g_i once more."""
     weights = sub_batches.weights
-    with scratch_buffers(sub_batches.model), eager_graphs(), sdpa_kernel(SDPBackend.MATH):
+    with sub_batches.scratch_buffers(), eager_graphs(), sdpa_kernel(SDPBackend.MATH):
         loss = sub_batches.loss()
         gradients = sub_batches.gradients(loss, create_graph=True)
         products = _times_hessian(gradients, sub_batches)

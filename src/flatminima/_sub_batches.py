@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
-from flatminima._isolation import eager_graphs, moved
+from flatminima._isolation import eager_graphs, moved, scratch_buffers
 from flatminima.batching import batch_size, map_tensors, tensors_of
 from flatminima.errors import FlatminimaError
 
@@ -88,6 +91,10 @@ class SubBatches(ABC):
     parameters: list[Tensor] = field(init=False)
 
     @abstractmethod
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        """A context in which the model's own buffers stay as they are."""
+
+    @abstractmethod
     def loss(self) -> Tensor:
         """Σ_i L(B_i, ·) at :attr:`parameters`."""
 
@@ -114,6 +121,9 @@ class OneSubBatch(SubBatches):
 
     def __post_init__(self) -> None:
         self.parameters, self.count = self.weights.parameters, 1
+
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        return scratch_buffers(self.model)
 
     def loss(self) -> Tensor:
         loss = _sub_batch_loss(self.closure, self.batch)
@@ -144,12 +154,15 @@ class SubBatchesTogether(SubBatches):
         self._forward = _Forward(self.model, self.closure)
         self._buffers_left: dict[str, Tensor] = {}
 
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        return nullcontext()  # every loss has copies of its own
+
     def loss(self) -> Tensor:
         buffers = list(self.model.buffers())
         originals = [*self.weights.parameters, *buffers]
-        scratch = [self._copies(b).clone() if b.is_floating_point() else b for b in buffers]  # one of every counter
+        scratch = [(self._copies(b) if b.is_floating_point() else b).detach().clone() for b in buffers]
         copies = [*self.parameters, *scratch]
-        dims = [0 if copy is not original else None for copy, original in zip(copies, originals, strict=True)]
+        dims = [0 if copy.is_floating_point() else None for copy in copies]  # of integers, counters, one for all
 
         def loss_of_one(copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             remaining = iter(tensors)
@@ -175,10 +188,12 @@ class SubBatchesTogether(SubBatches):
 
     @contextmanager
     def moved(self, direction: list[Tensor], step: float) -> Iterator[None]:
-        here = self.parameters
+        here, select = self.parameters, self.weights.select
+        with torch.no_grad():
+            there = iter(torch._foreach_add(select(here), select(direction), alpha=step))
         self.parameters = [
-            torch.add(parameter.detach(), value, alpha=step).requires_grad_() if penalized else parameter
-            for parameter, value, penalized in zip(here, direction, self.weights.penalized, strict=True)
+            next(there).requires_grad_() if penalized else parameter
+            for parameter, penalized in zip(here, self.weights.penalized, strict=True)
         ]
         yield
         self.parameters = here
@@ -216,8 +231,63 @@ class _Forward(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what it leaves in the model's buffers."""
-        loss = _sub_batch_loss(self.closure, batch)
+        with _FoldedBatchNorm():
+            loss = _sub_batch_loss(self.closure, batch)
         return loss, dict(self.model.named_buffers())
+
+
+class _FoldedBatchNorm(TorchFunctionMode):
+    """Let ``F.batch_norm`` take the sub-batches' channels for channels of one batch: one kernel each way.
+
+    The rule that ``vmap`` has for it takes some six, as it applies every copy's weight and bias in operations of their
+    own; that is half of all kernels of a residual network.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {}))
+        given.apply_defaults()
+        return _BatchNorm.apply(*given.args)  # type: ignore[no-untyped-call]
+
+
+class _BatchNorm(torch.autograd.Function):
+    """``F.batch_norm`` with another rule for ``vmap``; autograd sees what this rule does."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        """Of what no sub-batch has a copy."""
+        return F.batch_norm(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """There is nothing to keep: what no sub-batch has a copy of needs no gradient."""
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, int]:
+        """(samples, sub-batches · channels, ...), normalized with the sub-batches' own statistics."""
+        count = info.batch_size
+
+        def folded(tensor: Tensor | None, in_dim: int | None, channels_at: int) -> Tensor | None:
+            if tensor is None:
+                return None
+            tensor = tensor.expand(count, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
+            return tensor.movedim(0, channels_at).flatten(channels_at, channels_at + 1)
+
+        per_channel = zip((running_mean, running_var, weight, bias), in_dims[1:5], strict=True)
+        y = F.batch_norm(folded(x, in_dims[0], 1), *(folded(t, in_dim, 0) for t, in_dim in per_channel), *options)
+        return y.unflatten(1, (count, -1)), 1
 
 
 def _in_every_place(module: nn.Module, copies: dict[int, Tensor]) -> dict[str, Tensor]:

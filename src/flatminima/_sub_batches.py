@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -11,11 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 
 from flatminima._isolation import eager_graphs, moved, scratch_buffers
 from flatminima.batching import batch_size, map_tensors, tensors_of
@@ -231,63 +228,8 @@ class _Forward(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what it leaves in the model's buffers."""
-        with _FoldedBatchNorm():
-            loss = _sub_batch_loss(self.closure, batch)
+        loss = _sub_batch_loss(self.closure, batch)
         return loss, dict(self.model.named_buffers())
-
-
-class _FoldedBatchNorm(TorchFunctionMode):
-    """Let ``F.batch_norm`` take the sub-batches' channels for channels of one batch: one kernel each way.
-
-    The rule that ``vmap`` has for it takes some six, as it applies every copy's weight and bias in operations of their
-    own; that is half of all kernels of a residual network.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        given = inspect.signature(F.batch_norm).bind(*args, **(kwargs or {}))
-        given.apply_defaults()
-        return _BatchNorm.apply(*given.args)  # type: ignore[no-untyped-call]
-
-
-class _BatchNorm(torch.autograd.Function):
-    """``F.batch_norm`` with another rule for ``vmap``; autograd sees what this rule does."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        """Of what no sub-batch has a copy."""
-        return F.batch_norm(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """There is nothing to keep: what no sub-batch has a copy of needs no gradient."""
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *options: Any,
-    ) -> tuple[Tensor, int]:
-        """(samples, sub-batches · channels, ...), normalized with the sub-batches' own statistics."""
-        count = info.batch_size
-
-        def folded(tensor: Tensor | None, in_dim: int | None, channels_at: int) -> Tensor | None:
-            if tensor is None:
-                return None
-            tensor = tensor.expand(count, *tensor.shape) if in_dim is None else tensor.movedim(in_dim, 0)
-            return tensor.movedim(0, channels_at).flatten(channels_at, channels_at + 1)
-
-        per_channel = zip((running_mean, running_var, weight, bias), in_dims[1:5], strict=True)
-        y = F.batch_norm(folded(x, in_dims[0], 1), *(folded(t, in_dim, 0) for t, in_dim in per_channel), *options)
-        return y.unflatten(1, (count, -1)), 1
 
 
 def _in_every_place(module: nn.Module, copies: dict[int, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from flatminima._isolation import (
     scratch_buffers,
     without_autocast,
 )
-from flatminima._sub_batches import Closure, OneSubBatch, SubBatches, SubBatchesTogether, Weights
+from flatminima._sub_batches import Closure, OneSubBatch, SubBatches, SubBatchesTogether, Weights, graph_of
 from flatminima.batching import batch_size, map_tensors, take
 from flatminima.errors import FlatminimaError
 from flatminima.precision import true_precision
@@ -225,16 +225,8 @@ def _times_hessian(gradients: tuple[Tensor | None, ...], sub_batches: SubBatches
 
 def _require_second_derivatives(gradients: list[Tensor]) -> None:
     """Find functions marked once_differentiable: autograd calls what lies behind them unused, and raises nothing."""
-    seen: set[Any] = set()
-    waiting = [gradient.grad_fn for gradient in gradients]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().endswith("Error"):
-            raise _no_second_derivative("a function is marked once_differentiable")
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+    if any(node.name().endswith("Error") for node in graph_of(gradients)):
+        raise _no_second_derivative("a function is marked once_differentiable")
 
 
 def _no_second_derivative(reason: str) -> FlatminimaError:

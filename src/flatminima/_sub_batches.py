@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +22,7 @@ from flatminima.errors import FlatminimaError
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""
 
-_NOT_IN_ONE_PASS = re.compile(r"vmap|functorch|batching rule|autograd\.Function|sparse", re.IGNORECASE)
+_NOT_IN_ONE_PASS = re.compile("vmap|functorch|batching rule|sparse", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,8 @@ class SubBatchesTogether(SubBatches):
             remaining = iter(tensors)
             batch = map_tensors(lambda _: next(remaining), self.batch)
             swapped = _in_every_place(self._forward, dict(zip(map(id, originals), copies, strict=True)))
-            found: tuple[Tensor, dict[str, Tensor]] = functional_call(
-                self._forward, swapped, (batch,), tie_weights=False
-            )
-            return found
+            found: Any = functional_call(self._forward, swapped, (batch,), tie_weights=False)
+            return found  # type: ignore[no-any-return]
 
         with _in_one_pass(), eager_graphs():
             losses, self._buffers_left = vmap(loss_of_one, (dims, 0), randomness="different")(
@@ -180,8 +179,13 @@ class SubBatchesTogether(SubBatches):
         return loss
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        if create_graph and any(isinstance(node, BackwardCFunction) for node in graph_of([loss])):
+            raise FlatminimaError(  # under vmap, those marked once_differentiable have a second derivative of zero
+                "estimator='hvp' cannot tell under passes='together' whether a custom autograd.Function has second "
+                "derivatives, and the model or loss uses one: choose passes='one-by-one'"
+            )
         with _in_one_pass():
-            return super().gradients(loss, create_graph=create_graph)
+            return SubBatches.gradients(self, loss, create_graph=create_graph)
 
     @contextmanager
     def moved(self, direction: list[Tensor], step: float) -> Iterator[None]:
@@ -199,10 +203,8 @@ class SubBatchesTogether(SubBatches):
         return [value.sum(0) for value in values]
 
     def buffers(self) -> dict[str, Tensor]:
-        return {
-            name: buffer.sum(0) if buffer.is_floating_point() else buffer[-1]
-            for name, buffer in ((name, buffer.detach()) for name, buffer in self._buffers_left.items())
-        }
+        left = {name: buffer.detach() for name, buffer in self._buffers_left.items()}
+        return {name: b.sum(0) if b.is_floating_point() else b[-1] for name, b in left.items()}
 
     def _copies(self, tensor: Tensor) -> Tensor:
         return tensor.expand(self.count, *tensor.shape)
@@ -257,6 +259,18 @@ def _in_one_pass() -> Iterator[None]:
         raise FlatminimaError(
             f"the sub-batches cannot go through this model and loss together ({reason}): choose passes='one-by-one'"
         ) from error
+
+
+def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph that ``results`` come from."""
+    seen: set[Any] = {None}
+    waiting = [result.grad_fn for result in results]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node
 
 
 def scalar_loss(closure: Closure, batch: Any) -> Tensor:

@@ -26,7 +26,7 @@ from flatminima._penalty import Estimator, Passes, Penalty, PenaltyPasses
 from flatminima._sub_batches import Closure, Weights, scalar_loss
 from flatminima.batching import Inputs, device_of, run_model
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.sharding import whole
+from flatminima.sharding import fsdp_modules, whole
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
@@ -67,7 +67,8 @@ class FisherTraceRegularizer:
     """Algorithm 1: replaces ``loss.backward()`` in a training loop; any optimizer, weight decay stays with it.
 
     One step costs 2M sub-batch passes beside the ordinary one: about three times the arithmetic of a plain step, or two
-    times with ``main_gradient="sub-batches"``. With ``every=k`` only each k-th step pays that.
+    times with ``main_gradient="sub-batches"``. With ``every=k`` only each k-th step pays that. On a GPU M small passes
+    can take longer than their arithmetic: ``passes="together"``.
 
     * Sub-batches: a random equal split (torch's global generator). If M does not divide the batch, sizes differ by at
       most one and every sub-batch still weighs 1/M, as in Eq. 6. Fewer than M samples are taken one by one.
@@ -107,6 +108,12 @@ class FisherTraceRegularizer:
         batch_statistics: what torch's BatchNorm layers in training mode normalize with in penalty passes:
             ``"sub-batch"`` the sub-batch's own (the paper); ``"whole-batch"`` those of B at w, as constants, at the
             price of one more forward pass; ``"running"`` the running statistics, as in evaluation mode.
+        passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two, of all sub-batches of one size at once,
+            each with its own weights (``torch.func.vmap``: batched products, grouped convolutions), for devices that
+            small passes starve. The numbers are the same but for rounding and for dropout, whose masks are others. It
+            holds some four tensors of M times the weights' size, and on a CPU it is slower. It refuses what ``vmap``
+            cannot run: control flow or ``.item()`` on values, recurrent layers, sparse gradients, checkpointed
+            activations, FSDP2. Compiled models run eagerly in it.
         parameters: the parameters whose Fisher trace is penalized (default: all). Only they move by −α g_i, and only
             they count in the trace. The penalty's gradient goes to all trainable parameters: the trace depends on all.
         every: k ≥ 1; the penalty acts on each k-th step, with weight k β. The steps between are plain steps.
@@ -119,7 +126,7 @@ class FisherTraceRegularizer:
 
     Raises:
         FlatminimaError: for a value outside its range, a model without trainable parameters, half-precision or complex
-            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2.
+            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2 (in whole with ``passes="together"``).
 
     Example:
         >>> import torch
@@ -187,6 +194,11 @@ class FisherTraceRegularizer:
         self.step = 0
         self.last_step: RegularizerStep | None = None
         refuse_other_sharding(model)
+        _require(
+            passes == "one-by-one" or not fsdp_modules(model),
+            "passes='together' gives every sub-batch its own weights, which fully_shard does not: "
+            "choose passes='one-by-one'",
+        )
         self._penalized = None if parameters is None else _known_parameters(model, parameters)
         self._clipped: int | Tensor = 0
         self._seen: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
@@ -223,7 +235,8 @@ class FisherTraceRegularizer:
 
         Raises:
             NonFiniteError: if a loss is NaN or infinite; ``.grad`` is then left as it was.
-            FlatminimaError: if tensors disagree about B, or ``loss_fn`` does not return a differentiable scalar.
+            FlatminimaError: if tensors disagree about B, ``loss_fn`` does not return a differentiable scalar, or model
+                and loss cannot run with ``passes="together"``.
         """
 
         def closure(batch: tuple[Inputs, Any]) -> Tensor:

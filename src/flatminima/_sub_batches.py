@@ -264,7 +264,7 @@ def _in_one_pass() -> Iterator[None]:
 def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
     """Every node of the autograd graph that ``results`` come from."""
     seen: set[Any] = {None}
-    waiting = [result.grad_fn for result in results]
+    waiting: list[Any] = [result.grad_fn for result in results]
     while waiting:
         node = waiting.pop()
         if node not in seen:

@@ -7,8 +7,8 @@
 A step is forward, backward and an SGD update. Times are of steps interleaved in one process, peak memory that of a
 fresh process each, beyond model and data. ``every=10`` is the mean of one penalized step and nine between penalties.
 Compiled is ``torch.compile(model)`` with a graph for every batch size, by Inductor, which needs a C++ compiler; its
-ratios are to a compiled plain step. Double backward does not go through compiled graphs: the penalty passes of "hvp"
-run eagerly there, and the gradient norm penalty is left out.
+ratios are to a compiled plain step. Double backward does not go through compiled graphs, nor do sub-batches together:
+the penalty passes of "hvp" and of passes="together" run eagerly there, and the gradient norm penalty is left out.
 """
 
 from __future__ import annotations
@@ -131,6 +131,10 @@ def methods(training: Training) -> dict[str, Step]:
         found[f"{estimator}, M={m}, main_gradient={main_gradient}"] = ours(
             num_sub_batches=m, estimator=estimator, main_gradient=main_gradient
         )
+    for estimator in ("finite-difference", "hvp"):
+        found[f"{estimator}, M=8, main_gradient=sub-batches, passes=together"] = ours(
+            num_sub_batches=8, estimator=estimator, main_gradient="sub-batches", passes="together"
+        )
     found[SHARPNESS_AWARE] = training.sam
     if training.mode == "eager":
         found[GRADIENT_NORM] = training.gradient_norm_penalty
@@ -183,7 +187,7 @@ def show(network: str, result: dict[str, Any]) -> None:
         every_10 = f"{row['ratio_every_10']['median']:.2f}" if "ratio_every_10" in row else ""
         memory_column = f"{peak / 2**20:6,.0f} MiB" if peak is not None else ""
         spread = f"({ratio['min']:.2f} – {ratio['max']:.2f})"
-        print(f"  {name:50} {ratio['median']:5.2f} {spread:16} every=10: {every_10:5} {memory_column}", flush=True)
+        print(f"  {name:67} {ratio['median']:5.2f} {spread:16} every=10: {every_10:5} {memory_column}", flush=True)
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -48,6 +49,14 @@ def scratch_buffers(model: nn.Module) -> Iterator[None]:
             buffers.update(own)
 
 
+@contextmanager
+def eager_graphs() -> Iterator[None]:
+    """Run compiled models eagerly: their graphs have no second derivative, and no batching rule for ``vmap``."""
+    in_use = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it takes seconds
+    with torch.compiler.set_stance("force_eager") if in_use else nullcontext():
+        yield
+
+
 class MeanBuffers:
     """What one pass would leave in the buffers if its statistics were the mean of the sub-batches' statistics.
 
@@ -56,19 +65,18 @@ class MeanBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._own = {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
         self._means: dict[str, Tensor] = {}
 
-    def add(self, weight: float) -> None:
-        """Add the model's present (scratch) buffers with ``weight``; the weights of a step sum to 1."""
-        for name, buffer in self._model.named_buffers():
+    def add(self, buffers: Mapping[str, Tensor], weight: float) -> None:
+        """Add what a sub-batch left in the buffers with ``weight``; the weights of a step sum to 1."""
+        for name, buffer in buffers.items():
             if not buffer.is_floating_point():
-                self._means[name] = buffer.detach().clone()
+                self._means[name] = buffer
             elif name in self._means:
-                self._means[name].add_(buffer.detach(), alpha=weight)
+                self._means[name].add_(buffer, alpha=weight)
             else:
-                self._means[name] = buffer.detach() * weight
+                self._means[name] = buffer * weight
 
     def write(self) -> None:
         """Copy the means into the model's own buffers."""

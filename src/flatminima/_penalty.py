@@ -1,17 +1,14 @@
-"""How: the penalty R_α of Jia & Su, Eq. 6, and its gradient, one sub-batch at a time."""
+"""How: the penalty R_α of Jia & Su, Eq. 6, and its gradient, summed over the passes of sub-batches."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from flatminima._distributed import this_process_alone
@@ -19,62 +16,19 @@ from flatminima._isolation import (
     BatchStatistics,
     MeanBuffers,
     batch_statistics,
-    moved,
+    eager_graphs,
     restored_generators,
     scratch_buffers,
     without_autocast,
 )
+from flatminima._sub_batches import Closure, OneSubBatch, SubBatches, SubBatchesTogether, Weights, graph_of
 from flatminima.batching import batch_size, map_tensors, take
 from flatminima.errors import FlatminimaError
 from flatminima.precision import true_precision
 
 Estimator = Literal["finite-difference", "hvp"]
 
-Closure = Callable[[Any], Tensor]
-"""``closure(batch)`` → the scalar mean loss of the model on that batch."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The trainable parameters, each once however many layers share it, and whether the penalty moves it."""
-
-    names: list[str]
-    parameters: list[Tensor]
-    penalized: list[bool]
-
-    @classmethod
-    def of(cls, model: nn.Module, penalized: set[str] | None) -> Weights:
-        """The model's trainable parameters; ``penalized`` holds the names of those to move, None for all.
-
-        Raises:
-            FlatminimaError: if there are none, they are in half precision, or the model is in DataParallel.
-        """
-        _require(
-            not any(isinstance(module, nn.DataParallel) for module in model.modules()),
-            "DataParallel is not supported: use DistributedDataParallel, or train on one device with the inner module",
-        )
-        _require(
-            not any(
-                isinstance(module, DistributedDataParallel) for child in model.children() for module in child.modules()
-            ),
-            "DistributedDataParallel must be the outermost module: wrap the whole model",
-        )
-        trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        _require(
-            len(trainable) > 0, f"{type(model).__name__} has no trainable parameters (requires_grad is False for all)"
-        )
-        for name, parameter in trainable.items():
-            _require(
-                parameter.dtype in (torch.float32, torch.float64),
-                f"parameter {name} is {parameter.dtype}: keep trainable parameters in float32, use autocast for speed",
-            )
-        mask = [penalized is None or name in penalized for name in trainable]
-        _require(any(mask), "none of the penalized parameters is trainable")
-        return cls(list(trainable), list(trainable.values()), mask)
-
-    def select(self, values: list[Tensor]) -> list[Tensor]:
-        """Those of ``values``, one per parameter, whose parameter is penalized."""
-        return [value for value, penalized in zip(values, self.penalized, strict=True) if penalized]
+Passes = Literal["one-by-one", "together"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +39,7 @@ class PenaltyPasses:
     num_sub_batches: int
     estimator: Estimator
     batch_statistics: BatchStatistics
+    passes: Passes
 
     def run(self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, *, update_buffers: bool) -> Penalty:
         """R_α on ``batch``. The weights are put back; so are buffers, unless ``update_buffers`` asks for one update.
@@ -95,7 +50,11 @@ class PenaltyPasses:
         size = batch_size(batch)
         if size == 0:
             raise FlatminimaError("the batch is empty: pass at least one sample")
-        sub_batches = torch.randperm(size).tensor_split(min(self.num_sub_batches, size))
+        rows = list(torch.randperm(size).tensor_split(min(self.num_sub_batches, size)))
+        num_sub_batches = len(rows)
+        if self.passes == "together":  # those of one size: rows are then (sub-batches, samples)
+            rows = [torch.stack(list(same)) for _, same in itertools.groupby(rows, key=len)]
+        form = {"one-by-one": OneSubBatch, "together": SubBatchesTogether}[self.passes]
         estimate = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.estimator]
         penalty = Penalty.zero(weights)
         buffers = MeanBuffers(model) if update_buffers else None
@@ -106,10 +65,12 @@ class PenaltyPasses:
                     closure(_in_float32(batch))
 
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
-                for indices in sub_batches:
-                    share = len(indices) / size
-                    sub_batch = _SubBatch(model, closure, _in_float32(take(batch, indices)), weights, buffers, share)
-                    penalty.add(estimate(sub_batch, self.alpha), weight=1 / len(sub_batches), share=share)
+                for indices in rows:
+                    share = indices.shape[-1] / size
+                    passes = estimate(form(model, closure, _in_float32(take(batch, indices)), weights), self.alpha)
+                    penalty.add(passes, weight=1 / num_sub_batches, share=share)
+                    if buffers is not None:
+                        buffers.add(passes.buffers, share)
         if buffers is not None:
             buffers.write()
         return penalty
@@ -146,14 +107,14 @@ class Penalty:
         return cls(nothing, nothing, gradient, nothing, main_gradient, [False] * len(parameters), weights)
 
     def add(self, passes: _Passes, *, weight: float, share: float) -> None:
-        """Add one sub-batch, of the ``weight`` 1/M in R_α and of the ``share`` |B_i| / |B| in the main loss."""
+        """Add sub-batches, each of the ``weight`` 1/M in R_α and of the ``share`` |B_i| / |B| in the main loss."""
         self.value = self.value + weight * passes.penalty
-        self.trace = self.trace + weight * get_total_norm(self.weights.select(passes.gradient)).square()
+        self.trace = self.trace + weight * passes.squares
         torch._foreach_add_(self.gradient, passes.penalty_gradient, alpha=weight)
         self.loss = self.loss + share * passes.loss
         torch._foreach_add_(self.main_gradient, passes.gradient, alpha=share)
         self.used = [any(uses) for uses in zip(self.used, passes.used, strict=True)]
-        self.num_sub_batches += 1
+        self.num_sub_batches += passes.count
 
     def add_gradient_to_grad(self, factor: float | Tensor) -> None:
         """Add ``factor`` ∇R_α to ``.grad``; a parameter that no loss used keeps ``.grad`` as it is, None included."""
@@ -173,91 +134,81 @@ class Penalty:
 
 @dataclass(frozen=True)
 class _Passes:
-    """What the passes over one sub-batch give: L(B_i, w), g_i, its part of R_α and ∇R_α, and the parameters in use."""
+    """What the passes over some sub-batches give, summed over them.
 
+    Attributes:
+        count: how many sub-batches there are.
+        loss: Σ_i L(B_i, w).
+        gradient: Σ_i g_i.
+        squares: Σ_i ‖g_i‖₂² over the penalized parameters.
+        penalty: their part of M R_α.
+        penalty_gradient: their part of M ∇R_α.
+        used: whether their losses use the parameter.
+        buffers: what the pass at w left in the model's buffers.
+    """
+
+    count: int
     loss: Tensor
     gradient: list[Tensor]
+    squares: Tensor
     penalty: Tensor
     penalty_gradient: list[Tensor]
     used: list[bool]
+    buffers: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _SubBatch:
-    model: nn.Module
-    closure: Closure
-    batch: Any
-    weights: Weights
-    buffers: MeanBuffers | None
-    share: float
-
-    def loss(self) -> Tensor:
-        try:
-            return scalar_loss(self.closure, self.batch)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise FlatminimaError(
-                f"BatchNorm has no statistics on a sub-batch of {batch_size(self.batch)} sample(s): "
-                "lower num_sub_batches, or drop the last, short batch"
-            ) from error
-
-    def keep_buffers(self) -> None:
-        """Remember what the pass at w made of the buffers, if they are to be updated."""
-        if self.buffers is not None:
-            self.buffers.add(self.share)
-
-
-def scalar_loss(closure: Closure, batch: Any) -> Tensor:
-    """The loss on ``batch``.
-
-    Raises:
-        FlatminimaError: if it is not a scalar that depends on a trainable parameter.
-    """
-    loss = closure(batch)
-    returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    if returned != "shape ()":
-        raise FlatminimaError(f"loss_fn must return a scalar tensor, the mean over the samples; got {returned}")
-    if not loss.requires_grad:
-        raise FlatminimaError("the loss does not depend on a trainable parameter: is gradient recording switched off?")
-    return loss
-
-
-def _finite_difference(sub_batch: _SubBatch, alpha: float) -> _Passes:
+def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
     """L(B_i, w) − L(B_i, w − α g_i), and the same difference of gradients (Eq. 6)."""
-    weights = sub_batch.weights
-    with restored_generators(weights.parameters), scratch_buffers(sub_batch.model):
-        loss = sub_batch.loss()
-        gradients = torch.autograd.grad(loss, weights.parameters, allow_unused=True)
-        sub_batch.keep_buffers()
-    here = _dense(gradients, weights)
-    with moved(weights.select(weights.parameters), weights.select(here), -alpha), scratch_buffers(sub_batch.model):
-        moved_loss = sub_batch.loss()
-        moved_gradients = torch.autograd.grad(moved_loss, weights.parameters, allow_unused=True)
-    difference = torch._foreach_sub(here, _dense(moved_gradients, weights))
-    used = [a is not None or b is not None for a, b in zip(gradients, moved_gradients, strict=True)]
-    return _Passes(loss.detach(), here, loss.detach() - moved_loss.detach(), list(difference), used)
+    weights = sub_batches.weights
+    with restored_generators(weights.parameters), sub_batches.scratch_buffers():
+        loss = sub_batches.loss()
+        gradients = sub_batches.gradients(loss)
+        buffers = sub_batches.buffers()
+    here = _dense(gradients, sub_batches.parameters)
+    with sub_batches.moved(here, -alpha), sub_batches.scratch_buffers():
+        moved_loss = sub_batches.loss()
+        moved_gradients = sub_batches.gradients(moved_loss)
+    difference = torch._foreach_sub(here, _dense(moved_gradients, sub_batches.parameters))
+    return _Passes(
+        count=sub_batches.count,
+        loss=loss.detach(),
+        gradient=sub_batches.total(here),
+        squares=get_total_norm(weights.select(here)).square(),
+        penalty=loss.detach() - moved_loss.detach(),
+        penalty_gradient=sub_batches.total(list(difference)),
+        used=[a is not None or b is not None for a, b in zip(gradients, moved_gradients, strict=True)],
+        buffers=buffers,
+    )
 
 
-def _hessian_vector_product(sub_batch: _SubBatch, alpha: float) -> _Passes:
+def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Passes:
     """The limit of the finite difference for small α: α‖g_i‖² and α H_i g_i, by differentiating g_i once more."""
-    weights = sub_batch.weights
-    with scratch_buffers(sub_batch.model), _twice_differentiable_kernels():
-        loss = sub_batch.loss()
-        gradients = torch.autograd.grad(loss, weights.parameters, create_graph=True, allow_unused=True)
-        products = _times_hessian(gradients, weights)
-        sub_batch.keep_buffers()
-    here = [value.detach() for value in _dense(gradients, weights)]
-    penalty = alpha * get_total_norm(weights.select(here)).square()
-    products = torch._foreach_mul(_dense(products, weights), alpha)
-    return _Passes(loss.detach(), here, penalty, list(products), [gradient is not None for gradient in gradients])
+    weights = sub_batches.weights
+    with sub_batches.scratch_buffers(), eager_graphs(), sdpa_kernel(SDPBackend.MATH):
+        loss = sub_batches.loss()
+        gradients = sub_batches.gradients(loss, create_graph=True)
+        products = _times_hessian(gradients, sub_batches)
+        buffers = sub_batches.buffers()
+    here = [value.detach() for value in _dense(gradients, sub_batches.parameters)]
+    squares = get_total_norm(weights.select(here)).square()
+    products = torch._foreach_mul(_dense(products, sub_batches.parameters), alpha)
+    return _Passes(
+        count=sub_batches.count,
+        loss=loss.detach(),
+        gradient=sub_batches.total(here),
+        squares=squares,
+        penalty=alpha * squares,
+        penalty_gradient=sub_batches.total(list(products)),
+        used=[gradient is not None for gradient in gradients],
+        buffers=buffers,
+    )
 
 
-def _times_hessian(gradients: tuple[Tensor | None, ...], weights: Weights) -> tuple[Tensor | None, ...]:
-    """H P g, where P keeps the penalized parameters: the derivative of g along the constant P g."""
+def _times_hessian(gradients: tuple[Tensor | None, ...], sub_batches: SubBatches) -> tuple[Tensor | None, ...]:
+    """H_i P g_i, where P keeps the penalized parameters: the derivative of g_i along the constant P g_i."""
     penalized = [
         gradient
-        for gradient, wanted in zip(gradients, weights.penalized, strict=True)
+        for gradient, wanted in zip(gradients, sub_batches.weights.penalized, strict=True)
         if wanted and gradient is not None and gradient.requires_grad
     ]
     if not penalized:  # the loss is linear in the weights
@@ -265,33 +216,17 @@ def _times_hessian(gradients: tuple[Tensor | None, ...], weights: Weights) -> tu
     _require_second_derivatives(penalized)
     direction = [gradient.detach() for gradient in penalized]
     try:
-        return torch.autograd.grad(penalized, weights.parameters, direction, allow_unused=True)
+        return torch.autograd.grad(penalized, sub_batches.parameters, direction, allow_unused=True)
     except RuntimeError as error:
         if "not implemented" not in str(error):
             raise
         raise _no_second_derivative(str(error)) from error
 
 
-@contextmanager
-def _twice_differentiable_kernels() -> Iterator[None]:
-    """Compiled graphs and fused attention differentiate once: run eagerly, with the plain attention."""
-    in_use = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it takes seconds
-    with torch.compiler.set_stance("force_eager") if in_use else nullcontext(), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
 def _require_second_derivatives(gradients: list[Tensor]) -> None:
     """Find functions marked once_differentiable: autograd calls what lies behind them unused, and raises nothing."""
-    seen: set[Any] = set()
-    waiting = [gradient.grad_fn for gradient in gradients]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().endswith("Error"):
-            raise _no_second_derivative("a function is marked once_differentiable")
-        seen.add(node)
-        waiting.extend(following for following, _ in node.next_functions)
+    if any(node.name().endswith("Error") for node in graph_of(gradients)):
+        raise _no_second_derivative("a function is marked once_differentiable")
 
 
 def _no_second_derivative(reason: str) -> FlatminimaError:
@@ -301,18 +236,13 @@ def _no_second_derivative(reason: str) -> FlatminimaError:
     )
 
 
-def _dense(gradients: tuple[Tensor | None, ...], weights: Weights) -> list[Tensor]:
+def _dense(gradients: tuple[Tensor | None, ...], parameters: list[Tensor]) -> list[Tensor]:
     return [
         torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
-        for gradient, parameter in zip(gradients, weights.parameters, strict=True)
+        for gradient, parameter in zip(gradients, parameters, strict=True)
     ]
 
 
 def _in_float32(batch: Any) -> Any:
     half = (torch.float16, torch.bfloat16)
     return map_tensors(lambda tensor: tensor.float() if tensor.dtype in half else tensor, batch)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise FlatminimaError(message)

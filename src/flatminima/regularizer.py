@@ -22,10 +22,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flatminima._distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima._isolation import BatchStatistics
-from flatminima._penalty import Closure, Estimator, Penalty, PenaltyPasses, Weights, scalar_loss
+from flatminima._penalty import Estimator, Passes, Penalty, PenaltyPasses
+from flatminima._sub_batches import Closure, Weights, scalar_loss
 from flatminima.batching import Inputs, device_of, run_model
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.sharding import whole
+from flatminima.sharding import fsdp_modules, whole
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
@@ -66,7 +67,8 @@ class FisherTraceRegularizer:
     """Algorithm 1: replaces ``loss.backward()`` in a training loop; any optimizer, weight decay stays with it.
 
     One step costs 2M sub-batch passes beside the ordinary one: about three times the arithmetic of a plain step, or two
-    times with ``main_gradient="sub-batches"``. With ``every=k`` only each k-th step pays that.
+    times with ``main_gradient="sub-batches"``. With ``every=k`` only each k-th step pays that. On a GPU M small passes
+    can take longer than their arithmetic: ``passes="together"``.
 
     * Sub-batches: a random equal split (torch's global generator). If M does not divide the batch, sizes differ by at
       most one and every sub-batch still weighs 1/M, as in Eq. 6. Fewer than M samples are taken one by one.
@@ -106,6 +108,12 @@ class FisherTraceRegularizer:
         batch_statistics: what torch's BatchNorm layers in training mode normalize with in penalty passes:
             ``"sub-batch"`` the sub-batch's own (the paper); ``"whole-batch"`` those of B at w, as constants, at the
             price of one more forward pass; ``"running"`` the running statistics, as in evaluation mode.
+        passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two, of all sub-batches of one size at once,
+            each with its own weights (``torch.func.vmap``: batched products, grouped convolutions), for devices that
+            small passes starve. The numbers are the same but for rounding and for dropout, whose masks are others. It
+            holds some four tensors of M times the weights' size, and on a CPU it is slower. It refuses what ``vmap``
+            cannot run: control flow or ``.item()`` on values, recurrent layers, sparse gradients, checkpointed
+            activations, FSDP2. Compiled models run eagerly in it.
         parameters: the parameters whose Fisher trace is penalized (default: all). Only they move by −α g_i, and only
             they count in the trace. The penalty's gradient goes to all trainable parameters: the trace depends on all.
         every: k ≥ 1; the penalty acts on each k-th step, with weight k β. The steps between are plain steps.
@@ -118,7 +126,7 @@ class FisherTraceRegularizer:
 
     Raises:
         FlatminimaError: for a value outside its range, a model without trainable parameters, half-precision or complex
-            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2.
+            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2 (in whole with ``passes="together"``).
 
     Example:
         >>> import torch
@@ -147,6 +155,7 @@ class FisherTraceRegularizer:
         estimator: Estimator = "finite-difference",
         main_gradient: MainGradient = "whole-batch",
         batch_statistics: BatchStatistics = "sub-batch",
+        passes: Passes = "one-by-one",
         parameters: Iterable[nn.Parameter] | None = None,
         every: int = 1,
         start_step: int = 0,
@@ -161,6 +170,7 @@ class FisherTraceRegularizer:
         _require_choice("estimator", estimator, Estimator)
         _require_choice("main_gradient", main_gradient, MainGradient)
         _require_choice("batch_statistics", batch_statistics, BatchStatistics)
+        _require_choice("passes", passes, Passes)
         _require(
             main_gradient == "whole-batch" or batch_statistics == "sub-batch",
             f"main_gradient='sub-batches' needs batch_statistics='sub-batch' (got {batch_statistics!r}): "
@@ -177,12 +187,18 @@ class FisherTraceRegularizer:
         self.estimator = estimator
         self.main_gradient = main_gradient
         self.batch_statistics = batch_statistics
+        self.passes = passes
         self.every = every
         self.start_step = start_step
         self.warmup_steps = warmup_steps
         self.step = 0
         self.last_step: RegularizerStep | None = None
         refuse_other_sharding(model)
+        _require(
+            passes == "one-by-one" or not fsdp_modules(model),
+            "passes='together' gives every sub-batch its own weights, which fully_shard does not: "
+            "choose passes='one-by-one'",
+        )
         self._penalized = None if parameters is None else _known_parameters(model, parameters)
         self._clipped: int | Tensor = 0
         self._seen: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
@@ -219,7 +235,8 @@ class FisherTraceRegularizer:
 
         Raises:
             NonFiniteError: if a loss is NaN or infinite; ``.grad`` is then left as it was.
-            FlatminimaError: if tensors disagree about B, or ``loss_fn`` does not return a differentiable scalar.
+            FlatminimaError: if tensors disagree about B, ``loss_fn`` does not return a differentiable scalar, or model
+                and loss cannot run with ``passes="together"``.
         """
 
         def closure(batch: tuple[Inputs, Any]) -> Tensor:
@@ -301,7 +318,7 @@ class FisherTraceRegularizer:
         since = self.step - self.start_step
         if since < 0 or since % self.every:
             return None
-        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics)
+        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self.passes)
         update_buffers = self.main_gradient == "sub-batches"
         with gathered_weights(self.model):
             weights = Weights.of(self.model, self._penalized)

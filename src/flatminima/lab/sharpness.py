@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from flatminima._isolation import moved, restored_generators, scratch_buffers
-from flatminima._penalty import Weights, scalar_loss
+from flatminima._sub_batches import Weights, scalar_loss
 from flatminima.batching import Inputs, run_model
 from flatminima.regularizer import LossFunction
 

@@ -1,0 +1,316 @@
+"""How: the losses of sub-batches and the weights that their passes move, one by one or all of one size together."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.func import functional_call, vmap
+from torch.nn.parallel import DistributedDataParallel
+
+from flatminima._isolation import eager_graphs, moved, scratch_buffers
+from flatminima.batching import batch_size, map_tensors, tensors_of
+from flatminima.errors import FlatminimaError
+
+Closure = Callable[[Any], Tensor]
+"""``closure(batch)`` → the scalar mean loss of the model on that batch."""
+
+_NOT_IN_ONE_PASS = re.compile("vmap|functorch|batching rule|sparse", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The trainable parameters, each once however many layers share it, and whether the penalty moves it."""
+
+    names: list[str]
+    parameters: list[Tensor]
+    penalized: list[bool]
+
+    @classmethod
+    def of(cls, model: nn.Module, penalized: set[str] | None) -> Weights:
+        """The model's trainable parameters; ``penalized`` holds the names of those to move, None for all.
+
+        Raises:
+            FlatminimaError: if there are none, they are in half precision, or the model is in DataParallel.
+        """
+        _require(
+            not any(isinstance(module, nn.DataParallel) for module in model.modules()),
+            "DataParallel is not supported: use DistributedDataParallel, or train on one device with the inner module",
+        )
+        _require(
+            not any(
+                isinstance(module, DistributedDataParallel) for child in model.children() for module in child.modules()
+            ),
+            "DistributedDataParallel must be the outermost module: wrap the whole model",
+        )
+        trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _require(
+            len(trainable) > 0, f"{type(model).__name__} has no trainable parameters (requires_grad is False for all)"
+        )
+        for name, parameter in trainable.items():
+            _require(
+                parameter.dtype in (torch.float32, torch.float64),
+                f"parameter {name} is {parameter.dtype}: keep trainable parameters in float32, use autocast for speed",
+            )
+        mask = [penalized is None or name in penalized for name in trainable]
+        _require(any(mask), "none of the penalized parameters is trainable")
+        return cls(list(trainable), list(trainable.values()), mask)
+
+    def select(self, values: list[Tensor]) -> list[Tensor]:
+        """Those of ``values``, one per parameter, whose parameter is penalized."""
+        return [value for value, penalized in zip(values, self.penalized, strict=True) if penalized]
+
+
+@dataclass
+class SubBatches(ABC):
+    """What one round of passes works on: sub-batches of one size. All that it gives is the sum over them.
+
+    Attributes:
+        model: the network.
+        closure: its loss.
+        batch: the samples.
+        weights: the trainable parameters.
+        count: how many sub-batches there are.
+        parameters: what the loss depends on: the weights, wherever they are moved to.
+    """
+
+    model: nn.Module
+    closure: Closure
+    batch: Any
+    weights: Weights
+    count: int = field(init=False)
+    parameters: list[Tensor] = field(init=False)
+
+    @abstractmethod
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        """A context in which the model's own buffers stay as they are."""
+
+    @abstractmethod
+    def loss(self) -> Tensor:
+        """Σ_i L(B_i, ·) at :attr:`parameters`."""
+
+    def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        """g_i of every sub-batch in the form of :attr:`parameters`; None for a parameter that the loss does not use."""
+        return torch.autograd.grad(loss, self.parameters, create_graph=create_graph, allow_unused=True)
+
+    @abstractmethod
+    def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
+        """Move the penalized weights by step · direction, which has the form of :attr:`parameters`, and back."""
+
+    @abstractmethod
+    def total(self, values: list[Tensor]) -> list[Tensor]:
+        """Σ_i of ``values``, which have the form of :attr:`parameters`."""
+
+    @abstractmethod
+    def buffers(self) -> dict[str, Tensor]:
+        """What the latest pass left in the model's buffers: Σ_i of it, of integers (counters) the last."""
+
+
+@dataclass
+class OneSubBatch(SubBatches):
+    """A sub-batch of its own, run with the model's own weights."""
+
+    def __post_init__(self) -> None:
+        self.parameters, self.count = self.weights.parameters, 1
+
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        return scratch_buffers(self.model)
+
+    def loss(self) -> Tensor:
+        loss = _sub_batch_loss(self.closure, self.batch)
+        _require_differentiable(loss)
+        return loss
+
+    def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
+        return moved(self.weights.select(self.parameters), self.weights.select(direction), step)
+
+    def total(self, values: list[Tensor]) -> list[Tensor]:
+        return values
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.detach() for name, buffer in self.model.named_buffers()}
+
+
+@dataclass
+class SubBatchesTogether(SubBatches):
+    """All sub-batches in one pass by ``torch.func.vmap``, each with its own copy of the weights and of the buffers.
+
+    Tensors of ``batch`` are (sub-batches, samples, ...), and :attr:`parameters` (sub-batches, ...). A layer's many
+    products with small matrices then are one batched product, its convolutions one grouped convolution.
+    """
+
+    def __post_init__(self) -> None:
+        self.count = batch_size(self.batch)
+        self.parameters = [self._copies(parameter.detach()).requires_grad_() for parameter in self.weights.parameters]
+        self._forward = _Forward(self.model, self.closure)
+        self._buffers_left: dict[str, Tensor] = {}
+
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        return nullcontext()  # every loss has copies of its own
+
+    def loss(self) -> Tensor:
+        buffers = list(self.model.buffers())
+        originals = [*self.weights.parameters, *buffers]
+        scratch = [(self._copies(b) if b.is_floating_point() else b).detach().clone() for b in buffers]
+        copies = [*self.parameters, *scratch]
+        dims = [0 if copy.is_floating_point() else None for copy in copies]  # of integers, counters, one for all
+
+        def loss_of_one(copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            remaining = iter(tensors)
+            batch = map_tensors(lambda _: next(remaining), self.batch)
+            swapped = _in_every_place(self._forward, dict(zip(map(id, originals), copies, strict=True)))
+            found: Any = functional_call(self._forward, swapped, (batch,), tie_weights=False)
+            return found  # type: ignore[no-any-return]
+
+        with _in_one_pass(), eager_graphs():
+            losses, self._buffers_left = vmap(loss_of_one, (dims, 0), randomness="different")(
+                copies, tensors_of(self.batch)
+            )
+        loss: Tensor = losses.sum()
+        _require_differentiable(loss)
+        self._require_swapped_weights(loss)
+        return loss
+
+    def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        if create_graph and any(isinstance(node, BackwardCFunction) for node in graph_of([loss])):
+            raise FlatminimaError(  # under vmap, those marked once_differentiable have a second derivative of zero
+                "estimator='hvp' cannot tell under passes='together' whether a custom autograd.Function has second "
+                "derivatives, and the model or loss uses one: choose passes='one-by-one'"
+            )
+        with _in_one_pass():
+            return SubBatches.gradients(self, loss, create_graph=create_graph)
+
+    @contextmanager
+    def moved(self, direction: list[Tensor], step: float) -> Iterator[None]:
+        here, select = self.parameters, self.weights.select
+        with torch.no_grad():
+            there = iter(torch._foreach_add(select(here), select(direction), alpha=step))
+        self.parameters = [
+            next(there).requires_grad_() if penalized else parameter
+            for parameter, penalized in zip(here, self.weights.penalized, strict=True)
+        ]
+        yield
+        self.parameters = here
+
+    def total(self, values: list[Tensor]) -> list[Tensor]:
+        return [value.sum(0) for value in values]
+
+    def buffers(self) -> dict[str, Tensor]:
+        left = {name: buffer.detach() for name, buffer in self._buffers_left.items()}
+        return {name: b.sum(0) if b.is_floating_point() else b[-1] for name, b in left.items()}
+
+    def _copies(self, tensor: Tensor) -> Tensor:
+        return tensor.expand(self.count, *tensor.shape)
+
+    def _require_swapped_weights(self, loss: Tensor) -> None:
+        """Everything that the loss uses of the weights must be the copies, or its gradient would lack a part."""
+        originals = torch.autograd.grad(loss, self.weights.parameters, retain_graph=True, allow_unused=True)
+        for name, gradient in zip(self.weights.names, originals, strict=True):
+            _require(
+                gradient is None,
+                f"the loss uses parameter {name} itself, not as an attribute of the model's modules (a list of "
+                "parameters made before, say), where it cannot be swapped: choose passes='one-by-one'",
+            )
+
+
+class _Forward(nn.Module):
+    """The closure as a module's forward, so that ``functional_call`` can swap the weights that it runs with."""
+
+    def __init__(self, model: nn.Module, closure: Closure) -> None:
+        super().__init__()
+        self.model = model
+        self.closure = closure
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what it leaves in the model's buffers."""
+        loss = _sub_batch_loss(self.closure, batch)
+        return loss, dict(self.model.named_buffers())
+
+
+def _in_every_place(module: nn.Module, copies: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The copies by name, one for every module that has the original.
+
+    ``functional_call`` can tie them itself, but puts the wrong tensors back where one module has two names.
+    """
+    return {
+        f"{prefix}.{name}": copies[id(tensor)]
+        for prefix, child in module.named_modules()
+        for name, tensor in (*child._parameters.items(), *child._buffers.items())
+        if id(tensor) in copies
+    }
+
+
+@contextmanager
+def _in_one_pass() -> Iterator[None]:
+    """Say of an operation that ``vmap`` cannot run for all sub-batches at once what to do."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, FlatminimaError) or not _NOT_IN_ONE_PASS.search(str(error)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise FlatminimaError(
+            f"the sub-batches cannot go through this model and loss together ({reason}): choose passes='one-by-one'"
+        ) from error
+
+
+def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph that ``results`` come from."""
+    seen: set[Any] = {None}
+    waiting: list[Any] = [result.grad_fn for result in results]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node
+
+
+def scalar_loss(closure: Closure, batch: Any) -> Tensor:
+    """The loss on ``batch``.
+
+    Raises:
+        FlatminimaError: if it is not a scalar that depends on a trainable parameter.
+    """
+    loss = _scalar(closure(batch))
+    _require_differentiable(loss)
+    return loss
+
+
+def _sub_batch_loss(closure: Closure, batch: Any) -> Tensor:
+    try:
+        return _scalar(closure(batch))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise FlatminimaError(
+            f"BatchNorm has no statistics on a sub-batch of {batch_size(batch)} sample(s): "
+            "lower num_sub_batches, or drop the last, short batch"
+        ) from error
+
+
+def _scalar(loss: Any) -> Tensor:
+    returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if returned != "shape ()":
+        raise FlatminimaError(f"loss_fn must return a scalar tensor, the mean over the samples; got {returned}")
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _require_differentiable(loss: Tensor) -> None:
+    _require(
+        loss.requires_grad,
+        "the loss does not depend on a trainable parameter: is gradient recording switched off?",
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise FlatminimaError(message)

@@ -65,7 +65,7 @@ class MeanBuffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
+        self._own = dict(model.named_buffers())
         self._means: dict[str, Tensor] = {}
 
     def add(self, buffers: Mapping[str, Tensor], weight: float) -> None:

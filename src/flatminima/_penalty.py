@@ -125,11 +125,12 @@ class Penalty:
         self._add_to_grad(self.main_gradient, factor)
 
     def _add_to_grad(self, gradient: list[Tensor], factor: float | Tensor) -> None:
-        for parameter, value, used in zip(self.weights.parameters, gradient, self.used, strict=True):
+        scaled = torch._foreach_mul(gradient, factor)
+        for parameter, value, used in zip(self.weights.parameters, scaled, self.used, strict=True):
             if used and parameter.grad is None:
-                parameter.grad = value * factor
+                parameter.grad = value
             elif used:
-                parameter.grad.add_(value * factor)  # type: ignore[union-attr]
+                parameter.grad.add_(value)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)

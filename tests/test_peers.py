@@ -46,10 +46,16 @@ REFUSES: dict[str, dict[str, str]] = {
         "functional": NO_RULE,
         "vision transformer": NO_RULE,
         "tied embedding": "expected scalar type Float but found Double",
+        "torch's attention": NO_RULE,
         "reused block": "'Linear' object has no attribute 'output'",
         "in place": IN_PLACE,
+        "positions": IN_PLACE,
     },
-    "opacus": {"in place": IN_PLACE, "recurrent": "doesn't match the broadcast shape"},
+    "opacus": {
+        "in place": IN_PLACE,
+        "torch's attention": "missing 2 required positional arguments",
+        "recurrent": "doesn't match the broadcast shape",
+    },
     "nngeometry": {
         "linear on positions": "batch1 must be a 3D tensor",
         "conv2d padding same": "argument 'padding'",
@@ -63,9 +69,15 @@ REFUSES: dict[str, dict[str, str]] = {
         "tied embedding": NO_LAYER,
         "functional": NO_LAYER,
         "vision transformer": NO_LAYER,
+        "torch's attention": NO_LAYER,
+        "positions": NO_LAYER,
         "recurrent": NO_LAYER,
     },
-    "torchjd": {"instancenorm running": "track_running_stats=True", "recurrent": HAS_STATE},
+    "torchjd": {
+        "instancenorm running": "track_running_stats=True",
+        "torch's attention": "Expected all tensors to have the same size in the mapped dimension",
+        "recurrent": HAS_STATE,
+    },
 }
 """Peer → case → what it says, in part."""
 

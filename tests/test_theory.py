@@ -289,7 +289,7 @@ def test_estimate_converges_to_exact_gamma_as_subsets_grow() -> None:
     assert bias == sorted(bias, reverse=True)
     assert bias[0] > 2
     assert bias[-2] < 0.1 * bias[0]
-    assert bias[-1] == pytest.approx(0, abs=1e-6)
+    assert bias[-1] == pytest.approx(0, abs=1e-5)  # ξ's condition number is 1e14: float64 leaves 1e-4 of its ln det
 
 
 @pytest.fixture(scope="module")

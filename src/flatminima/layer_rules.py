@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -325,18 +326,27 @@ def batch_norm(
     if training or running_mean is None or running_var is None:
         return None
     samples, channels = input.shape[:2]
+    formed: list[tuple[weakref.ref[Tensor], Tensor, Tensor]] = []
 
-    def weight_rows(grad: Tensor, start: int, stop: int) -> Tensor:
-        # Samples as further channels: then the weight's gradient, one fused sum per channel, is a row per sample.
-        x, g = (values.reshape(1, samples * channels, -1) for values in (input, grad))
-        mean, variance = running_mean.repeat(samples), running_var.repeat(samples)
-        _, rows, _ = torch.ops.aten.native_batch_norm_backward(
-            g, x, None, mean, variance, None, None, False, eps, [False, True, False]
-        )
-        return _sum_positions(rows.view(samples, channels), n)[:, start:stop]
+    def both_rows(grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of weight and bias: one sweep gives both, and whichever is asked for second finds its own here."""
+        if not formed or formed[0][0]() is not grad:
+            # Samples as further channels: then the gradients, fused sums per channel, are a row per sample.
+            x, g = (values.reshape(1, samples * channels, -1) for values in (input, grad))
+            mean, variance = running_mean.repeat(samples), running_var.repeat(samples)
+            _, *rows = torch.ops.aten.native_batch_norm_backward(
+                g, x, None, mean, variance, None, None, False, eps, [False, True, True]
+            )
+            of_weight, of_bias = (_sum_positions(row.view(samples, channels), n) for row in rows)
+            formed[:] = [(weakref.ref(grad), of_weight, of_bias)]
+        return formed[0][1:]
 
-    uses = [ParameterUse(weight, weight_rows, input)] if weight is not None else []
-    return [*uses, *_bias_use(bias, n, channel_last=False)]
+    uses = []
+    if weight is not None:
+        uses.append(ParameterUse(weight, lambda grad, start, stop: both_rows(grad)[0][:, start:stop], input))
+    if bias is not None:
+        uses.append(ParameterUse(bias, lambda grad, start, stop: both_rows(grad)[1][:, start:stop], input))
+    return uses
 
 
 def group_norm(

@@ -13,8 +13,6 @@ sample side by side (a model that folds time or windows into the batch).
 from __future__ import annotations
 
 import inspect
-import itertools
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,21 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatminima.products import has_onednn, times_transposes
+from flatminima.convolutions import Window, convolution_weight_rows
+from flatminima.products import times_transposes
 
 Rows = Callable[[Tensor, int, int], Tensor]
 Product = Callable[[Tensor, int, int], Tensor]
 PutBack = Callable[[Tensor], Tensor]
 Rule = Callable[..., "list[ParameterUse] | None"]
-
-_CACHE_BYTES = 2**22
-"""What a core multiplies fastest: copies of a convolution's input that stay in its share of the cache."""
-
-_COPIES_BYTES = 2**28
-"""The same on an accelerator, where large products are fastest and only memory limits them."""
-
-_BLOCK = 16
-"""Channels that oneDNN keeps together."""
 
 
 @dataclass
@@ -114,201 +104,14 @@ def convolution(
     spatial = weight.dim() - 2
     if input.dim() != spatial + 2:
         return None
-    kernel = tuple(weight.shape[2:])
-    strides, dilations = _tuple(stride, spatial), _tuple(dilation, spatial)
-    pads = [before for before, _ in _padding(padding, kernel, dilations)]
+    kernel, dilations = tuple(weight.shape[2:]), _tuple(dilation, spatial)
+    pads = tuple(before for before, _ in _padding(padding, kernel, dilations))
+    window = Window(kernel, _tuple(stride, spatial), pads, dilations)
 
     def weight_rows(grad: Tensor, start: int, stop: int) -> Tensor:
-        rows = convolution_weight_rows(input, grad, kernel, strides, pads, dilations, groups, (start, stop))
-        return _sum_positions(rows, n)
+        return _sum_positions(convolution_weight_rows(input, grad, window, groups, (start, stop)), n)
 
     return [ParameterUse(weight, weight_rows, input), *_bias_use(bias, n, channel_last=False)]
-
-
-def convolution_weight_rows(
-    input: Tensor,
-    grad: Tensor,
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    pads: Sequence[int],
-    dilations: tuple[int, ...],
-    groups: int,
-    channels: tuple[int, int],
-) -> Tensor:
-    """Per-sample weight gradients of a convolution, for some of its output channels.
-
-    Args:
-        input: (N, C_in, *spatial).
-        grad: (N, C_out, *output spatial).
-        kernel: kernel size per spatial dimension.
-        strides: stride per spatial dimension.
-        pads: zero padding before the first entry, per spatial dimension.
-        dilations: dilation per spatial dimension.
-        groups: number of groups that channels are split into.
-        channels: (start, stop), the output channels wanted.
-
-    Returns:
-        (N, stop − start, C_in / groups, *kernel).
-    """
-    start, stop = channels
-    if groups > 1:  # whole groups, of which the wanted channels are cut out in the end
-        out_size, in_size = grad.shape[1] // groups, input.shape[1] // groups
-        first, last = start // out_size, (stop - 1) // out_size + 1
-        input, grad = input[:, first * in_size : last * in_size], grad[:, first * out_size : last * out_size]
-        form = (
-            _by_groups if _suits_groups(input, grad, kernel, strides, pads, dilations, last - first) else _correlation
-        )
-        rows = form(input, grad, kernel, strides, pads, dilations, last - first)
-        return rows[:, start - first * out_size : stop - first * out_size]
-    grad = grad[:, start:stop]
-    if _suits_groups(input, grad, kernel, strides, pads, dilations, 1):
-        return _by_groups(input, grad, kernel, strides, pads, dilations, 1)
-    swapped_pads = [d * (k - 1) - pad for d, k, pad in zip(dilations, kernel, pads, strict=True)]
-    if grad.shape[1] < input.shape[1] and set(strides) == {1} and min(swapped_pads) >= 0:
-        # Without strides the two may change places, which mirrors the taps: the narrower is cheaper to displace.
-        swapped = _correlation(grad, input, kernel, strides, swapped_pads, dilations, 1)
-        return swapped.transpose(1, 2).flip(tuple(range(3, swapped.dim())))
-    return _correlation(input, grad, kernel, strides, pads, dilations, 1)
-
-
-def _by_groups(
-    input: Tensor,
-    grad: Tensor,
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    pads: Sequence[int],
-    dilations: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """The same as :func:`_correlation`: the weight gradient of a convolution whose groups are the samples.
-
-    A few samples at a time, so that all of it stays in the cache.
-    """
-    rows = grad.new_empty(len(grad), grad.shape[1], input.shape[1] // groups, *kernel)
-    chunk = _samples_in_cache(sum(t[0].numel() for t in (input, grad, rows, rows)) * rows.element_size(), rows.device)
-    for x, g, target in zip(*(torch.split(t, chunk) for t in (input, grad, rows)), strict=True):
-        weight = target.flatten(0, 1)  # its shape is all that is read
-        x, g = x.reshape(1, -1, *x.shape[2:]), g.reshape(1, -1, *g.shape[2:])
-        _, gradient, _ = torch.ops.aten.convolution_backward(
-            g,
-            x,
-            weight,
-            None,
-            strides,
-            list(pads),
-            dilations,
-            False,
-            [0] * len(kernel),
-            groups * len(target),
-            [False, True, False],
-        )
-        weight.copy_(gradient)
-    return rows
-
-
-def _suits_groups(
-    input: Tensor,
-    grad: Tensor,
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    pads: Sequence[int],
-    dilations: tuple[int, ...],
-    groups: int,
-) -> bool:
-    """Whether oneDNN has this convolution with many groups, and is faster at it than products of matrices.
-
-    It keeps channels in blocks of 16, and a group must be made of whole ones.
-    """
-    sizes = zip(input.shape[2:], grad.shape[2:], kernel, strides, pads, dilations, strict=True)
-    return (
-        has_onednn(input)
-        and math.prod(kernel) > 1
-        and input.shape[1] // groups % _BLOCK == grad.shape[1] // groups % _BLOCK == 0
-        # padded alike on both sides, which "same" with an even kernel is not
-        and all((size + 2 * pad - d * (k - 1) - 1) // s + 1 == out for size, out, k, s, pad, d in sizes)
-    )
-
-
-def _correlation(
-    input: Tensor,
-    grad: Tensor,
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    pads: Sequence[int],
-    dilations: tuple[int, ...],
-    groups: int,
-) -> Tensor:
-    """Per sample, input channels times gradient channels, summed over positions, at the displacement of every tap.
-
-    Unfolding would copy the input once per tap. Here only the taps of the *last* dimension get a copy each, of a few
-    samples at a time so that they stay in the cache. All copies are displaced along the other dimensions at once by a
-    view, one offset into the flat grid, and multiplied with the gradient in one batched product. Where a stride
-    skips positions of those dimensions, they are taken apart by phase, within which a displacement is a view again.
-
-    Returns:
-        (N, C_grad, C_in / groups, *kernel).
-    """
-    n, lead = input.shape[0], len(kernel) - 1
-    x = input.reshape(n, groups, -1, *input.shape[2:])
-    reach = [d * (k - 1) // s for k, s, d in zip(kernel[:lead], strides, dilations, strict=False)]
-    grid = [size + more for size, more in zip(grad.shape[2:], [*reach, 0], strict=True)]
-    # The gradient on the same grid. Its first dimension needs no room, as displacements only run forward along it; and
-    # what it ends in is zeros, with which no tap may run past the grid's end.
-    room = [0, 0, *(side for more in reversed(reach[1:]) for side in (0, more))]
-    g = F.pad(grad, room).reshape(n, groups, grad.shape[1] // groups, -1)
-    g = g[..., : g.shape[3] - sum(more * math.prod(grid[i + 2 :]) for i, more in enumerate(reach[1:]))]
-
-    c_in, c_grad = x.shape[2], g.shape[2]
-    rows = grad.new_empty(math.prod(kernel[:lead]), n * groups, kernel[-1] * c_in, c_grad)
-    in_place = kernel[-1] == 1 and list(x.shape[3:]) == grid and not any(pads)
-    sample_bytes = groups * kernel[-1] * c_in * math.prod(grid) * x.element_size()
-    chunk = n if in_place else min(n, _samples_in_cache(sample_bytes, x.device))
-    for phase, taps in _taps_by_phase(kernel[:lead], strides, dilations, grid).items():
-        copies = x.unsqueeze(2) if in_place else x.new_zeros(chunk, groups, kernel[-1], c_in, *grid)
-        starts = [p - pad for p, pad in zip(phase, pads, strict=False)]
-        for first in range(0, n, chunk):
-            part = slice(first, min(first + chunk, n))
-            displaced = copies[: part.stop - first]
-            for tap in range(0 if in_place else kernel[-1]):
-                _copy_overlap(x[part], displaced[:, :, tap], [*starts, tap * dilations[lead] - pads[lead]], strides)
-            flat = displaced.reshape((part.stop - first) * groups, kernel[-1] * c_in, -1)
-            target = g[part].flatten(0, 1)
-            for row, offset in taps:
-                window = flat[:, :, offset : offset + target.shape[2]]
-                times_transposes(window, target, out=rows[row, first * groups : part.stop * groups])
-    shaped = rows.view(*kernel[:lead], n, groups, kernel[lead], c_in, c_grad)
-    return shaped.permute(lead, lead + 1, lead + 4, lead + 3, *range(lead), lead + 2).flatten(1, 2)
-
-
-def _taps_by_phase(
-    kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], grid: Sequence[int]
-) -> dict[tuple[int, ...], list[tuple[int, int]]]:
-    """``{phase: [(number of the tap, its offset into the flat grid of that phase), ...]}``."""
-    by_phase: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for number, tap in enumerate(itertools.product(*map(range, kernel))):
-        displacements = [t * d for t, d in zip(tap, dilations, strict=False)]
-        phase = tuple(by % s for by, s in zip(displacements, strides, strict=False))
-        offset = sum(by // strides[i] * math.prod(grid[i + 1 :]) for i, by in enumerate(displacements))
-        by_phase.setdefault(phase, []).append((number, offset))
-    return by_phase
-
-
-def _copy_overlap(source: Tensor, target: Tensor, starts: Sequence[int], strides: Sequence[int]) -> None:
-    """``target[i] = source[start + stride · i]`` in every spatial dimension, wherever the source has that entry."""
-    to, of = [], []
-    for have, wanted, start, stride in zip(source.shape[3:], target.shape[3:], starts, strides, strict=True):
-        low, high = max(0, -(start // stride)), min(wanted, (have - 1 - start) // stride + 1)
-        if low >= high:
-            return
-        to.append(slice(low, high))
-        of.append(slice(start + stride * low, start + stride * (high - 1) + 1, stride))
-    target[(slice(None), slice(None), slice(None), *to)] = source[(slice(None), slice(None), slice(None), *of)]
-
-
-def _samples_in_cache(sample_bytes: int, device: torch.device) -> int:
-    """How many samples' copies to work on at once."""
-    budget = _CACHE_BYTES * torch.get_num_threads() if device.type == "cpu" else _COPIES_BYTES
-    return max(1, budget // sample_bytes)
 
 
 def batch_norm(

@@ -1,4 +1,4 @@
-"""Rules whose float32 arithmetic takes another way than float64's; test_gramian has all of them in float64."""
+"""Rows in float32, which are formed in other ways than in float64; test_gramian has all of these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import flatminima.layer_rules
+import flatminima.convolutions
 from flatminima.layer_rules import convolution
 
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
@@ -30,9 +30,9 @@ def test_convolution_by_groups_of_samples_equals_float64(
 ) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch without oneDNN")
-    by_groups, calls = flatminima.layer_rules._by_groups, []
-    monkeypatch.setattr(flatminima.layer_rules, "_by_groups", lambda *args: calls.append(args) or by_groups(*args))
-    monkeypatch.setattr(flatminima.layer_rules, "_CACHE_BYTES", 2**17)  # several chunks
+    by_groups, calls = flatminima.convolutions._by_groups, []
+    monkeypatch.setattr(flatminima.convolutions, "_by_groups", lambda *args: calls.append(args) or by_groups(*args))
+    monkeypatch.setattr(flatminima.convolutions, "_CACHE_BYTES", 2**17)  # several chunks
     kind, options, size = CONVOLUTIONS[case]
     layer = kind(32, 64, **options)
     x = torch.randn(5, 32, *size)

@@ -110,10 +110,11 @@ class FisherTraceRegularizer:
             price of one more forward pass; ``"running"`` the running statistics, as in evaluation mode.
         passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two, of all sub-batches of one size at once,
             each with its own weights (``torch.func.vmap``: batched products, grouped convolutions), for devices that
-            small passes starve. The numbers are the same but for rounding and for dropout, whose masks are others. It
-            holds some four tensors of M times the weights' size, and on a CPU it is slower. It refuses what ``vmap``
-            cannot run: control flow or ``.item()`` on values, recurrent layers, sparse gradients, checkpointed
-            activations, FSDP2. Compiled models run eagerly in it.
+            small passes starve; on a CPU it is slower. The numbers are the same but for rounding, and for dropout,
+            whose masks are others. It needs memory for five to six tensors of M times the weights' size. It refuses
+            what ``vmap`` cannot run: control flow or ``.item()`` on values (attention masks of some Hugging Face
+            models), recurrent layers, sparse gradients, checkpointed activations; also FSDP2, and for ``"hvp"`` custom
+            autograd functions. Compiled models run eagerly in it.
         parameters: the parameters whose Fisher trace is penalized (default: all). Only they move by −α g_i, and only
             they count in the trace. The penalty's gradient goes to all trainable parameters: the trace depends on all.
         every: k ≥ 1; the penalty acts on each k-th step, with weight k β. The steps between are plain steps.

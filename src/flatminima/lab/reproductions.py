@@ -91,7 +91,8 @@ _PAPER = Preset(
     sub_batches=(4, 8, 16),
     clipping=(1, 5, 10, 15),
     validation=5000,
-    regularizer=RegularizerSpec(alpha=1e-4, beta=10, num_sub_batches=8, max_grad_norm=5),
+    # as in the authors' code, which switches the penalty on at epoch 60
+    regularizer=RegularizerSpec(alpha=1e-4, beta=10, num_sub_batches=8, max_grad_norm=5, start_epoch=60),
     measuring=Measuring(on_singular="skip"),
 )
 

@@ -9,7 +9,7 @@ from torch import nn
 import flatminima as fm
 from flatminima.errors import FlatminimaError
 from flatminima.gramian import factored_gram, plan_for
-from flatminima.planning import Plan, make_plan, pass_bytes
+from flatminima.planning import PIECEWISE, Plan, make_plan, pass_bytes
 
 
 def covered(plan: Plan) -> dict[str, list[int]]:
@@ -36,7 +36,15 @@ def test_every_entry_is_planned_once_and_the_budget_holds(samples, shapes, sampl
     lengths = {name: list(range(p.shape[0] if p.dim() else 1)) for name, p in parameters.items()}
     assert covered(plan) == lengths
     assert 1 <= plan.chunk <= samples
-    assert plan.activation_bytes + plan.rows_bytes <= budget
+    assert plan.activation_bytes + plan.rows_bytes <= (budget if plan.at_once else PIECEWISE * budget)
+
+
+def test_the_least_budget_that_an_error_names_is_enough() -> None:
+    parameters = {"p": nn.Parameter(torch.zeros(40, 1000))}
+    least = int((80 + 20 * 4000) / PIECEWISE) + 1
+    with pytest.raises(FlatminimaError, match="allow at least"):
+        make_plan(20, parameters, sample_bytes=80, rows_at_once=10**6, budget=least - 2)
+    assert make_plan(20, parameters, sample_bytes=80, rows_at_once=10**6, budget=least).chunk == 1
 
 
 def test_pass_bytes_of_a_known_network() -> None:
@@ -47,8 +55,8 @@ def test_pass_bytes_of_a_known_network() -> None:
 
 
 def test_rows_get_the_memory_that_activations_do_not_need() -> None:
-    """40 units of rows in a budget of 30: two passes with up to 10 samples at once, but three with more."""
-    plan = make_plan(20, {"p": nn.Parameter(torch.zeros(40))}, sample_bytes=80, rows_at_once=1000, budget=2400)
+    """40 units of rows where 30 can be filled: two passes with up to 10 samples at once, but three with more."""
+    plan = make_plan(20, {"p": nn.Parameter(torch.zeros(40))}, sample_bytes=80, rows_at_once=1000, budget=2500)
     assert (len(plan.passes), plan.chunk) == (2, 10)
 
 
@@ -76,7 +84,7 @@ def test_several_passes_over_all_samples_at_once() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x, y = torch.randn(7, 6, dtype=torch.float64), torch.arange(7) % 3
     parameters = dict(model.named_parameters())
-    plan = make_plan(7, parameters, sample_bytes=100, rows_at_once=3000, budget=2900)
+    plan = make_plan(7, parameters, sample_bytes=100, rows_at_once=3000, budget=3021)
     assert (len(plan.passes), plan.chunk) == (3, 7)
     torch.testing.assert_close(factored_gram(model, x, y, plan=plan).unit, factored_gram(model, x, y).unit)
 

@@ -21,6 +21,9 @@ EFFICIENT_CHUNK = 8
 TRANSIENT = 1.25
 """A pass's memory as a factor of the saved activations: gradients and copies come, but activations go meanwhile."""
 
+PIECEWISE = 0.96
+"""The part of the budget that a plan of several passes fills: the allocator loses some between so many pieces."""
+
 LOGITS = 8
 """Tensors of the logits' size that the loss's gradient takes: it is formed in float64."""
 
@@ -88,15 +91,17 @@ def make_plan(
     if sample_bytes * samples + rows_at_once <= budget:
         return Plan(samples, samples, (pieces,), sample_bytes * samples, rows_at_once, budget)
     smallest = max(samples * row_bytes(parameter) for parameter in parameters.values())
-    most = min(samples, (budget - smallest) // max(sample_bytes, 1))
+    usable = int(PIECEWISE * budget)
+    most = min(samples, (usable - smallest) // max(sample_bytes, 1))
     if most < 1:
+        least = int((sample_bytes + smallest) / PIECEWISE) + 1
         raise FlatminimaError(
             f"a memory budget of {_gib(budget)} is too small: one sample takes {_gib(sample_bytes)}, the thinnest "
-            f"slice of rows {_gib(smallest)}; allow at least {_gib(sample_bytes + smallest)}, or lower subset_size"
+            f"slice of rows {_gib(smallest)}; allow at least {_gib(least)}, or lower subset_size"
         )
     plans = []
     for chunk in range(most, min(most, EFFICIENT_CHUNK) - 1, -1):
-        passes = tuple(_fill(parameters, samples, budget - chunk * sample_bytes))
+        passes = tuple(_fill(parameters, samples, usable - chunk * sample_bytes))
         held = max(sum(samples * (p.stop - p.start) * row_bytes(parameters[p.name]) for p in one) for one in passes)
         plans.append(Plan(samples, chunk, passes, chunk * sample_bytes, held, budget))
     return min(plans, key=lambda plan: len(plan.passes))

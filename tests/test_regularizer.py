@@ -400,7 +400,7 @@ def test_freezing_between_steps_is_seen() -> None:
         ({"num_sub_batches": 2.5}, "num_sub_batches must be"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
         ({"max_grad_norm": math.nan}, "max_grad_norm must be"),
-        ({"passes": "at once"}, "passes must be one of 'one-by-one', 'together'; got 'at once'"),
+        ({"passes": "at once"}, "passes must be one of 'one-by-one', 'together', 'compiled'; got 'at once'"),
     ],
 )
 def test_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:

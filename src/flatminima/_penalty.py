@@ -21,25 +21,31 @@ from flatminima._isolation import (
     scratch_buffers,
     without_autocast,
 )
-from flatminima._sub_batches import Closure, OneSubBatch, SubBatches, SubBatchesTogether, Weights, graph_of
+from flatminima._sub_batches import (
+    Closure,
+    LossesTogether,
+    OneSubBatch,
+    SubBatches,
+    SubBatchesTogether,
+    Weights,
+    graph_of,
+)
 from flatminima.batching import batch_size, map_tensors, take
 from flatminima.errors import FlatminimaError
 from flatminima.precision import true_precision
 
 Estimator = Literal["finite-difference", "hvp"]
 
-Passes = Literal["one-by-one", "together"]
-
 
 @dataclass(frozen=True)
 class PenaltyPasses:
-    """How the passes are done; the fields are arguments of :class:`~flatminima.FisherTraceRegularizer`."""
+    """How the passes are done: arguments of :class:`~flatminima.FisherTraceRegularizer`, ``passes`` as a function."""
 
     alpha: float
     num_sub_batches: int
     estimator: Estimator
     batch_statistics: BatchStatistics
-    passes: Passes
+    losses: LossesTogether | None  # of losses_of(passes)
 
     def run(self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, *, update_buffers: bool) -> Penalty:
         """R_α on ``batch``. The weights are put back; so are buffers, unless ``update_buffers`` asks for one update.
@@ -52,13 +58,17 @@ class PenaltyPasses:
             raise FlatminimaError("the batch is empty: pass at least one sample")
         rows = list(torch.randperm(size).tensor_split(min(self.num_sub_batches, size)))
         num_sub_batches = len(rows)
-        if self.passes == "together":  # those of one size: rows are then (sub-batches, samples)
+        if self.losses is not None:  # those of one size: rows are then (sub-batches, samples)
             rows = [torch.stack(list(same)) for _, same in itertools.groupby(rows, key=len)]
-        form = {"one-by-one": OneSubBatch, "together": SubBatchesTogether}[self.passes]
         estimate = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.estimator]
         penalty = Penalty.zero(weights)
         buffers = MeanBuffers(model) if update_buffers else None
         with true_precision(), without_autocast(model), this_process_alone(model):
+
+            def sub_batches(batch: Any) -> SubBatches:
+                if self.losses is None:
+                    return OneSubBatch(model, closure, batch, weights)
+                return SubBatchesTogether(model, closure, batch, weights, self.losses)
 
             def whole_batch_forward() -> None:
                 with scratch_buffers(model):
@@ -67,7 +77,7 @@ class PenaltyPasses:
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
                 for indices in rows:
                     share = indices.shape[-1] / size
-                    passes = estimate(form(model, closure, _in_float32(take(batch, indices)), weights), self.alpha)
+                    passes = estimate(sub_batches(_in_float32(take(batch, indices))), self.alpha)
                     penalty.add(passes, weight=1 / num_sub_batches, share=share)
                     if buffers is not None:
                         buffers.add(passes.buffers, share)

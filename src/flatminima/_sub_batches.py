@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from types import FunctionType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from flatminima.errors import FlatminimaError
 
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""
+
+Passes = Literal["one-by-one", "together", "compiled"]
 
 _NOT_IN_ONE_PASS = re.compile("vmap|functorch|batching rule|sparse", re.IGNORECASE)
 
@@ -144,35 +147,30 @@ class SubBatchesTogether(SubBatches):
 
     Tensors of ``batch`` are (sub-batches, samples, ...), and :attr:`parameters` (sub-batches, ...). A layer's many
     products with small matrices then are one batched product, its convolutions one grouped convolution.
+
+    Attributes:
+        losses: :func:`losses_together`, or that from :func:`compiled_losses_together`.
     """
+
+    losses: LossesTogether
 
     def __post_init__(self) -> None:
         self.count = batch_size(self.batch)
-        self.parameters = [self._copies(parameter.detach()).requires_grad_() for parameter in self.weights.parameters]
-        self._forward = _Forward(self.model, self.closure)
+        copies = [self._copies(parameter) for parameter in self.weights.parameters]
+        self.parameters = [copy.requires_grad_() for copy in copies]
         self._buffers_left: dict[str, Tensor] = {}
 
     def scratch_buffers(self) -> AbstractContextManager[None]:
         return nullcontext()  # every loss has copies of its own
 
     def loss(self) -> Tensor:
-        buffers = list(self.model.buffers())
-        originals = [*self.weights.parameters, *buffers]
-        scratch = [(self._copies(b) if b.is_floating_point() else b).detach().clone() for b in buffers]
-        copies = [*self.parameters, *scratch]
-        dims = [0 if copy.is_floating_point() else None for copy in copies]  # of integers, counters, one for all
-
-        def loss_of_one(copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            remaining = iter(tensors)
-            batch = map_tensors(lambda _: next(remaining), self.batch)
-            swapped = _in_every_place(self._forward, dict(zip(map(id, originals), copies, strict=True)))
-            found: Any = functional_call(self._forward, swapped, (batch,), tie_weights=False)
-            return found  # type: ignore[no-any-return]
-
-        with _in_one_pass(), eager_graphs():
-            losses, self._buffers_left = vmap(loss_of_one, (dims, 0), randomness="different")(
-                copies, tensors_of(self.batch)
-            )
+        own = dict(self.model.named_buffers())
+        originals = [*self.weights.parameters, *own.values()]
+        scratch = [self._copies(b) if b.is_floating_point() else b.detach().clone() for b in own.values()]
+        forward = _Forward(self.model, self.closure, self.batch, originals)
+        with _in_one_pass():
+            losses, buffers = self.losses(forward, [*self.parameters, *scratch], tensors_of(self.batch))
+        self._buffers_left = dict(zip(own, buffers, strict=True))
         loss: Tensor = losses.sum()
         _require_differentiable(loss)
         self._require_swapped_weights(loss)
@@ -207,7 +205,7 @@ class SubBatchesTogether(SubBatches):
         return {name: b.sum(0) if b.is_floating_point() else b[-1] for name, b in left.items()}
 
     def _copies(self, tensor: Tensor) -> Tensor:
-        return tensor.expand(self.count, *tensor.shape)
+        return tensor.detach().expand(self.count, *tensor.shape).clone(memory_format=torch.contiguous_format)
 
     def _require_swapped_weights(self, loss: Tensor) -> None:
         """Everything that the loss uses of the weights must be the copies, or its gradient would lack a part."""
@@ -221,30 +219,81 @@ class SubBatchesTogether(SubBatches):
 
 
 class _Forward(nn.Module):
-    """The closure as a module's forward, so that ``functional_call`` can swap the weights that it runs with."""
+    """The closure as a module's forward, so that ``functional_call`` can swap the weights that it runs with.
 
-    def __init__(self, model: nn.Module, closure: Closure) -> None:
+    Attributes:
+        places: the weights and buffers of all modules by name, as the numbers of the ``originals`` that they are.
+            ``functional_call`` can tie weights itself, but puts wrong tensors back where one module has two names.
+    """
+
+    def __init__(self, model: nn.Module, closure: Closure, batch: Any, originals: list[Tensor]) -> None:
         super().__init__()
         self.model = model
         self.closure = closure
+        self.batch = batch
+        index = {id(tensor): i for i, tensor in enumerate(originals)}
+        self.places = {
+            f"{prefix}.{name}": index[id(tensor)]
+            for prefix, module in self.named_modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if id(tensor) in index
+        }
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what it leaves in the model's buffers."""
-        loss = _sub_batch_loss(self.closure, batch)
-        return loss, dict(self.model.named_buffers())
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss on a batch with these tensors, and what it leaves in the model's buffers."""
+        remaining = iter(tensors)
+        loss = _sub_batch_loss(self.closure, map_tensors(lambda _: next(remaining), self.batch))
+        return loss, list(self.model.buffers())
 
 
-def _in_every_place(module: nn.Module, copies: dict[int, Tensor]) -> dict[str, Tensor]:
-    """The copies by name, one for every module that has the original.
+LossesTogether = Callable[[_Forward, list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 
-    ``functional_call`` can tie them itself, but puts the wrong tensors back where one module has two names.
+
+def losses_of(passes: Passes) -> LossesTogether | None:
+    """What computes the losses of all sub-batches of one size; None if they run one by one."""
+    if passes == "one-by-one":
+        return None
+    return losses_together if passes == "together" else compiled_losses_together()
+
+
+def losses_together(forward: _Forward, copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Every sub-batch's loss and buffers, by ``forward`` with its copies and its part of the batch's tensors."""
+    with eager_graphs():
+        return _losses_together(forward, copies, tensors)
+
+
+def compiled_losses_together() -> LossesTogether:
+    """:func:`losses_together` with both passes compiled into one graph each, backward included.
+
+    Every size of sub-batches has graphs of its own (``vmap`` of a loss fixes the size). ``torch.compile`` keeps eight
+    for each piece of code, so this makes a copy of the code: one model's graphs do not use up the limit of another's.
     """
-    return {
-        f"{prefix}.{name}": copies[id(tensor)]
-        for prefix, child in module.named_modules()
-        for name, tensor in (*child._parameters.items(), *child._buffers.items())
-        if id(tensor) in copies
-    }
+    from torch._dynamo.exc import TorchDynamoException  # importing it takes a second
+
+    own = FunctionType(_losses_together.__code__.replace(), globals(), "losses_together")
+    compiled: LossesTogether = torch.compile(own, fullgraph=True, dynamic=False)
+
+    def losses(forward: _Forward, copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        try:
+            return compiled(forward, copies, tensors)
+        except TorchDynamoException as error:
+            raise FlatminimaError(
+                f"torch.compile cannot make one graph of this model and loss ({_first_line(error)}): "
+                "choose passes='one-by-one'"
+            ) from error
+
+    return losses
+
+
+def _losses_together(forward: _Forward, copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def of_one(copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        swapped = {name: copies[i] for name, i in forward.places.items()}
+        found: tuple[Tensor, list[Tensor]] = functional_call(forward, swapped, (tensors,), tie_weights=False)
+        return found
+
+    dims = [0 if copy.is_floating_point() else None for copy in copies]  # of integers, counters, there is one for all
+    found: tuple[Tensor, list[Tensor]] = vmap(of_one, (dims, 0), randomness="different")(copies, tensors)
+    return found
 
 
 @contextmanager
@@ -255,10 +304,16 @@ def _in_one_pass() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if isinstance(error, FlatminimaError) or not _NOT_IN_ONE_PASS.search(str(error)):
             raise
-        reason = str(error).strip().splitlines()[0]
         raise FlatminimaError(
-            f"the sub-batches cannot go through this model and loss together ({reason}): choose passes='one-by-one'"
+            f"the sub-batches cannot go through this model and loss together ({_first_line(error)}): "
+            "choose passes='one-by-one'"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What the error says, without the pages that follow; the second line where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:

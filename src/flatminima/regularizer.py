@@ -22,8 +22,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flatminima._distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima._isolation import BatchStatistics
-from flatminima._penalty import Estimator, Passes, Penalty, PenaltyPasses
-from flatminima._sub_batches import Closure, Weights, scalar_loss
+from flatminima._penalty import Estimator, Penalty, PenaltyPasses
+from flatminima._sub_batches import Closure, Passes, Weights, losses_of, scalar_loss
 from flatminima.batching import Inputs, device_of, run_model
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.sharding import fsdp_modules, whole
@@ -110,11 +110,16 @@ class FisherTraceRegularizer:
             price of one more forward pass; ``"running"`` the running statistics, as in evaluation mode.
         passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two, of all sub-batches of one size at once,
             each with its own weights (``torch.func.vmap``: batched products, grouped convolutions), for devices that
-            small passes starve; on a CPU it is slower. The numbers are the same but for rounding, and for dropout,
-            whose masks are others. It needs memory for five to six tensors of M times the weights' size. It refuses
-            what ``vmap`` cannot run: control flow or ``.item()`` on values (attention masks of some Hugging Face
-            models), recurrent layers, sparse gradients, checkpointed activations; also FSDP2, and for ``"hvp"`` custom
-            autograd functions. Compiled models run eagerly in it.
+            small passes starve; on a CPU it is slower. ``"compiled"`` has ``torch.compile`` make one graph of each of
+            the two, closure included, which leaves a device a fraction of the launches. The first step takes a minute
+            or more, and so does the first of any other batch size, up to eight sizes. The numbers are the same but for
+            rounding, and for dropout, whose masks are others. Both need memory for five to six tensors of M times the
+            weights' size, and refuse FSDP2. ``"together"`` also refuses what ``vmap`` cannot run: control flow or
+            ``.item()`` on values (attention masks of some Hugging Face models), recurrent layers, sparse gradients,
+            checkpointed activations, and for ``"hvp"`` custom autograd functions; compiled models run eagerly in it.
+            ``"compiled"`` refuses ``"hvp"``, models wrapped by ``torch.compile`` (give the model itself, compiled in
+            place or not), and what cannot be traced whole: control flow on values, recurrent layers, sparse gradients,
+            BatchNorm with ``momentum=None``.
         parameters: the parameters whose Fisher trace is penalized (default: all). Only they move by −α g_i, and only
             they count in the trace. The penalty's gradient goes to all trainable parameters: the trace depends on all.
         every: k ≥ 1; the penalty acts on each k-th step, with weight k β. The steps between are plain steps.
@@ -127,7 +132,8 @@ class FisherTraceRegularizer:
 
     Raises:
         FlatminimaError: for a value outside its range, a model without trainable parameters, half-precision or complex
-            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2 (in whole with ``passes="together"``).
+            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2; for ``passes`` other than
+            ``"one-by-one"`` under FSDP2 at all, and for ``"compiled"`` if it is wrapped by ``torch.compile``.
 
     Example:
         >>> import torch
@@ -177,6 +183,11 @@ class FisherTraceRegularizer:
             f"main_gradient='sub-batches' needs batch_statistics='sub-batch' (got {batch_statistics!r}): "
             "running statistics would never be updated",
         )
+        _require(
+            passes != "compiled" or estimator != "hvp",
+            "passes='compiled' is not for estimator='hvp', as compiled graphs have no second derivative: "
+            "choose passes='together'",
+        )
         _require_integer("every", every, at_least=1)
         _require_integer("start_step", start_step, at_least=0)
         _require_integer("warmup_steps", warmup_steps, at_least=0)
@@ -197,9 +208,14 @@ class FisherTraceRegularizer:
         refuse_other_sharding(model)
         _require(
             passes == "one-by-one" or not fsdp_modules(model),
-            "passes='together' gives every sub-batch its own weights, which fully_shard does not: "
+            f"passes={passes!r} gives every sub-batch its own weights, which fully_shard does not: "
             "choose passes='one-by-one'",
         )
+        _require(
+            passes != "compiled" or not any("_orig_mod" in module._modules for module in model.modules()),
+            "passes='compiled' cannot trace what torch.compile has wrapped: compile in place (model.compile())",
+        )
+        self._losses = losses_of(passes)
         self._penalized = None if parameters is None else _known_parameters(model, parameters)
         self._clipped: int | Tensor = 0
         self._seen: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
@@ -319,7 +335,7 @@ class FisherTraceRegularizer:
         since = self.step - self.start_step
         if since < 0 or since % self.every:
             return None
-        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self.passes)
+        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._losses)
         update_buffers = self.main_gradient == "sub-batches"
         with gathered_weights(self.model):
             weights = Weights.of(self.model, self._penalized)

@@ -1,0 +1,222 @@
+"""``passes="compiled"``: the same numbers from two compiled graphs; and a clear word where none can be made."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatminima.errors import FlatminimaError
+from flatminima.regularizer import FisherTraceRegularizer
+from regularizer_cases import CASES, SEED, Case, assert_same_bits, gradients_of, make, mlp, snapshot
+from test_sub_batches import REFUSED, TOGETHER, Checkpointed, Lambda, Square
+
+compile_by = torch.compile
+
+TRACED = {name: case for name, case in TOGETHER.items() if name != "batchnorm-cumulative"} | {
+    "old-function": Case(lambda: Lambda(Square.apply)),
+    "checkpoint": Case(Checkpointed),
+}
+NOT_TRACED = {name: REFUSED[name] for name in ("item", "control-flow", "recurrent", "sparse-embedding")} | {
+    "batchnorm-cumulative": TOGETHER["batchnorm-cumulative"]
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+slow_inductor = pytest.param(
+    "inductor",
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"),
+    ],
+)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What ``torch.compile`` uses: all of it but Inductor, which takes ten times as long."""
+    chosen = getattr(request, "param", "aot_eager")
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_by, backend=chosen))
+    yield chosen
+    torch.compiler.reset()
+
+
+def step(case: Case, passes: str, *, samples: int = 24, **options: Any) -> list[dict[str, Tensor | None]]:
+    """The second step's gradients, numbers and buffers."""
+    model, inputs, targets = make(case, samples=samples)
+    torch.manual_seed(SEED)
+    regularizer = FisherTraceRegularizer(model, alpha=0.05, beta=3.0, passes=passes, **options)  # type: ignore[arg-type]
+    for _ in range(2):
+        model.zero_grad()
+        loss = regularizer.backward(case.loss_fn, inputs, targets)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.01)
+    return [gradients_of(model), {**vars(regularizer.last_step), "loss": loss}, dict(model.named_buffers())]
+
+
+def assert_same(actual: list[dict[str, Tensor | None]], expected: list[dict[str, Tensor | None]]) -> None:
+    for found, wanted in zip(actual, expected, strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", slow_inductor], indirect=True)
+@pytest.mark.parametrize("case", TRACED.values(), ids=TRACED)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_sub_batches": 5, "main_gradient": "sub-batches"},
+        pytest.param({"num_sub_batches": 4}, marks=pytest.mark.slow),
+        pytest.param({"num_sub_batches": 5, "batch_statistics": "whole-batch"}, marks=pytest.mark.slow),
+        pytest.param({"num_sub_batches": 5, "batch_statistics": "running"}, marks=pytest.mark.slow),
+    ],
+    ids=["unequal", "equal", "whole-batch", "running"],
+)
+def test_compiled_gives_the_same_numbers(backend: str, case: Case, options: dict[str, Any]) -> None:
+    assert_same(*(step(case, passes, **options) for passes in ("compiled", "one-by-one")))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("case", NOT_TRACED.values(), ids=NOT_TRACED)
+def test_what_cannot_be_traced_is_refused_and_leaves_no_trace(case: Case) -> None:
+    model, inputs, targets = make(case)
+    before, own = snapshot(model), [id(parameter) for parameter in model.parameters()]
+    with pytest.raises(
+        FlatminimaError, match=r"cannot make one graph of .* loss \(.*[^:]\): choose passes='one-by-one'"
+    ):
+        FisherTraceRegularizer(model, passes="compiled").backward(case.loss_fn, inputs, targets)
+    assert_same_bits(snapshot(model), before)
+    assert [id(parameter) for parameter in model.parameters()] == own
+    assert all(parameter.grad is None for parameter in model.parameters())
+    FisherTraceRegularizer(model).backward(case.loss_fn, inputs, targets)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", slow_inductor], indirect=True)
+def test_dropout_uses_one_mask_for_both_passes_and_another_for_every_sub_batch(backend: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)).double()
+
+    def closure(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    batch = torch.ones(8, 6).double(), torch.zeros(8).long()
+    regularizer = FisherTraceRegularizer(model, alpha=1e-6, num_sub_batches=4, passes="compiled")
+    penalty = regularizer.penalize(closure, batch)
+    assert penalty is not None
+    assert penalty.trace > 1.01 * sum(g.square().sum() for g in penalty.main_gradient)
+    model.eval()  # the size of a difference without noise
+    exact = FisherTraceRegularizer(model, alpha=1e-6, num_sub_batches=4).penalize(closure, batch)
+    assert exact is not None
+    assert sum(g.square().sum() for g in penalty.gradient) < 100 * sum(g.square().sum() for g in exact.gradient)
+
+
+class Counting:
+    """A backend that counts the graphs that it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("backend", [Counting()], indirect=True)
+def test_both_passes_share_one_graph_and_only_new_sizes_make_more(backend: Counting) -> None:
+    model, inputs, targets = make(CASES["batchnorm"])
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=4, passes="compiled")
+    made = []
+    for samples in (24, 24, 16, 16, 24):
+        before = backend.graphs
+        regularizer.backward(lambda output, y: F.cross_entropy(output, y), inputs[:samples], targets[:samples])
+        made.append(backend.graphs - before)
+    assert made == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.usefixtures("backend")
+def test_graphs_of_other_models_do_not_count_towards_the_limit() -> None:
+    """``torch.compile`` keeps eight graphs for each piece of code."""
+    for width in range(2, 12):
+        model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+        regularizer = FisherTraceRegularizer(model, num_sub_batches=4, passes="compiled")
+        regularizer.backward(F.cross_entropy, torch.randn(8, 6), torch.zeros(8).long())
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model.compile() or model, DistributedDataParallel], ids=["compile", "ddp"]
+)
+def test_models_compiled_in_place_and_on_several_processes(
+    wrap: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    results = []
+    try:
+        for passes in ("compiled", "one-by-one"):
+            model, inputs, targets = make(CASES["batchnorm"])
+            torch.manual_seed(SEED)
+            regularizer = FisherTraceRegularizer(
+                wrap(model), alpha=0.05, num_sub_batches=5, passes=passes, main_gradient="sub-batches"
+            )
+            for _ in range(2):
+                regularizer.backward(F.cross_entropy, inputs, targets)
+            results.append([gradients_of(model), dict(model.named_buffers())])
+    finally:
+        dist.destroy_process_group()
+    assert_same(*results)
+
+
+def test_wrapped_models_are_refused() -> None:
+    for model in (compile_by(mlp()), nn.Sequential(compile_by(mlp()))):
+        with pytest.raises(FlatminimaError, match=r"torch.compile has wrapped: compile in place \(model.compile\(\)\)"):
+            FisherTraceRegularizer(model, passes="compiled")
+
+
+@pytest.mark.usefixtures("backend")
+def test_weights_that_cannot_be_swapped_are_refused() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    captured = next(iter(model.parameters()))
+    regularizer = FisherTraceRegularizer(model, passes="compiled")
+    with pytest.raises(FlatminimaError, match=r"uses parameter 0.weight itself.*choose passes='one-by-one'"):
+        regularizer.penalize(lambda b: F.cross_entropy(model(b[0]), b[1]) + captured.square().sum(), (inputs, targets))
+
+
+@pytest.mark.usefixtures("backend")
+def test_interrupt_while_compiling_leaves_no_trace() -> None:
+    model, inputs, targets = make(CASES["batchnorm"])
+    before = snapshot(model)
+
+    def interrupted(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        raise KeyboardInterrupt
+
+    torch.compile = functools.partial(compile_by, backend=interrupted)
+    regularizer = FisherTraceRegularizer(model, passes="compiled", num_sub_batches=4)
+    with pytest.raises(KeyboardInterrupt):
+        regularizer.backward(F.cross_entropy, inputs, targets)
+    assert_same_bits(snapshot(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hvp_is_refused() -> None:
+    with pytest.raises(FlatminimaError, match="no second derivative: choose passes='together'"):
+        FisherTraceRegularizer(mlp(), passes="compiled", estimator="hvp")
+
+
+@pytest.mark.usefixtures("backend")
+def test_an_exception_in_the_loss_is_reported() -> None:
+    with pytest.raises(FlatminimaError, match=r"Observed exception.*choose passes='one-by-one'"):
+        FisherTraceRegularizer(mlp(), passes="compiled").backward(
+            lambda o, y: F.cross_entropy(o, y, reduction="none"), torch.randn(24, 6), torch.zeros(24).long()
+        )

@@ -39,7 +39,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         default="wall",
         help="cpu: the process's own time, which other work on the machine hardly touches; only with one thread",
     )
-    parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB per process (default: 12)")
+    parser.add_argument("--memory-limit", type=float, default=12.0, help="GiB per process, 0: none (default: 12)")
     parser.add_argument("--timeout", type=float, default=1200.0, help="seconds per process (default: 1200)")
     parser.add_argument("--output", help="name of the record in benchmarks/results (default: the benchmark's)")
     options = parser.parse_args()
@@ -53,12 +53,19 @@ def limits(options: argparse.Namespace) -> dict[str, Any]:
     return {"threads": options.threads, "memory_limit": options.memory_limit, "timeout": options.timeout}
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], repetitions: int, clock: str) -> dict[str, list[float]]:
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], repetitions: int, clock: str, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Seconds per call by name, one call of each per round, so that a busy machine slows all of them alike.
 
-    Every other round runs in reverse order. The functions should have run once before.
+    Every other round runs in reverse order. The functions should have run once before. Work on ``device`` is waited for.
     """
-    now = CLOCKS[clock]
+
+    def now() -> float:
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        return CLOCKS[clock]()
+
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for repetition in range(repetitions):
@@ -79,9 +86,17 @@ def ratios(seconds: list[float], reference: list[float]) -> dict[str, float]:
     return summary([a / b for a, b in zip(seconds, reference, strict=True)])
 
 
-def peak_memory(function: Callable[[], object]) -> int | None:
-    """Bytes by which the process grew at most while ``function`` ran; None where the system cannot tell (not Linux)."""
+def peak_memory(function: Callable[[], object], device: str = "cpu") -> int | None:
+    """Bytes by which the process grew at most while ``function`` ran; None where the system cannot tell (not Linux).
+
+    On a CUDA device: by which PyTorch's allocations there grew.
+    """
     gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(OSError, AttributeError):  # what glibc keeps of earlier calls would hide the growth
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
@@ -108,7 +123,7 @@ def in_own_process(
         function: at a module's top level.
         *args: picklable.
         threads: PyTorch's.
-        memory_limit: GiB that the process may allocate.
+        memory_limit: GiB that the process may allocate; 0 for no limit, as a GPU's driver reserves more than it uses.
         timeout: seconds.
     """
     context = multiprocessing.get_context("spawn")
@@ -128,8 +143,9 @@ def in_own_process(
 
 def _run(connection: Connection, function: Callable[..., Any], args: Any, threads: int, memory_limit: float) -> None:
     torch.set_num_threads(threads)
-    limit = int(memory_limit * 2**30)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if memory_limit:
+        limit = int(memory_limit * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         result = function(*args)
     except Exception as error:  # any failure of a peer is a result
@@ -142,9 +158,10 @@ def _run(connection: Connection, function: Callable[..., Any], args: Any, thread
         connection.send(result)
 
 
-def environment(options: argparse.Namespace) -> dict[str, Any]:
+def environment(options: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
     """What the numbers were measured with."""
-    return {
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return gpu | {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

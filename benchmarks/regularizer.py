@@ -3,12 +3,14 @@
     python benchmarks/regularizer.py                                                 # an hour on two cores
     python benchmarks/regularizer.py --networks resnet20 --threads 1 --clock cpu     # on a busy machine
     python benchmarks/regularizer.py --networks cnn transformer --modes compiled --no-memory
+    python benchmarks/regularizer.py --device cuda --memory-limit 0 --output regularizer-cuda
 
 A step is forward, backward and an SGD update. Times are of steps interleaved in one process, peak memory that of a
 fresh process each, beyond model and data. ``every=10`` is the mean of one penalized step and nine between penalties.
-Compiled is ``torch.compile(model)`` with a graph for every batch size, by Inductor, which needs a C++ compiler; its
-ratios are to a compiled plain step. Double backward does not go through compiled graphs, nor do sub-batches together:
-the penalty passes of "hvp" and of passes="together" run eagerly there, and the gradient norm penalty is left out.
+Compiled is ``model.compile()`` with a graph for every batch size, by Inductor, which needs a C++ compiler; its ratios
+are to a compiled plain step. Double backward does not go through compiled graphs, nor do sub-batches together unless
+by passes="compiled": the penalty passes of "hvp" and of passes="together" run eagerly there, and the gradient norm
+penalty is left out. A plain step on a CUDA device has PyTorch's defaults, TF32 in convolutions among them.
 """
 
 from __future__ import annotations
@@ -68,12 +70,14 @@ NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
 class Training:
     """A network, a batch and an optimizer."""
 
-    def __init__(self, network: str, mode: str, batch_size: int) -> None:
+    def __init__(self, network: str, mode: str, batch_size: int, device: str) -> None:
         torch.manual_seed(0)
-        model, self.inputs = NETWORKS[network](batch_size)
-        self.mode = mode
-        self.model: nn.Module = torch.compile(model, dynamic=False) if mode == "compiled" else model
-        self.targets = torch.randint(10, (batch_size,))
+        model, inputs = NETWORKS[network](batch_size)
+        self.mode, self.model, self.inputs = mode, model.to(device), inputs.to(device)
+        if mode == "compiled":
+            torch._dynamo.config.cache_size_limit = 64  # past it, graphs of further batch sizes would run eagerly
+            self.model.compile(dynamic=False)
+        self.targets = torch.randint(10, (batch_size,), device=device)
         optimizer = {"lr": 1e-6, "momentum": 0.9}
         self.optimizer = torch.optim.SGD(self.model.parameters(), **optimizer)
         self.sharpness_aware = SAM(self.model.parameters(), torch.optim.SGD, rho=0.05, foreach=True, **optimizer)
@@ -131,9 +135,13 @@ def methods(training: Training) -> dict[str, Step]:
         found[f"{estimator}, M={m}, main_gradient={main_gradient}"] = ours(
             num_sub_batches=m, estimator=estimator, main_gradient=main_gradient
         )
-    for estimator in ("finite-difference", "hvp"):
-        found[f"{estimator}, M=8, main_gradient=sub-batches, passes=together"] = ours(
-            num_sub_batches=8, estimator=estimator, main_gradient="sub-batches", passes="together"
+    for estimator, passes in (
+        ("finite-difference", "together"),
+        ("hvp", "together"),
+        ("finite-difference", "compiled"),
+    ):
+        found[f"{estimator}, M=8, main_gradient=sub-batches, passes={passes}"] = ours(
+            num_sub_batches=8, estimator=estimator, main_gradient="sub-batches", passes=passes
         )
     found[SHARPNESS_AWARE] = training.sam
     if training.mode == "eager":
@@ -141,25 +149,26 @@ def methods(training: Training) -> dict[str, Step]:
     return found
 
 
-def memory(network: str, mode: str, batch_size: int, method: str) -> dict[str, Any]:
+def memory(network: str, mode: str, batch_size: int, device: str, method: str) -> dict[str, Any]:
     """Peak memory of one step in this process; optimizer state and code are there already."""
-    step = methods(Training(network, mode, batch_size))[method]
+    step = methods(Training(network, mode, batch_size, device))[method]
     step()
-    return {"peak_bytes": _harness.peak_memory(step)}
+    return {"peak_bytes": _harness.peak_memory(step, device)}
 
 
-def times(network: str, mode: str, batch_size: int, repetitions: int, clock: str) -> dict[str, Any]:
+def times(network: str, mode: str, batch_size: int, device: str, repetitions: int, clock: str) -> dict[str, Any]:
     """Seconds per step by method."""
-    steps = methods(Training(network, mode, batch_size))
+    steps = methods(Training(network, mode, batch_size, device))
     for step in steps.values():  # load and compile code, and make pools, first
         step()
-    return _harness.interleaved(steps, repetitions, clock)
+    return _harness.interleaved(steps, repetitions, clock, device)
 
 
 def run_network(network: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times and memory of every method on one network."""
-    limits, batch_size = _harness.limits(options), options.batch_size
-    seconds = _harness.in_own_process(times, network, mode, batch_size, options.repetitions, options.clock, **limits)
+    limits = _harness.limits(options)
+    what = network, mode, options.batch_size, options.device
+    seconds = _harness.in_own_process(times, *what, options.repetitions, options.clock, **limits)
     if "error" in seconds:
         return seconds
     result: dict[str, Any] = {}
@@ -169,7 +178,7 @@ def run_network(network: str, mode: str, options: argparse.Namespace) -> dict[st
             "ratio": _harness.ratios(values, seconds[PLAIN]),
         }
         if options.memory:
-            result[name] |= _harness.in_own_process(memory, network, mode, batch_size, name, **limits)
+            result[name] |= _harness.in_own_process(memory, *what, name, **limits)
         if name not in (PLAIN, OFF, *RIVALS):
             mixed = [(on + 9 * off) / 10 for on, off in zip(values, seconds[OFF], strict=True)]
             result[name]["ratio_every_10"] = _harness.ratios(mixed, seconds[PLAIN])
@@ -197,9 +206,10 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     options = _harness.parse(parser)
     record: dict[str, Any] = {
-        "environment": _harness.environment(options),
+        "environment": _harness.environment(options, options.device),
         "batch_size": options.batch_size,
         "repetitions": options.repetitions,
         "networks": {},

@@ -58,7 +58,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds per call by name, one call of each per round, so that a busy machine slows all of them alike.
 
-    Every other round runs in reverse order. The functions should have run once before. Work on ``device`` is waited for.
+    Every other round runs in reverse order. The functions should have run once before. The clock waits for ``device``.
     """
 
     def now() -> float:

@@ -277,9 +277,10 @@ def compiled_losses_together() -> LossesTogether:
         try:
             return compiled(forward, copies, tensors)
         except TorchDynamoException as error:
+            raised = re.search("raised exception (.+)", str(error))  # by the model or the loss
             raise FlatminimaError(
-                f"torch.compile cannot make one graph of this model and loss ({_first_line(error)}): "
-                "choose passes='one-by-one'"
+                "torch.compile cannot make one graph of this model and loss "
+                f"({raised[1] if raised else _first_line(error)}): choose passes='one-by-one'"
             ) from error
 
     return losses

@@ -111,18 +111,16 @@ class Penalty:
 
     @classmethod
     def zero(cls, weights: Weights) -> Penalty:
-        parameters = weights.parameters
-        nothing = parameters[0].new_zeros(())
-        gradient, main_gradient = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-        return cls(nothing, nothing, gradient, nothing, main_gradient, [False] * len(parameters), weights)
+        nothing = weights.parameters[0].new_zeros(())
+        return cls(nothing, nothing, [], nothing, [], [False] * len(weights.parameters), weights)
 
     def add(self, passes: _Passes, *, weight: float, share: float) -> None:
         """Add sub-batches, each of the ``weight`` 1/M in R_α and of the ``share`` |B_i| / |B| in the main loss."""
         self.value = self.value + weight * passes.penalty
         self.trace = self.trace + weight * passes.squares
-        torch._foreach_add_(self.gradient, passes.penalty_gradient, alpha=weight)
+        self.gradient = _plus(self.gradient, passes.penalty_gradient, weight)
         self.loss = self.loss + share * passes.loss
-        torch._foreach_add_(self.main_gradient, passes.gradient, alpha=share)
+        self.main_gradient = _plus(self.main_gradient, passes.gradient, share)
         self.used = [any(uses) for uses in zip(self.used, passes.used, strict=True)]
         self.num_sub_batches += passes.count
 
@@ -141,6 +139,14 @@ class Penalty:
                 parameter.grad = value
             elif used:
                 parameter.grad.add_(value)  # type: ignore[union-attr]
+
+
+def _plus(sums: list[Tensor], values: list[Tensor], factor: float) -> list[Tensor]:
+    """``sums`` plus ``factor`` times ``values``, in place; no sums yet count as zeros."""
+    if not sums:
+        return list(torch._foreach_mul(values, factor))
+    torch._foreach_add_(sums, values, alpha=factor)
+    return sums
 
 
 @dataclass(frozen=True)

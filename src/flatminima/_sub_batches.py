@@ -156,7 +156,7 @@ class SubBatchesTogether(SubBatches):
 
     def __post_init__(self) -> None:
         self.count = batch_size(self.batch)
-        copies = [self._copies(parameter) for parameter in self.weights.parameters]
+        copies = [_copies(parameter.detach(), self.count) for parameter in self.weights.parameters]
         self.parameters = [copy.requires_grad_() for copy in copies]
         self._buffers_left: dict[str, Tensor] = {}
 
@@ -165,11 +165,9 @@ class SubBatchesTogether(SubBatches):
 
     def loss(self) -> Tensor:
         own = dict(self.model.named_buffers())
-        originals = [*self.weights.parameters, *own.values()]
-        scratch = [self._copies(b) if b.is_floating_point() else b.detach().clone() for b in own.values()]
-        forward = _Forward(self.model, self.closure, self.batch, originals)
+        forward = _Forward(self.model, self.closure, self.batch, [*self.weights.parameters, *own.values()])
         with _in_one_pass():
-            losses, buffers = self.losses(forward, [*self.parameters, *scratch], tensors_of(self.batch))
+            losses, buffers = self.losses(forward, self.parameters, list(own.values()), tensors_of(self.batch))
         self._buffers_left = dict(zip(own, buffers, strict=True))
         loss: Tensor = losses.sum()
         _require_differentiable(loss)
@@ -198,14 +196,13 @@ class SubBatchesTogether(SubBatches):
         self.parameters = here
 
     def total(self, values: list[Tensor]) -> list[Tensor]:
-        return [value.sum(0) for value in values]
+        summed = torch.cat([value.flatten(1) for value in values], 1).sum(0)  # a few launches, not one per parameter
+        parts = torch.split(summed, [parameter.numel() for parameter in self.weights.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.weights.parameters, strict=True)]
 
     def buffers(self) -> dict[str, Tensor]:
         left = {name: buffer.detach() for name, buffer in self._buffers_left.items()}
         return {name: b.sum(0) if b.is_floating_point() else b[-1] for name, b in left.items()}
-
-    def _copies(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().expand(self.count, *tensor.shape).clone(memory_format=torch.contiguous_format)
 
     def _require_swapped_weights(self, loss: Tensor) -> None:
         """Everything that the loss uses of the weights must be the copies, or its gradient would lack a part."""
@@ -246,7 +243,7 @@ class _Forward(nn.Module):
         return loss, list(self.model.buffers())
 
 
-LossesTogether = Callable[[_Forward, list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
+LossesTogether = Callable[[_Forward, list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
 def losses_of(passes: Passes) -> LossesTogether | None:
@@ -256,10 +253,19 @@ def losses_of(passes: Passes) -> LossesTogether | None:
     return losses_together if passes == "together" else compiled_losses_together()
 
 
-def losses_together(forward: _Forward, copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Every sub-batch's loss and buffers, by ``forward`` with its copies and its part of the batch's tensors."""
+def losses_together(
+    forward: _Forward, weights: list[Tensor], buffers: list[Tensor], tensors: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Every sub-batch's loss, and what it leaves in the buffers.
+
+    Args:
+        forward: computes them for one.
+        weights: (sub-batches, ...), those of every sub-batch.
+        buffers: those that all of them start from; they stay as they are.
+        tensors: (sub-batches, samples, ...), those of the batch.
+    """
     with eager_graphs():
-        return _losses_together(forward, copies, tensors)
+        return _losses_together(forward, weights, buffers, tensors)
 
 
 def compiled_losses_together() -> LossesTogether:
@@ -273,9 +279,11 @@ def compiled_losses_together() -> LossesTogether:
     own = FunctionType(_losses_together.__code__.replace(), globals(), "losses_together")
     compiled: LossesTogether = torch.compile(own, fullgraph=True, dynamic=False)
 
-    def losses(forward: _Forward, copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def losses(
+        forward: _Forward, weights: list[Tensor], buffers: list[Tensor], tensors: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         try:
-            return compiled(forward, copies, tensors)
+            return compiled(forward, weights, buffers, tensors)
         except TorchDynamoException as error:
             raised = re.search("raised exception (.+)", str(error))  # by the model or the loss
             raise FlatminimaError(
@@ -286,15 +294,23 @@ def compiled_losses_together() -> LossesTogether:
     return losses
 
 
-def _losses_together(forward: _Forward, copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _losses_together(
+    forward: _Forward, weights: list[Tensor], buffers: list[Tensor], tensors: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     def of_one(copies: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         swapped = {name: copies[i] for name, i in forward.places.items()}
         found: tuple[Tensor, list[Tensor]] = functional_call(forward, swapped, (tensors,), tie_weights=False)
         return found
 
+    scratch = [_copies(b, len(tensors[0])) if b.is_floating_point() else b.clone() for b in buffers]
+    copies = [*weights, *(buffer.detach() for buffer in scratch)]
     dims = [0 if copy.is_floating_point() else None for copy in copies]  # of integers, counters, there is one for all
     found: tuple[Tensor, list[Tensor]] = vmap(of_one, (dims, 0), randomness="different")(copies, tensors)
     return found
+
+
+def _copies(tensor: Tensor, count: int) -> Tensor:
+    return tensor.expand(count, *tensor.shape).clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

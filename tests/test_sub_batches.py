@@ -58,6 +58,17 @@ class TiedHead(nn.Module):
         return self.head(torch.tanh(self.tokens(x).mean(1)) + (self.same * self.alias).sum(0))
 
 
+class MixedPrecision(nn.Module):
+    """A body in float32 under a head in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)).double())
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -120,6 +131,17 @@ def test_together_gives_the_same_numbers(case: Case, estimator: str, options: di
 def test_together_gives_the_same_numbers_whatever_the_sizes(samples: int, num_sub_batches: int) -> None:
     options: dict[str, Any] = {"samples": samples, "num_sub_batches": num_sub_batches}
     assert_same(*(step(CASES["relu"], passes, **options) for passes in ("together", "one-by-one")))
+
+
+@pytest.mark.parametrize("passes", ["one-by-one", "together"])
+def test_every_gradient_has_the_type_of_its_parameter(passes: Any) -> None:
+    model = MixedPrecision()
+    penalty = FisherTraceRegularizer(model, num_sub_batches=4, passes=passes).penalize(
+        lambda batch: F.cross_entropy(model(batch[0]), batch[1]), (torch.randn(24, 6), torch.randint(3, (24,)))
+    )
+    assert penalty is not None
+    for gradients in (penalty.gradient, penalty.main_gradient):
+        assert [gradient.dtype for gradient in gradients] == [parameter.dtype for parameter in model.parameters()]
 
 
 def test_only_the_chosen_parameters_move() -> None:

@@ -196,9 +196,7 @@ class SubBatchesTogether(SubBatches):
         self.parameters = here
 
     def total(self, values: list[Tensor]) -> list[Tensor]:
-        summed = torch.cat([value.flatten(1) for value in values], 1).sum(0)  # a few launches, not one per parameter
-        parts = torch.split(summed, [parameter.numel() for parameter in self.weights.parameters])
-        return [part.view_as(p) for part, p in zip(parts, self.weights.parameters, strict=True)]
+        return [value.sum(0) for value in values]
 
     def buffers(self) -> dict[str, Tensor]:
         left = {name: buffer.detach() for name, buffer in self._buffers_left.items()}

@@ -160,14 +160,14 @@ def _run(connection: Connection, function: Callable[..., Any], args: Any, thread
 
 def environment(options: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
     """What the numbers were measured with."""
-    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return gpu | {
+    return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "threads": options.threads,
         "clock": options.clock,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "cpu": _cpu(),
         "system": platform.platform(),
     }

@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = _harness.parse(parser)
     record: dict[str, Any] = {
         "environment": _harness.environment(options, options.device),

@@ -185,8 +185,7 @@ def main() -> None:
         parser.error("--clock cpu does not see what worker processes take: use it with --workers 0")
     device = resolve_device(options.device)
     record: dict[str, Any] = {
-        "environment": _harness.environment(options)
-        | {"device": torch.cuda.get_device_name() if device.type == "cuda" else device.type},
+        "environment": _harness.environment(options, device.type),
         "images": options.images,
         "workers": options.workers,
         "results": {},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SEED = 5
+
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"),
+        ],
+    ),
+]
+"""What ``torch.compile`` uses: all of it but Inductor takes a tenth of the time."""
+
+
+class CountingBackend:
+    """Counts the graphs that it is given, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
 
 
 class Tied(nn.Module):
@@ -166,6 +190,19 @@ def assert_same_gradients(actual: dict[str, Tensor | None], expected: dict[str, 
             torch.testing.assert_close(
                 actual[name], gradient.to_dense(), rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def assert_same(
+    actual: Iterable[dict[str, Tensor | None]],
+    expected: Iterable[dict[str, Tensor | None]],
+    *,
+    rtol: float = 1e-11,
+    atol: float = 1e-13,
+) -> None:
+    for found, wanted in zip(actual, expected, strict=True):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -1,9 +1,8 @@
-"""``passes="compiled"``: the same numbers from two compiled graphs; and a clear word where none can be made."""
+"""``passes="compiled"``: the same numbers from a compiled graph; and a clear word where none can be made."""
 
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer import FisherTraceRegularizer
-from regularizer_cases import CASES, SEED, Case, assert_same_bits, gradients_of, make, mlp, snapshot
-from test_sub_batches import REFUSED, TOGETHER, Checkpointed, Lambda, Square
+from regularizer_cases import (
+    BACKENDS,
+    CASES,
+    SEED,
+    Case,
+    CountingBackend,
+    assert_same_bits,
+    gradients_of,
+    make,
+    mlp,
+    snapshot,
+)
+from regularizer_cases import assert_same as assert_same_numbers
+from test_sub_batches import REFUSED, TOGETHER, Checkpointed, Lambda, Square, assert_refused
 
 compile_by = torch.compile
 
@@ -31,13 +42,6 @@ NOT_TRACED = {name: REFUSED[name] for name in ("item", "control-flow", "recurren
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-slow_inductor = pytest.param(
-    "inductor",
-    marks=[
-        pytest.mark.slow,
-        pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"),
-    ],
-)
 
 
 @pytest.fixture
@@ -64,16 +68,10 @@ def step(case: Case, passes: str, *, samples: int = 24, **options: Any) -> list[
     return [gradients_of(model), {**vars(regularizer.last_step), "loss": loss}, dict(model.named_buffers())]
 
 
-def assert_same(actual: list[dict[str, Tensor | None]], expected: list[dict[str, Tensor | None]]) -> None:
-    for found, wanted in zip(actual, expected, strict=True):
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            torch.testing.assert_close(
-                found[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
-            )  # fmt: skip
+assert_same = functools.partial(assert_same_numbers, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", slow_inductor], indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("case", TRACED.values(), ids=TRACED)
 @pytest.mark.parametrize(
     "options",
@@ -92,19 +90,10 @@ def test_compiled_gives_the_same_numbers(backend: str, case: Case, options: dict
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("case", NOT_TRACED.values(), ids=NOT_TRACED)
 def test_what_cannot_be_traced_is_refused_and_leaves_no_trace(case: Case) -> None:
-    model, inputs, targets = make(case)
-    before, own = snapshot(model), [id(parameter) for parameter in model.parameters()]
-    with pytest.raises(
-        FlatminimaError, match=r"cannot make one graph of .* loss \(.*[^:]\): choose passes='one-by-one'"
-    ):
-        FisherTraceRegularizer(model, passes="compiled").backward(case.loss_fn, inputs, targets)
-    assert_same_bits(snapshot(model), before)
-    assert [id(parameter) for parameter in model.parameters()] == own
-    assert all(parameter.grad is None for parameter in model.parameters())
-    FisherTraceRegularizer(model).backward(case.loss_fn, inputs, targets)
+    assert_refused(case, "compiled", r"cannot make one graph of .* loss \(.*[^:]\): choose passes='one-by-one'")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", slow_inductor], indirect=True)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_dropout_uses_one_mask_for_both_passes_and_another_for_every_sub_batch(backend: str) -> None:
     model = nn.Sequential(nn.Linear(6, 50), nn.Tanh(), nn.Dropout(0.5), nn.Linear(50, 3)).double()
 
@@ -122,19 +111,8 @@ def test_dropout_uses_one_mask_for_both_passes_and_another_for_every_sub_batch(b
     assert sum(g.square().sum() for g in penalty.gradient) < 100 * sum(g.square().sum() for g in exact.gradient)
 
 
-class Counting:
-    """A backend that counts the graphs that it is given."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.mark.parametrize("backend", [Counting()], indirect=True)
-def test_both_passes_share_one_graph_and_only_new_sizes_make_more(backend: Counting) -> None:
+@pytest.mark.parametrize("backend", [CountingBackend()], indirect=True)
+def test_both_passes_share_one_graph_and_only_new_sizes_make_more(backend: CountingBackend) -> None:
     model, inputs, targets = make(CASES["batchnorm"])
     regularizer = FisherTraceRegularizer(model, num_sub_batches=4, passes="compiled")
     made = []
@@ -193,15 +171,15 @@ def test_weights_that_cannot_be_swapped_are_refused() -> None:
         regularizer.penalize(lambda b: F.cross_entropy(model(b[0]), b[1]) + captured.square().sum(), (inputs, targets))
 
 
+def interrupted(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("backend", [interrupted], indirect=True)
 def test_interrupt_while_compiling_leaves_no_trace() -> None:
     model, inputs, targets = make(CASES["batchnorm"])
     before = snapshot(model)
-
-    def interrupted(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        raise KeyboardInterrupt
-
-    torch.compile = functools.partial(compile_by, backend=interrupted)
     regularizer = FisherTraceRegularizer(model, passes="compiled", num_sub_batches=4)
     with pytest.raises(KeyboardInterrupt):
         regularizer.backward(F.cross_entropy, inputs, targets)

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import math
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,11 @@ from torch.func import functional_call
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.regularizer import FisherTraceRegularizer
 from regularizer_cases import (
+    BACKENDS,
     CASES,
     SEED,
     Case,
+    CountingBackend,
     CountingNoise,
     assert_same_bits,
     assert_same_gradients,
@@ -738,19 +739,7 @@ def test_refuses_a_weight_that_is_none() -> None:
         FisherTraceRegularizer(model).backward(F.cross_entropy, inputs, targets, weight=0)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "aot_eager",
-        pytest.param(
-            "inductor",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"),
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
 @pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -774,19 +763,13 @@ def test_compiled_model_gives_the_same_gradient(estimator: Any, main_gradient: A
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_only_the_first_step_compiles(main_gradient: Any) -> None:
     torch.compiler.reset()
-    graphs = 0
-
-    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
-        return graph.forward
-
+    backend = CountingBackend()
     model, inputs, targets = make(CASES["batchnorm"])
     compiled = torch.compile(model, backend=backend)
     regularizer = FisherTraceRegularizer(compiled, num_sub_batches=4, main_gradient=main_gradient)
     compiled_by_step = []
     for _ in range(4):
         regularizer.backward(F.cross_entropy, inputs, targets)
-        compiled_by_step.append(graphs)
+        compiled_by_step.append(backend.graphs)
     assert compiled_by_step[0] > 0
     assert compiled_by_step == compiled_by_step[:1] * 4

@@ -22,6 +22,7 @@ from regularizer_cases import (
     SEED,
     Case,
     CountingNoise,
+    assert_same,
     assert_same_bits,
     assert_same_gradients,
     gradients_of,
@@ -99,15 +100,6 @@ def step(case: Case, passes: str, *, samples: int = 24, **options: Any) -> tuple
     assert seen is not None
     numbers: dict[str, Tensor | None] = {**vars(seen), "loss": loss, "generator": torch.get_rng_state()}
     return gradients_of(model), numbers, dict(model.named_buffers())
-
-
-def assert_same(actual: tuple[dict[str, Tensor | None], ...], expected: tuple[dict[str, Tensor | None], ...]) -> None:
-    for found, wanted in zip(actual, expected, strict=True):
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            torch.testing.assert_close(
-                found[name], value, rtol=1e-11, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}"
-            )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TOGETHER.values(), ids=TOGETHER)
@@ -323,15 +315,21 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_what_vmap_cannot_run_is_refused_and_leaves_no_trace(case: Case) -> None:
+def assert_refused(case: Case, passes: Any, message: str) -> None:
+    """With ``message``, nothing of the model changed; one by one it runs."""
     model, inputs, targets = make(case)
     before, own = snapshot(model), [id(parameter) for parameter in model.parameters()]
-    with pytest.raises(FlatminimaError, match=r"cannot go through .* together \(.*choose passes='one-by-one'"):
-        FisherTraceRegularizer(model, passes="together").backward(case.loss_fn, inputs, targets)
+    with pytest.raises(FlatminimaError, match=message):
+        FisherTraceRegularizer(model, passes=passes).backward(case.loss_fn, inputs, targets)
     assert_same_bits(snapshot(model), before)
     assert [id(parameter) for parameter in model.parameters()] == own
+    assert all(parameter.grad is None for parameter in model.parameters())
     FisherTraceRegularizer(model).backward(case.loss_fn, inputs, targets)
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_vmap_cannot_run_is_refused_and_leaves_no_trace(case: Case) -> None:
+    assert_refused(case, "together", r"cannot go through .* together \(.*choose passes='one-by-one'")
 
 
 @pytest.mark.parametrize("only_there", [True, False])

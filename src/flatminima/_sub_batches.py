@@ -158,16 +158,18 @@ class SubBatchesTogether(SubBatches):
         self.count = batch_size(self.batch)
         copies = [_copies(parameter.detach(), self.count) for parameter in self.weights.parameters]
         self.parameters = [copy.requires_grad_() for copy in copies]
+        self._own_buffers = dict(self.model.named_buffers())
+        originals = [*self.weights.parameters, *self._own_buffers.values()]
+        self._forward = _Forward(self.model, self.closure, self.batch, originals)
         self._buffers_left: dict[str, Tensor] = {}
 
     def scratch_buffers(self) -> AbstractContextManager[None]:
         return nullcontext()  # every loss has copies of its own
 
     def loss(self) -> Tensor:
-        own = dict(self.model.named_buffers())
-        forward = _Forward(self.model, self.closure, self.batch, [*self.weights.parameters, *own.values()])
+        own = self._own_buffers
         with _in_one_pass():
-            losses, buffers = self.losses(forward, self.parameters, list(own.values()), tensors_of(self.batch))
+            losses, buffers = self.losses(self._forward, self.parameters, list(own.values()), tensors_of(self.batch))
         self._buffers_left = dict(zip(own, buffers, strict=True))
         loss: Tensor = losses.sum()
         _require_differentiable(loss)
@@ -267,9 +269,9 @@ def losses_together(
 
 
 def compiled_losses_together() -> LossesTogether:
-    """:func:`losses_together` with both passes compiled into one graph each, backward included.
+    """:func:`losses_together` compiled into one graph and its backward, which both passes share.
 
-    Every size of sub-batches has graphs of its own (``vmap`` of a loss fixes the size). ``torch.compile`` keeps eight
+    Every size of sub-batches has a graph of its own (``vmap`` of a loss fixes the size). ``torch.compile`` keeps eight
     for each piece of code, so this makes a copy of the code: one model's graphs do not use up the limit of another's.
     """
     from torch._dynamo.exc import TorchDynamoException  # importing it takes a second

@@ -110,11 +110,11 @@ class FisherTraceRegularizer:
             price of one more forward pass; ``"running"`` the running statistics, as in evaluation mode.
         passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two, of all sub-batches of one size at once,
             each with its own weights (``torch.func.vmap``: batched products, grouped convolutions), for devices that
-            small passes starve; on a CPU it is slower. ``"compiled"`` has ``torch.compile`` make one graph of each of
-            the two, closure included, which leaves a device a fraction of the launches. The first step takes a minute
-            or more, and so does the first of any other batch size, up to eight sizes. The numbers are the same but for
-            rounding, and for dropout, whose masks are others. Both need memory for five to six tensors of M times the
-            weights' size, and refuse FSDP2. ``"together"`` also refuses what ``vmap`` cannot run: control flow or
+            small passes starve; on a CPU it is slower. ``"compiled"`` has ``torch.compile`` make one graph for the
+            two, closure included, for fewer launches on a device. The first step takes a minute or more, and so does
+            the first of any other batch size, up to eight sizes. The numbers are the same but for rounding, and for
+            dropout, whose masks are others. Both need memory for five to six tensors of M times the weights' size, and
+            refuse FSDP2. ``"together"`` also refuses what ``vmap`` cannot run: control flow or
             ``.item()`` on values (attention masks of some Hugging Face models), recurrent layers, sparse gradients,
             checkpointed activations, and for ``"hvp"`` custom autograd functions; compiled models run eagerly in it.
             ``"compiled"`` refuses ``"hvp"``, models wrapped by ``torch.compile`` (give the model itself, compiled in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -30,23 +30,42 @@ def moved(parameters: list[Tensor], direction: list[Tensor], step: float) -> Ite
             torch._foreach_copy_(parameters, saved)
 
 
-@contextmanager
-def scratch_buffers(model: nn.Module) -> Iterator[None]:
-    """Let the model work on copies of its buffers, and give it back its own.
+class Buffers:
+    """A model's buffers, wherever its modules hold them. The modules are walked once, here, for all passes of a step.
 
-    This covers every layer that keeps statistics, whatever its class, and both passes of a sub-batch start alike.
+    Attributes:
+        own: every buffer once, in the order of ``model.buffers()``.
     """
-    originals = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
-    copies = {
-        id(buffer): buffer.detach().clone() for _, own in originals for buffer in own.values() if buffer is not None
-    }
-    try:
-        for buffers, own in originals:
-            buffers.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
-        yield
-    finally:
-        for buffers, own in originals:
-            buffers.update(own)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+        places = {
+            id(buffer): (buffer, held, name)
+            for held, own in self._holders
+            for name, buffer in own.items()
+            if buffer is not None
+        }
+        self._places = list(places.values())
+        self.own = [buffer for buffer, _, _ in self._places]
+
+    def now(self) -> list[Tensor]:
+        """What the modules hold in the places of :attr:`own`; the own buffer where a module has dropped it."""
+        return [own if (buffer := held.get(name)) is None else buffer for own, held, name in self._places]
+
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Let the model work on copies of its buffers, and give it back its own.
+
+        This covers every layer that keeps statistics, whatever its class, and both passes of a sub-batch start alike.
+        """
+        copies = {id(buffer): buffer.detach().clone() for buffer in self.own}
+        try:
+            for held, own in self._holders:
+                held.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
+            yield
+        finally:
+            for held, own in self._holders:
+                held.update(own)
 
 
 @contextmanager
@@ -64,25 +83,23 @@ class MeanBuffers:
     update with momentum m, not M of them. Counters and other integers are taken from the last sub-batch.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._own = dict(model.named_buffers())
-        self._means: dict[str, Tensor] = {}
+    def __init__(self, own: list[Tensor]) -> None:
+        self._own = own
+        self._means: list[Tensor] = []
 
-    def add(self, buffers: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, buffers: list[Tensor], weight: float) -> None:
         """Add what a sub-batch left in the buffers with ``weight``; the weights of a step sum to 1."""
-        for name, buffer in buffers.items():
-            if not buffer.is_floating_point():
-                self._means[name] = buffer
-            elif name in self._means:
-                self._means[name].add_(buffer, alpha=weight)
-            else:
-                self._means[name] = buffer * weight
+        means = self._means or [torch.zeros_like(buffer) for buffer in buffers]
+        self._means = [
+            mean.add_(buffer, alpha=weight) if buffer.is_floating_point() else buffer
+            for mean, buffer in zip(means, buffers, strict=True)
+        ]
 
     def write(self) -> None:
         """Copy the means into the model's own buffers."""
         with torch.no_grad():
-            for name, mean in self._means.items():
-                self._own[name].copy_(mean)
+            for own, mean in zip(self._own, self._means, strict=True):
+                own.copy_(mean)
 
 
 def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None]:

@@ -14,11 +14,11 @@ from torch.nn.utils import get_total_norm
 from flatminima._distributed import this_process_alone
 from flatminima._isolation import (
     BatchStatistics,
+    Buffers,
     MeanBuffers,
     batch_statistics,
     eager_graphs,
     restored_generators,
-    scratch_buffers,
     without_autocast,
 )
 from flatminima._sub_batches import (
@@ -62,27 +62,29 @@ class PenaltyPasses:
             rows = [torch.stack(list(same)) for _, same in itertools.groupby(rows, key=len)]
         estimate = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.estimator]
         penalty = Penalty.zero(weights)
-        buffers = MeanBuffers(model) if update_buffers else None
         with true_precision(), without_autocast(model), this_process_alone(model):
 
-            def sub_batches(batch: Any) -> SubBatches:
-                if self.losses is None:
-                    return OneSubBatch(model, closure, batch, weights)
-                return SubBatchesTogether(model, closure, batch, weights, self.losses)
-
             def whole_batch_forward() -> None:
-                with scratch_buffers(model):
+                with Buffers(model).scratch():
                     closure(_in_float32(batch))
 
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
+                buffers = Buffers(model)
+                means = MeanBuffers(buffers.own) if update_buffers else None
+
+                def sub_batches(batch: Any) -> SubBatches:
+                    if self.losses is None:
+                        return OneSubBatch(closure, batch, weights, buffers)
+                    return SubBatchesTogether(closure, batch, weights, buffers, model, self.losses)
+
                 for indices in rows:
                     share = indices.shape[-1] / size
                     passes = estimate(sub_batches(_in_float32(take(batch, indices))), self.alpha)
                     penalty.add(passes, weight=1 / num_sub_batches, share=share)
-                    if buffers is not None:
-                        buffers.add(passes.buffers, share)
-        if buffers is not None:
-            buffers.write()
+                    if means is not None:
+                        means.add(passes.buffers, share)
+        if means is not None:
+            means.write()
         return penalty
 
 
@@ -171,7 +173,7 @@ class _Passes:
     penalty: Tensor
     penalty_gradient: list[Tensor]
     used: list[bool]
-    buffers: dict[str, Tensor]
+    buffers: list[Tensor]
 
 
 def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
@@ -180,7 +182,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
     with restored_generators(weights.parameters), sub_batches.scratch_buffers():
         loss = sub_batches.loss()
         gradients = sub_batches.gradients(loss)
-        buffers = sub_batches.buffers()
+        buffers = sub_batches.buffers_left()
     here = _dense(gradients, sub_batches.parameters)
     with sub_batches.moved(here, -alpha), sub_batches.scratch_buffers():
         moved_loss = sub_batches.loss()
@@ -205,7 +207,7 @@ def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Passes:
         loss = sub_batches.loss()
         gradients = sub_batches.gradients(loss, create_graph=True)
         products = _times_hessian(gradients, sub_batches)
-        buffers = sub_batches.buffers()
+        buffers = sub_batches.buffers_left()
     here = [value.detach() for value in _dense(gradients, sub_batches.parameters)]
     squares = get_total_norm(weights.select(here)).square()
     products = torch._foreach_mul(_dense(products, sub_batches.parameters), alpha)

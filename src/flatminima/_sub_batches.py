@@ -16,7 +16,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
 
-from flatminima._isolation import eager_graphs, moved, scratch_buffers
+from flatminima._isolation import Buffers, eager_graphs, moved
 from flatminima.batching import batch_size, map_tensors, tensors_of
 from flatminima.errors import FlatminimaError
 
@@ -76,18 +76,18 @@ class SubBatches(ABC):
     """What one round of passes works on: sub-batches of one size. All that it gives is the sum over them.
 
     Attributes:
-        model: the network.
-        closure: its loss.
+        closure: the network's loss.
         batch: the samples.
-        weights: the trainable parameters.
+        weights: the network's trainable parameters.
+        buffers: its buffers.
         count: how many sub-batches there are.
         parameters: what the loss depends on: the weights, wherever they are moved to.
     """
 
-    model: nn.Module
     closure: Closure
     batch: Any
     weights: Weights
+    buffers: Buffers
     count: int = field(init=False)
     parameters: list[Tensor] = field(init=False)
 
@@ -112,7 +112,7 @@ class SubBatches(ABC):
         """Σ_i of ``values``, which have the form of :attr:`parameters`."""
 
     @abstractmethod
-    def buffers(self) -> dict[str, Tensor]:
+    def buffers_left(self) -> list[Tensor]:
         """What the latest pass left in the model's buffers: Σ_i of it, of integers (counters) the last."""
 
 
@@ -124,7 +124,7 @@ class OneSubBatch(SubBatches):
         self.parameters, self.count = self.weights.parameters, 1
 
     def scratch_buffers(self) -> AbstractContextManager[None]:
-        return scratch_buffers(self.model)
+        return self.buffers.scratch()
 
     def loss(self) -> Tensor:
         loss = _sub_batch_loss(self.closure, self.batch)
@@ -137,8 +137,8 @@ class OneSubBatch(SubBatches):
     def total(self, values: list[Tensor]) -> list[Tensor]:
         return values
 
-    def buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.detach() for name, buffer in self.model.named_buffers()}
+    def buffers_left(self) -> list[Tensor]:
+        return [buffer.detach() for buffer in self.buffers.now()]
 
 
 @dataclass
@@ -149,28 +149,29 @@ class SubBatchesTogether(SubBatches):
     products with small matrices then are one batched product, its convolutions one grouped convolution.
 
     Attributes:
+        model: the network.
         losses: :func:`losses_together`, or that from :func:`compiled_losses_together`.
     """
 
+    model: nn.Module
     losses: LossesTogether
 
     def __post_init__(self) -> None:
         self.count = batch_size(self.batch)
         copies = [_copies(parameter.detach(), self.count) for parameter in self.weights.parameters]
         self.parameters = [copy.requires_grad_() for copy in copies]
-        self._own_buffers = dict(self.model.named_buffers())
-        originals = [*self.weights.parameters, *self._own_buffers.values()]
+        originals = [*self.weights.parameters, *self.buffers.own]
         self._forward = _Forward(self.model, self.closure, self.batch, originals)
-        self._buffers_left: dict[str, Tensor] = {}
+        self._buffers_left: list[Tensor] = []
 
     def scratch_buffers(self) -> AbstractContextManager[None]:
         return nullcontext()  # every loss has copies of its own
 
     def loss(self) -> Tensor:
-        own = self._own_buffers
         with _in_one_pass():
-            losses, buffers = self.losses(self._forward, self.parameters, list(own.values()), tensors_of(self.batch))
-        self._buffers_left = dict(zip(own, buffers, strict=True))
+            losses, self._buffers_left = self.losses(
+                self._forward, self.parameters, self.buffers.own, tensors_of(self.batch)
+            )
         loss: Tensor = losses.sum()
         _require_differentiable(loss)
         self._require_swapped_weights(loss)
@@ -200,9 +201,9 @@ class SubBatchesTogether(SubBatches):
     def total(self, values: list[Tensor]) -> list[Tensor]:
         return [value.sum(0) for value in values]
 
-    def buffers(self) -> dict[str, Tensor]:
-        left = {name: buffer.detach() for name, buffer in self._buffers_left.items()}
-        return {name: b.sum(0) if b.is_floating_point() else b[-1] for name, b in left.items()}
+    def buffers_left(self) -> list[Tensor]:
+        left = [buffer.detach() for buffer in self._buffers_left]
+        return [buffer.sum(0) if buffer.is_floating_point() else buffer[-1] for buffer in left]
 
     def _require_swapped_weights(self, loss: Tensor) -> None:
         """Everything that the loss uses of the weights must be the copies, or its gradient would lack a part."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from flatminima._isolation import moved, restored_generators, scratch_buffers
+from flatminima._isolation import Buffers, moved, restored_generators
 from flatminima._sub_batches import Weights, scalar_loss
 from flatminima.batching import Inputs, run_model
 from flatminima.regularizer import LossFunction
@@ -69,7 +69,7 @@ class SharpnessAwareGradient:
             here = loss()
             gradient = torch.autograd.grad(here, parameters, allow_unused=True, materialize_grads=True)
         ascent = self._ascent(parameters, [part.to_dense() for part in gradient])
-        with moved(parameters, ascent, 1.0), scratch_buffers(self.model):
+        with moved(parameters, ascent, 1.0), Buffers(self.model).scratch():
             loss().backward()  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()
         if self.max_grad_norm is not None:

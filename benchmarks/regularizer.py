@@ -1,16 +1,17 @@
 """What a step with the regularizer costs, as a ratio to a plain step of the same batch, beside SAM and double backward.
 
-    python benchmarks/regularizer.py                                                 # an hour on two cores
-    python benchmarks/regularizer.py --networks resnet20 --threads 1 --clock cpu     # on a busy machine
-    python benchmarks/regularizer.py --networks cnn transformer --modes compiled --no-memory
+    python benchmarks/regularizer.py                                                 # hours on two cores
+    python benchmarks/regularizer.py --networks resnet20 --modes eager --threads 1 --clock cpu     # on a busy machine
     python benchmarks/regularizer.py --device cuda --memory-limit 0 --output regularizer-cuda
 
-A step is forward, backward and an SGD update. Times are of steps interleaved in one process, peak memory that of a
-fresh process each, beyond model and data. ``every=10`` is the mean of one penalized step and nine between penalties.
-Compiled is ``model.compile()`` with a graph for every batch size, by Inductor, which needs a C++ compiler; its ratios
-are to a compiled plain step. Double backward does not go through compiled graphs, nor do sub-batches together unless
-by passes="compiled": the penalty passes of "hvp" and of passes="together" run eagerly there, and the gradient norm
-penalty is left out. A plain step on a CUDA device has PyTorch's defaults, TF32 in convolutions among them.
+A step is forward, backward and an SGD update. Every method has a process of its own, where its steps, plain steps and
+those between penalties are timed in turn: the memory that other methods ask for would change how fast everyone's is
+found. Peak memory is what a step needs beyond model, data and optimizer. ``every=10`` is the mean of one penalized
+step and nine between penalties. Compiled is ``model.compile()`` with a graph for every batch size, by Inductor, which
+needs a C++ compiler; its ratios are to a compiled plain step. Double backward does not go through compiled graphs, nor
+do sub-batches together unless by passes="compiled": the penalty passes of "hvp" and of passes="together" run eagerly
+there, and the gradient norm penalty is left out. A plain step on a CUDA device has PyTorch's defaults, TF32 in
+convolutions among them.
 """
 
 from __future__ import annotations
@@ -121,14 +122,17 @@ class Training:
         self.optimizer.step()
 
 
-def methods(training: Training) -> dict[str, Step]:
-    """What to time, by name."""
+def methods(mode: str) -> dict[str, Callable[[Training], Step]]:
+    """What to time, by name: what makes the step for a training."""
 
-    def ours(**options: Any) -> Step:
-        regularizer = FisherTraceRegularizer(training.model, max_grad_norm=5.0, **options)
-        return lambda: training.regularized(regularizer)
+    def ours(**options: Any) -> Callable[[Training], Step]:
+        def make(training: Training) -> Step:
+            regularizer = FisherTraceRegularizer(training.model, max_grad_norm=5.0, **options)
+            return lambda: training.regularized(regularizer)
 
-    found: dict[str, Step] = {PLAIN: training.plain, OFF: ours(start_step=2**62)}
+        return make
+
+    found = {PLAIN: lambda training: training.plain, OFF: ours(start_step=2**62)}
     for estimator, m, main_gradient in itertools.product(
         ("finite-difference", "hvp"), (4, 8, 16), ("sub-batches", "whole-batch")
     ):
@@ -143,60 +147,44 @@ def methods(training: Training) -> dict[str, Step]:
         found[f"{estimator}, M=8, main_gradient=sub-batches, passes={passes}"] = ours(
             num_sub_batches=8, estimator=estimator, main_gradient="sub-batches", passes=passes
         )
-    found[SHARPNESS_AWARE] = training.sam
-    if training.mode == "eager":
-        found[GRADIENT_NORM] = training.gradient_norm_penalty
+    found[SHARPNESS_AWARE] = lambda training: training.sam
+    if mode == "eager":
+        found[GRADIENT_NORM] = lambda training: training.gradient_norm_penalty
     return found
 
 
-def memory(network: str, mode: str, batch_size: int, device: str, method: str) -> dict[str, Any]:
-    """Peak memory of one step in this process; optimizer state and code are there already."""
-    step = methods(Training(network, mode, batch_size, device))[method]
-    step()
-    return {"peak_bytes": _harness.peak_memory(step, device)}
-
-
-def times(network: str, mode: str, batch_size: int, device: str, repetitions: int, clock: str) -> dict[str, Any]:
-    """Seconds per step by method."""
-    steps = methods(Training(network, mode, batch_size, device))
-    for step in steps.values():  # load and compile code, and make pools, first
+def measure(
+    method: str, network: str, mode: str, batch_size: int, device: str, repetitions: int, clock: str
+) -> dict[str, Any]:
+    """Seconds of the method's steps and of plain ones in turn, and its peak memory."""
+    training = Training(network, mode, batch_size, device)
+    steps = {name: methods(mode)[name](training) for name in dict.fromkeys((PLAIN, OFF, method))}
+    for step in steps.values():  # load and compile code, make pools and the optimizer's state, first
         step()
-    return _harness.interleaved(steps, repetitions, clock, device)
-
-
-def run_network(network: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Times and memory of every method on one network."""
-    limits = _harness.limits(options)
-    what = network, mode, options.batch_size, options.device
-    seconds = _harness.in_own_process(times, *what, options.repetitions, options.clock, **limits)
-    if "error" in seconds:
-        return seconds
-    result: dict[str, Any] = {}
-    for name, values in seconds.items():
-        result[name] = {
-            "seconds": _harness.summary(values),
-            "ratio": _harness.ratios(values, seconds[PLAIN]),
-        }
-        if options.memory:
-            result[name] |= _harness.in_own_process(memory, *what, name, **limits)
-        if name not in (PLAIN, OFF, *RIVALS):
-            mixed = [(on + 9 * off) / 10 for on, off in zip(values, seconds[OFF], strict=True)]
-            result[name]["ratio_every_10"] = _harness.ratios(mixed, seconds[PLAIN])
+    peak = _harness.peak_memory(steps[method], device)
+    seconds = _harness.interleaved(steps, repetitions, clock, device)
+    result = {
+        "seconds": _harness.summary(seconds[method]),
+        "plain_seconds": _harness.summary(seconds[PLAIN]),
+        "ratio": _harness.ratios(seconds[method], seconds[PLAIN]),
+        "peak_bytes": peak,
+    }
+    if method not in (PLAIN, OFF, *RIVALS):
+        mixed = [(on + 9 * off) / 10 for on, off in zip(seconds[method], seconds[OFF], strict=True)]
+        result["ratio_every_10"] = _harness.ratios(mixed, seconds[PLAIN])
     return result
 
 
-def show(network: str, result: dict[str, Any]) -> None:
-    """Print one network's table."""
-    print(f"\n{network}")
-    if "error" in result:
-        print(f"  fails: {result['error']}")
+def show(method: str, row: dict[str, Any]) -> None:
+    """Print a line of the table."""
+    if "error" in row:
+        print(f"  {method:67} fails: {row['error']}", flush=True)
         return
-    for name, row in result.items():
-        ratio, peak = row["ratio"], row.get("peak_bytes")
-        every_10 = f"{row['ratio_every_10']['median']:.2f}" if "ratio_every_10" in row else ""
-        memory_column = f"{peak / 2**20:6,.0f} MiB" if peak is not None else ""
-        spread = f"({ratio['min']:.2f} – {ratio['max']:.2f})"
-        print(f"  {name:67} {ratio['median']:5.2f} {spread:16} every=10: {every_10:5} {memory_column}", flush=True)
+    ratio, peak = row["ratio"], row["peak_bytes"]
+    spread = f"({ratio['min']:.2f} – {ratio['max']:.2f})"
+    every_10 = f"{row['ratio_every_10']['median']:.2f}" if "ratio_every_10" in row else ""
+    memory = f"{peak / 2**20:6,.0f} MiB" if peak is not None else ""
+    print(f"  {method:67} {ratio['median']:5.2f} {spread:16} every=10: {every_10:5} {memory}", flush=True)
 
 
 def main() -> None:
@@ -205,7 +193,6 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = _harness.parse(parser)
     record: dict[str, Any] = {
@@ -216,9 +203,13 @@ def main() -> None:
     }
     for network, mode in itertools.product(options.networks, options.modes):
         name = network if mode == "eager" else f"{network}, {mode}"
-        record["networks"][name] = run_network(network, mode, options)
-        show(name, record["networks"][name])
-        _harness.write_json(options.output or "regularizer", record)
+        print(f"\n{name}")
+        rows = record["networks"][name] = {}
+        for method in methods(mode):
+            what = method, network, mode, options.batch_size, options.device, options.repetitions, options.clock
+            rows[method] = _harness.in_own_process(measure, *what, **_harness.limits(options))
+            show(method, rows[method])
+            _harness.write_json(options.output or "regularizer", record)
 
 
 if __name__ == "__main__":

@@ -76,32 +76,6 @@ def eager_graphs() -> Iterator[None]:
         yield
 
 
-class MeanBuffers:
-    """What one pass would leave in the buffers if its statistics were the mean of the sub-batches' statistics.
-
-    Every sub-batch starts from the same buffers, so the mean of what it leaves is (1 − m) b + m · mean_i s_i: one
-    update with momentum m, not M of them. Counters and other integers are taken from the last sub-batch.
-    """
-
-    def __init__(self, own: list[Tensor]) -> None:
-        self._own = own
-        self._means: list[Tensor] = []
-
-    def add(self, buffers: list[Tensor], weight: float) -> None:
-        """Add what a sub-batch left in the buffers with ``weight``; the weights of a step sum to 1."""
-        means = self._means or [torch.zeros_like(buffer) for buffer in buffers]
-        self._means = [
-            mean.add_(buffer, alpha=weight) if buffer.is_floating_point() else buffer
-            for mean, buffer in zip(means, buffers, strict=True)
-        ]
-
-    def write(self) -> None:
-        """Copy the means into the model's own buffers."""
-        with torch.no_grad():
-            for own, mean in zip(self._own, self._means, strict=True):
-                own.copy_(mean)
-
-
 def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None]:
     """A context that puts torch's random generators (CPU and the model's devices) back on exit."""
     accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}

@@ -15,7 +15,6 @@ from flatminima._distributed import this_process_alone
 from flatminima._isolation import (
     BatchStatistics,
     Buffers,
-    MeanBuffers,
     batch_statistics,
     eager_graphs,
     restored_generators,
@@ -70,7 +69,7 @@ class PenaltyPasses:
 
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
                 buffers = Buffers(model)
-                means = MeanBuffers(buffers.own) if update_buffers else None
+                means = _MeanBuffers(buffers.own) if update_buffers else None
 
                 def sub_batches(batch: Any) -> SubBatches:
                     if self.losses is None:
@@ -136,15 +135,49 @@ class Penalty:
 
     def _add_to_grad(self, gradient: list[Tensor], factor: float | Tensor) -> None:
         scaled = torch._foreach_mul(gradient, factor)
+        accumulated = []
         for parameter, value, used in zip(self.weights.parameters, scaled, self.used, strict=True):
             if used and parameter.grad is None:
                 parameter.grad = value
             elif used:
-                parameter.grad.add_(value)  # type: ignore[union-attr]
+                accumulated.append((parameter.grad, value))
+        if accumulated:
+            torch._foreach_add_(*map(list, zip(*accumulated, strict=True)))
+
+
+class _MeanBuffers:
+    """What one pass would leave in the buffers if its statistics were the mean of the sub-batches' statistics.
+
+    Every sub-batch starts from the same buffers, so the mean of what it leaves is (1 − m) b + m · mean_i s_i: one
+    update with momentum m, not M of them. Counters and other integers are taken from the last sub-batch.
+    """
+
+    def __init__(self, own: list[Tensor]) -> None:
+        self._own = own
+        self._means: list[Tensor] = []
+        self._last: list[Tensor] = []
+
+    def add(self, buffers: list[Tensor], weight: float) -> None:
+        """Add what sub-batches left in the buffers with ``weight``; the weights of a step sum to 1."""
+        means, self._last = _floats_and_others(buffers)
+        self._means = _plus(self._means, means, weight)
+
+    def write(self) -> None:
+        """Copy the means into the model's own buffers."""
+        with torch.no_grad():
+            for own, values in zip(_floats_and_others(self._own), (self._means, self._last), strict=True):
+                if own:
+                    torch._foreach_copy_(own, values)
+
+
+def _floats_and_others(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
 
 
 def _plus(sums: list[Tensor], values: list[Tensor], factor: float) -> list[Tensor]:
     """``sums`` plus ``factor`` times ``values``, in place; no sums yet count as zeros."""
+    if not values:
+        return []
     if not sums:
         return list(torch._foreach_mul(values, factor))
     torch._foreach_add_(sums, values, alpha=factor)

@@ -199,11 +199,12 @@ class SubBatchesTogether(SubBatches):
         self.parameters = here
 
     def total(self, values: list[Tensor]) -> list[Tensor]:
-        return [value.sum(0) for value in values]
+        return _sums(values)
 
     def buffers_left(self) -> list[Tensor]:
         left = [buffer.detach() for buffer in self._buffers_left]
-        return [buffer.sum(0) if buffer.is_floating_point() else buffer[-1] for buffer in left]
+        sums = iter(_sums([buffer for buffer in left if buffer.is_floating_point()]))
+        return [next(sums) if buffer.is_floating_point() else buffer[-1] for buffer in left]
 
     def _require_swapped_weights(self, loss: Tensor) -> None:
         """Everything that the loss uses of the weights must be the copies, or its gradient would lack a part."""
@@ -312,6 +313,17 @@ def _losses_together(
 
 def _copies(tensor: Tensor, count: int) -> Tensor:
     return tensor.expand(count, *tensor.shape).clone(memory_format=torch.contiguous_format)
+
+
+def _sums(values: list[Tensor]) -> list[Tensor]:
+    """The sum over the first dimension of each, which all have in common; a few launches for all of one type."""
+    sums: dict[int, Tensor] = {}
+    for kind in {(value.dtype, value.device) for value in values}:
+        numbers = [i for i, value in enumerate(values) if (value.dtype, value.device) == kind]
+        flat = [values[i].reshape(len(values[i]), -1) for i in numbers]
+        parts = torch.split(torch.cat(flat, 1).sum(0), [value.shape[1] for value in flat])
+        sums |= {i: part.view(values[i].shape[1:]) for i, part in zip(numbers, parts, strict=True)}
+    return [sums[i] for i in range(len(values))]
 
 
 @contextmanager

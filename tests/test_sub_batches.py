@@ -136,6 +136,21 @@ def test_every_gradient_has_the_type_of_its_parameter(passes: Any) -> None:
         assert [gradient.dtype for gradient in gradients] == [parameter.dtype for parameter in model.parameters()]
 
 
+@pytest.mark.parametrize("passes", ["one-by-one", "together"])
+@pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
+@pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
+def test_every_gradient_has_the_layout_of_its_parameter(passes: Any, estimator: Any, main_gradient: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3), nn.Flatten(1))
+    model.to(memory_format=torch.channels_last)
+    inputs, targets = torch.randn(16, 3, 6, 6).to(memory_format=torch.channels_last), torch.randint(16, (16,))
+    regularizer = FisherTraceRegularizer(
+        model, num_sub_batches=4, passes=passes, estimator=estimator, main_gradient=main_gradient
+    )
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert [gradient.stride() for gradient in gradients] == [parameter.stride() for parameter in model.parameters()]
+
+
 def test_only_the_chosen_parameters_move() -> None:
     penalties = []
     for passes in ("together", "one-by-one"):

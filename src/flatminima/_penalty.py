@@ -138,11 +138,16 @@ class Penalty:
         accumulated = []
         for parameter, value, used in zip(self.weights.parameters, scaled, self.used, strict=True):
             if used and parameter.grad is None:
-                parameter.grad = value
+                parameter.grad = _laid_out_like(parameter, value)
             elif used:
                 accumulated.append((parameter.grad, value))
         if accumulated:
             torch._foreach_add_(*map(list, zip(*accumulated, strict=True)))
+
+
+def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value`` with the parameter's strides, which optimizers and DDP expect of gradients (channels-last, say)."""
+    return value if value.stride() == parameter.stride() else torch.empty_like(parameter).copy_(value)
 
 
 class _MeanBuffers:

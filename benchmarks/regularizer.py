@@ -74,7 +74,7 @@ class Training:
     def __init__(self, network: str, mode: str, batch_size: int, device: str) -> None:
         torch.manual_seed(0)
         model, inputs = NETWORKS[network](batch_size)
-        self.mode, self.model, self.inputs = mode, model.to(device), inputs.to(device)
+        self.model, self.inputs = model.to(device), inputs.to(device)
         if mode == "compiled":
             torch._dynamo.config.cache_size_limit = 64  # past it, graphs of further batch sizes would run eagerly
             self.model.compile(dynamic=False)
@@ -158,7 +158,8 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of the method's steps and of plain ones in turn, and its peak memory."""
     training = Training(network, mode, batch_size, device)
-    steps = {name: methods(mode)[name](training) for name in dict.fromkeys((PLAIN, OFF, method))}
+    known = methods(mode)
+    steps = {name: known[name](training) for name in dict.fromkeys((PLAIN, OFF, method))}
     for step in steps.values():  # load and compile code, make pools and the optimizer's state, first
         step()
     peak = _harness.peak_memory(steps[method], device)

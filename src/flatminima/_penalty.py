@@ -70,15 +70,13 @@ class PenaltyPasses:
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
                 buffers = Buffers(model)
                 means = _MeanBuffers(buffers.own) if update_buffers else None
-
-                def sub_batches(batch: Any) -> SubBatches:
-                    if self.losses is None:
-                        return OneSubBatch(closure, batch, weights, buffers)
-                    return SubBatchesTogether(closure, batch, weights, buffers, model, self.losses)
-
                 for indices in rows:
                     share = indices.shape[-1] / size
-                    passes = estimate(sub_batches(_in_float32(take(batch, indices))), self.alpha)
+                    what = closure, _in_float32(take(batch, indices)), weights, buffers
+                    sub_batches: SubBatches = (
+                        OneSubBatch(*what) if self.losses is None else SubBatchesTogether(*what, model, self.losses)
+                    )
+                    passes = estimate(sub_batches, self.alpha)
                     penalty.add(passes, weight=1 / num_sub_batches, share=share)
                     if means is not None:
                         means.add(passes.buffers, share)

@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import _harness
-from flatminima.batching import Inputs
 from flatminima.determinant import log_determinant
 from flatminima.gramian import factored_gram, plan_for
 from flatminima.losses import CrossEntropy
+from flatminima.network.batches import Inputs
 from gram import NETWORKS
 
 OVERHEAD_GIB = 1.5

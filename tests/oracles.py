@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima.batching import call_model, map_tensors, take
+from flatminima.network.batches import call_model, map_tensors, take
 
 
 def explicit_jacobian(model: nn.Module, inputs, targets: Tensor, loss=None) -> Tensor:

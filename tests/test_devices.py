@@ -109,7 +109,7 @@ def test_the_regularizer_gives_the_gradient_of_the_cpu(device: str, passes: str,
 
 @pytest.fixture
 def device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flatminima.precision.WITHOUT_FLOAT64", {no_float64.DEVICE})
+    monkeypatch.setattr("flatminima.network.precision.WITHOUT_FLOAT64", {no_float64.DEVICE})
 
 
 @pytest.mark.usefixtures("device_without_float64")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cases import CASES
-from flatminima.batching import call_model
 from flatminima.errors import FlatminimaError, NonFiniteError, RankDeficientError
 from flatminima.exact import MAX_PARAMETERS, exact_fisher, exact_gamma, exact_hessian
+from flatminima.network.batches import call_model
 from oracles import explicit_jacobian
 from small_networks import PinnedLinear, PinnedNetwork, divergence, pinned_linear, trained_network
 

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from flatminima.precision import _float32_switches, float32_products, true_precision
+from flatminima.network.precision import _float32_switches, float32_products, true_precision
 
 
 def test_autocast_is_off_inside_and_back_on_after() -> None:

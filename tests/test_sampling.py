@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning
-from flatminima.sampling import draw_subsets, samples_of
+from flatminima.network.samples import draw_subsets, samples_of
 
 X, Y = torch.randn(30, 4), torch.arange(30)
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from flatminima._isolation import replaced_forward
-from flatminima.batching import is_sharded
 from flatminima.errors import FlatminimaError
-from flatminima.sharding import fsdp_modules, outermost_fsdp_modules, processes_of
+from flatminima.network.modes import replaced_forward
+from flatminima.sharding import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
 
 
 @contextmanager

@@ -12,14 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
 from flatminima._distributed import this_process_alone
-from flatminima._isolation import (
-    BatchStatistics,
-    Buffers,
-    batch_statistics,
-    eager_graphs,
-    restored_generators,
-    without_autocast,
-)
 from flatminima._sub_batches import (
     Closure,
     LossesTogether,
@@ -29,9 +21,11 @@ from flatminima._sub_batches import (
     Weights,
     graph_of,
 )
-from flatminima.batching import batch_size, map_tensors, take
 from flatminima.errors import FlatminimaError
-from flatminima.precision import true_precision
+from flatminima.network.batches import batch_size, map_tensors, take
+from flatminima.network.batchnorm import BatchStatistics, batch_statistics
+from flatminima.network.modes import Buffers, eager_graphs, restored_generators, without_autocast
+from flatminima.network.precision import true_precision
 
 Estimator = Literal["finite-difference", "hvp"]
 

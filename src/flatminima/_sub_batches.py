@@ -16,9 +16,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
 
-from flatminima._isolation import Buffers, eager_graphs, moved
-from flatminima.batching import batch_size, map_tensors, tensors_of
 from flatminima.errors import FlatminimaError
+from flatminima.network.batches import batch_size, map_tensors, tensors_of
+from flatminima.network.modes import Buffers, eager_graphs, moved
 
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""

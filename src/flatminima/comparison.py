@@ -28,7 +28,7 @@ from flatminima.measures import (
     nan_to_none,
     rendered,
 )
-from flatminima.sampling import Data, samples_of
+from flatminima.network.samples import Data, samples_of
 from flatminima.trials import perform_trials
 
 SIMILAR_LOSS_RATIO = 1.5

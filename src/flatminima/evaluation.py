@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import nn
 
-from flatminima.batching import call_model, device_of, evaluating, to_device
 from flatminima.errors import FlatminimaError
 from flatminima.losses import Loss, is_single_label, per_sample_loss
-from flatminima.precision import true_precision
+from flatminima.network.batches import call_model, device_of, to_device
+from flatminima.network.modes import evaluating
+from flatminima.network.precision import true_precision
+from flatminima.network.samples import Samples
 from flatminima.progress import track
-from flatminima.sampling import Samples
 from flatminima.sharding import shared
 
 EVALUATION_BATCH = 500

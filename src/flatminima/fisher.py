@@ -19,9 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model, evaluating, map_tensors, take
 from flatminima.errors import FlatminimaError
 from flatminima.losses import CrossEntropy, LogitGradient, Loss, off_target_log_probabilities, per_sample_form
+from flatminima.network.batches import Inputs, call_model, map_tensors, take
+from flatminima.network.modes import evaluating
 
 Fisher = Literal["empirical", "labels", "model"]
 """``"empirical"`` (Eq. 4): one gradient per sample, that of its loss. ``"labels"`` (Eq. 2): the gradients of all K

@@ -19,26 +19,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import (
-    Inputs,
-    batch_size,
-    call_model,
-    device_of,
-    evaluating,
-    frozen,
-    is_sharded,
-    map_tensors,
-    take,
-    tensors_of,
-)
 from flatminima.errors import FlatminimaError, GenericPathWarning, NonFiniteError, WrongGradientError
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient, refuse_non_finite
+from flatminima.network.batches import Inputs, batch_size, call_model, device_of, map_tensors, take, tensors_of
+from flatminima.network.modes import evaluating, frozen
+from flatminima.network.precision import float64_device, in_float64, true_precision
 from flatminima.planning import FREE_SHARE, Piece, Plan, first_dimension, free_bytes, make_plan, pass_bytes, row_bytes
-from flatminima.precision import float64_device, in_float64, true_precision
 from flatminima.processes import Processes
 from flatminima.products import times_own_transpose
 from flatminima.recording import RecordedUse, Recorder
-from flatminima.sharding import Part, parts_of, reshard, shard_of, shared
+from flatminima.sharding import Part, is_sharded, parts_of, reshard, shard_of, shared
 
 ROWS_BUDGET_BYTES = 256 * 2**20
 """Rows of J held at once. A larger parameter is taken in slices of its first dimension, ..."""

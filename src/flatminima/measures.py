@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, device_of, to_device
 from flatminima.determinant import log_determinant, numerical_rank
 from flatminima.errors import (
     FlatminimaError,
@@ -31,9 +30,10 @@ from flatminima.evaluation import evaluate
 from flatminima.fisher import Fisher, FisherRows
 from flatminima.gramian import FactoredGram, factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
 from flatminima.losses import Loss
+from flatminima.network.batches import Inputs, device_of, to_device
+from flatminima.network.samples import Data, Samples, draw_subsets, samples_of
 from flatminima.processes import Processes, Result
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
-from flatminima.sampling import Data, Samples, draw_subsets, samples_of
 from flatminima.sharding import processes_of, shared
 from flatminima.trials import perform_trials
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model, is_sharded, tensors_of
 from flatminima.errors import FlatminimaError
+from flatminima.network.batches import Inputs, call_model, tensors_of
+from flatminima.sharding import is_sharded
 
 FREE_SHARE = 0.5
 """The part of the free memory that is used if the user names no budget."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flatminima.batching import Inputs, call_model, tensors_of
 from flatminima.errors import FlatminimaError
 from flatminima.layer_rules import EXTRACTS, RULES, SPLIT, ParameterUse
+from flatminima.network.batches import Inputs, call_model, tensors_of
 from flatminima.planning import first_dimension
 from flatminima.sharding import following_inputs
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flatminima._distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
-from flatminima._isolation import BatchStatistics
 from flatminima._penalty import Estimator, Penalty, PenaltyPasses
 from flatminima._sub_batches import Closure, Passes, Weights, losses_of, scalar_loss
-from flatminima.batching import Inputs, device_of, run_model
 from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.network.batches import Inputs, device_of, run_model
+from flatminima.network.batchnorm import BatchStatistics
 from flatminima.sharding import fsdp_modules, whole
 
 LossFunction = Callable[[Any, Any], Tensor]

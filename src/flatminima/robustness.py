@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import Inputs, call_model, evaluating, frozen
 from flatminima.losses import refuse_non_finite
-from flatminima.precision import back_like, in_float64, true_precision
+from flatminima.network.batches import Inputs, call_model
+from flatminima.network.modes import evaluating, frozen
+from flatminima.network.precision import back_like, in_float64, true_precision
 
 
 def has_input_jacobian(inputs: Inputs) -> bool:

@@ -16,10 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.batching import is_sharded, tensors_of
 from flatminima.errors import FlatminimaError
+from flatminima.network.batches import tensors_of
 from flatminima.planning import first_dimension
 from flatminima.processes import Processes
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether each process holds a part of the parameter only (FSDP2 and other DTensor schemes)."""
+    return type(parameter.data).__name__ == "DTensor"  # the class itself is slow to import
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def test_a_budget_of_memory_is_kept_to(paths: dict[str, Path]) -> None:
 
 def test_float64_is_refused_on_a_device_without_it(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, clean, _ = load_run(paths["plain"])
-    monkeypatch.setattr("flatminima.precision.WITHOUT_FLOAT64", {"meta"})
+    monkeypatch.setattr("flatminima.network.precision.WITHOUT_FLOAT64", {"meta"})
     with pytest.raises(FlatminimaError, match="'meta' has no float64"):
         replace(HOW, double=True).of(model, clean, device="meta", progress=False)
 

@@ -36,7 +36,7 @@ from flatminima.lab.data import augment, load_data
 from flatminima.lab.models import build_model
 from flatminima.lab.results import RunFolder, RunResult
 from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
-from flatminima.precision import _float32_switches, float32_products
+from flatminima.network.precision import _float32_switches, float32_products
 from flatminima.regularizer import FisherTraceRegularizer
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flatminima.batching import Inputs
 from flatminima.errors import FlatminimaError
+from flatminima.network.batches import Inputs
 from flatminima.regularizer import FisherTraceRegularizer, LossFunction
 
 _OWN_THEIR_BACKWARD = ("DEEPSPEED", "MEGATRON_LM")

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatminima.batching import call_model, evaluating
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import ImageSet
 from flatminima.lab.models import MODEL_NAMES, build_model
 from flatminima.lab.results import load_weights
+from flatminima.network.batches import call_model
+from flatminima.network.modes import evaluating
 
 
 def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Module:

@@ -30,7 +30,7 @@ from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.loading import load_model, resolve_device
 from flatminima.lab.results import RunFolder, RunProgress, load_run
 from flatminima.measures import Characterization, measure
-from flatminima.precision import float64_device
+from flatminima.network.precision import float64_device
 from flatminima.progress import track
 
 

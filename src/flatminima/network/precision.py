@@ -1,4 +1,4 @@
-"""Ground: measuring and penalty passes run in the network's own precision, whatever the main pass uses.
+"""The network's own precision, whatever the main pass uses, for measuring and for penalty passes.
 
 What is formed of their results (losses, gradients at the logits, ξ) is float64, on the network's device if that has it.
 """

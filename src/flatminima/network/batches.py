@@ -1,9 +1,8 @@
-"""Ground: what a batch is. Inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments."""
+"""What a batch is: inputs are a tensor, a tuple of positional arguments or a dict of keyword arguments."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,37 +82,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether each process holds a part of the parameter only (FSDP2 and other DTensor schemes)."""
-    return type(parameter.data).__name__ == "DTensor"  # the class itself is slow to import
-
-
 def to_device(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[Inputs, Tensor]:
     """A batch (inputs, targets) on ``device``."""
     inputs, targets = batch
     return map_tensors(lambda tensor: tensor.to(device), inputs), targets.to(device)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextlib.contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """No gradients for the parameters themselves: the backward pass then computes those of activations only."""
-    held = list(parameters)
-    for parameter in held:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in held:
-            parameter.requires_grad_(True)

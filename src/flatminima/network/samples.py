@@ -1,4 +1,4 @@
-"""What: the training data that a measure draws its subsets from, by index, the same every time."""
+"""The training data that a measure draws its subsets from, by index, the same every time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
-from flatminima.batching import Inputs, batch_size, map_tensors, take, tensors_of
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning
+from flatminima.network.batches import Inputs, batch_size, map_tensors, take, tensors_of
 
 Data = Any
 """A map-style ``Dataset`` of (inputs, target) pairs, a ``DataLoader``, or a tuple of tensors ``(inputs, targets)``."""

@@ -1,0 +1,1 @@
+"""What is done to a model and its data from outside."""

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import _harness
-from flatminima.gramian import factored_gram, plan_for
+from flatminima.gramian.engine import factored_gram, plan_for
+from flatminima.gramian.planning import Plan
+from flatminima.gramian.products import times_own_transpose, times_transposes
 from flatminima.lab.models import build_model
 from flatminima.losses import CrossEntropy
-from flatminima.planning import Plan
-from flatminima.products import times_own_transpose, times_transposes
 from peers import PEERS, PerSampleLoss
 
 OURS, PLAIN = "flatminima", "forward-backward"

@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import _harness
-from flatminima.determinant import log_determinant
-from flatminima.gramian import factored_gram, plan_for
+from flatminima.gramian.engine import factored_gram, plan_for
+from flatminima.gramian.factored import log_determinant
 from flatminima.losses import CrossEntropy
 from flatminima.network.batches import Inputs
 from gram import NETWORKS

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import flatminima.convolutions
-from flatminima.layer_rules import convolution
+from flatminima.gramian.rules import convolution as rule_file
+from flatminima.gramian.rules.convolution import convolution
 
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "3x3": (nn.Conv2d, {"kernel_size": 3, "padding": 1}, (9, 8)),
@@ -30,9 +30,9 @@ def test_convolution_by_groups_of_samples_equals_float64(
 ) -> None:
     if not torch.backends.mkldnn.is_available():
         pytest.skip("PyTorch without oneDNN")
-    by_groups, calls = flatminima.convolutions._by_groups, []
-    monkeypatch.setattr(flatminima.convolutions, "_by_groups", lambda *args: calls.append(args) or by_groups(*args))
-    monkeypatch.setattr(flatminima.convolutions, "_CACHE_BYTES", 2**17)  # several chunks
+    by_groups, calls = rule_file._by_groups, []
+    monkeypatch.setattr(rule_file, "_by_groups", lambda *args: calls.append(args) or by_groups(*args))
+    monkeypatch.setattr(rule_file, "_CACHE_BYTES", 2**17)  # several chunks
     kind, options, size = CONVOLUTIONS[case]
     layer = kind(32, 64, **options)
     x = torch.randn(5, 32, *size)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flatminima as fm
 import no_float64
-from flatminima.gramian import factored_gram
+from flatminima.gramian.engine import factored_gram
 
 PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 ACCELERATORS = [

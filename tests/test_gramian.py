@@ -8,9 +8,9 @@ from torch import nn
 
 from cases import CASES, Case
 from flatminima.errors import FlatminimaError
-from flatminima.gramian import factored_gram
+from flatminima.gramian.engine import factored_gram
+from flatminima.gramian.planning import Piece, Plan
 from flatminima.lab.models import build_model
-from flatminima.planning import Piece, Plan
 from oracles import explicit_gram
 
 
@@ -42,7 +42,7 @@ def test_gram_of_the_papers_networks(name: str) -> None:
 def test_rows_taken_in_slices_give_the_same(case: Case, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, targets = case.build()
     expected = factored_gram(model, inputs, targets)
-    monkeypatch.setattr("flatminima.gramian.ROWS_BUDGET_BYTES", budget)
+    monkeypatch.setattr("flatminima.gramian.accumulator.ROWS_BUDGET_BYTES", budget)
     result = factored_gram(model, inputs, targets)
     torch.testing.assert_close(result.unit, expected.unit, rtol=1e-10, atol=1e-12 * expected.unit.abs().max().item())
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import flatminima as fm
-from flatminima.gramian import factored_gram
+from flatminima.gramian.engine import factored_gram
 from oracles import explicit_gram
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

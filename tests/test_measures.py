@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import flatminima as fm
 from flatminima.comparison import comparison_of
-from flatminima.determinant import log_determinant
 from flatminima.errors import (
     FlatminimaError,
     GenericPathWarning,
@@ -23,7 +22,8 @@ from flatminima.errors import (
     UnequalLossWarning,
     WrongGradientError,
 )
-from flatminima.gramian import factored_gram
+from flatminima.gramian.engine import factored_gram
+from flatminima.gramian.factored import log_determinant
 from flatminima.measures import Characterization, Estimate
 from oracles import explicit_gram, explicit_jacobian
 
@@ -153,7 +153,7 @@ def test_interruption_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> Non
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flatminima.gramian._add_product", interrupt)
+    monkeypatch.setattr("flatminima.gramian.accumulator._add_product", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fm.gram(model, x, y)
     assert model.training

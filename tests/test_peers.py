@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import flatminima as fm
 from cases import CASES, Case
-from flatminima.gramian import factored_gram
+from flatminima.gramian.engine import factored_gram
 from peers import PEERS
 
 PACKAGES = {

@@ -8,8 +8,8 @@ from torch import nn
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError
-from flatminima.gramian import factored_gram, plan_for
-from flatminima.planning import PIECEWISE, Plan, make_plan, pass_bytes
+from flatminima.gramian.engine import factored_gram, plan_for
+from flatminima.gramian.planning import PIECEWISE, Plan, make_plan, pass_bytes
 
 
 def covered(plan: Plan) -> dict[str, list[int]]:

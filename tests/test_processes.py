@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import flatminima as fm
 from collectives import spawn
-from flatminima.layer_rules import RULES
-from flatminima.processes import Processes
+from flatminima.gramian.rules.table import RULES
+from flatminima.parallel.processes import Processes
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
 

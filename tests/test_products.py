@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatminima.products import times_own_transpose, times_transposes
+from flatminima.gramian.products import times_own_transpose, times_transposes
 
 TOLERANCE = 1e-5
 

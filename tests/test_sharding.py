@@ -15,8 +15,8 @@ import flatminima as fm
 from cases import CASES
 from collectives import counted_collectives
 from flatminima.errors import FlatminimaError
-from flatminima.gramian import factored_gram
-from flatminima.planning import Piece, Plan
+from flatminima.gramian.engine import factored_gram
+from flatminima.gramian.planning import Piece, Plan
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
 

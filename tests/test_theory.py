@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.exact import exact_fisher, exact_gamma
-from flatminima.gramian import gram
+from flatminima.gramian.engine import gram
 from flatminima.measures import Characterization, measure
 from flatminima.theory import (
     fia_criterion,

@@ -2,7 +2,7 @@
 
 from flatminima.comparison import Comparison, compare
 from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
-from flatminima.gramian import gram
+from flatminima.gramian.engine import gram
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
 from flatminima.measures import Characterization, Estimate, measure
 from flatminima.regularizer import FisherTraceRegularizer

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
 from flatminima.network.modes import replaced_forward
-from flatminima.sharding import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
+from flatminima.parallel.fsdp import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from flatminima.errors import (
     RankDeficientError,
     TrainingInterrupted,
 )
-from flatminima.processes import Processes
+from flatminima.parallel.processes import Processes
 
 try:
     import tyro

@@ -14,8 +14,8 @@ from flatminima.network.batches import call_model, device_of, to_device
 from flatminima.network.modes import evaluating
 from flatminima.network.precision import true_precision
 from flatminima.network.samples import Samples
+from flatminima.parallel.fsdp import shared
 from flatminima.progress import track
-from flatminima.sharding import shared
 
 EVALUATION_BATCH = 500
 """Samples per forward pass."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import FlatminimaError, RankDeficientError
-from flatminima.gramian import trainable_parameters
+from flatminima.gramian.parts import trainable_parameters
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
 from flatminima.network.batches import Inputs, batch_size, call_model, map_tensors, take
 

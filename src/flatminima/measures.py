@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from flatminima.determinant import log_determinant, numerical_rank
 from flatminima.errors import (
     FlatminimaError,
     NotAMinimumWarning,
@@ -28,13 +27,15 @@ from flatminima.errors import (
 )
 from flatminima.evaluation import evaluate
 from flatminima.fisher import Fisher, FisherRows
-from flatminima.gramian import FactoredGram, factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
+from flatminima.gramian.engine import factored_gram, plan_for, unwrapped, warn_generic
+from flatminima.gramian.factored import FactoredGram, log_determinant, numerical_rank
+from flatminima.gramian.parts import trainable_parts
 from flatminima.losses import Loss
 from flatminima.network.batches import Inputs, device_of, to_device
 from flatminima.network.samples import Data, Samples, draw_subsets, samples_of
-from flatminima.processes import Processes, Result
+from flatminima.parallel.fsdp import processes_of, shared
+from flatminima.parallel.processes import Processes, Result
 from flatminima.robustness import has_input_jacobian, input_jacobian_norms
-from flatminima.sharding import processes_of, shared
 from flatminima.trials import perform_trials
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
@@ -279,7 +280,7 @@ def measure(
             ``"skip"`` to leave it out of ln det ξ with a :class:`~flatminima.errors.SingularTrialWarning`.
         memory_budget: bytes that may be used beside the model (default: half of what is free). Where the samples or
             the rows of J do not fit at once, ξ is formed in several passes, exactly; see
-            :func:`flatminima.gramian.plan_for`.
+            :func:`flatminima.gramian.engine.plan_for`.
         distributed: split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
             the same arguments and gets the whole result, which is that of a single process, or the error of any. Not
             for sharded models, whose processes share every trial anyway.

@@ -26,7 +26,7 @@ from flatminima._sub_batches import Closure, Passes, Weights, losses_of, scalar_
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.network.batches import Inputs, device_of, run_model
 from flatminima.network.batchnorm import BatchStatistics
-from flatminima.sharding import fsdp_modules, whole
+from flatminima.parallel.fsdp import fsdp_modules, whole
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""

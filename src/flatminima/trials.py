@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from flatminima.processes import Processes
+from flatminima.parallel.processes import Processes
 from flatminima.progress import track
 
 Trial = TypeVar("Trial")

@@ -62,7 +62,7 @@ from flatminima.lab.results import (
 from flatminima.lab.sharpness import SharpnessAwareGradient
 from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
 from flatminima.network.precision import float32_products
-from flatminima.processes import Processes
+from flatminima.parallel.processes import Processes
 from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -72,3 +73,17 @@ def _observed(layers: dict[str, _BatchNorm], forward: Callable[[], Any]) -> dict
             stack.callback(layer.register_forward_pre_hook(observe(name)).remove)
         forward()
     return {name: found.get(name, {}) for name in layers}
+
+
+@contextlib.contextmanager
+def chunk_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalizes by the batch and leaves its running statistics alone; all else stays in eval mode."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [layer.track_running_stats for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer.track_running_stats = True, False
+        yield
+    finally:
+        for layer, tracked in zip(layers, tracking, strict=True):
+            layer.training, layer.track_running_stats = False, tracked

@@ -1,14 +1,14 @@
-"""What: ln det ξ, or why there is none."""
+"""ξ in factored form, and ln det ξ of it, or why there is none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flatminima.errors import RankDeficientError
-from flatminima.gramian import FactoredGram
 
 
 def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) -> float:
@@ -72,3 +72,29 @@ def _spectrum_and_rank(correlation: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     eigenvalues = torch.linalg.eigvalsh(correlation)
     tolerance = len(correlation) * torch.finfo(dtype).eps * eigenvalues[-1]
     return eigenvalues, int((eigenvalues > tolerance).sum())
+
+
+@dataclass(frozen=True)
+class FactoredGram:
+    """ξ in factored form: ξ_ij = exp(log_scale_i + log_scale_j) · unit_ij.
+
+    Attributes:
+        unit: (N', N') float64, the Gram matrix of the gradients with the logits' gradient scaled to norm one.
+        log_scale: (N',) float64, the logarithms of the logits' gradients' norms.
+        loss: (N',) float64, the per-sample losses.
+        generic_parameters: names of the parameters that took the generic path.
+        dtype: the network's floating-point type, which limits the accuracy of ``unit``.
+        shares: every parameter's part of ``unit`` by name, where asked for; they add up to it.
+    """
+
+    unit: Tensor
+    log_scale: Tensor
+    loss: Tensor
+    generic_parameters: tuple[str, ...]
+    dtype: torch.dtype
+    shares: dict[str, Tensor] | None = None
+
+    def matrix(self) -> Tensor:
+        """ξ itself, (N', N') float64. Entries below 1e-308 underflow to zero; the factored form never does."""
+        scale = self.log_scale.exp()
+        return self.unit * scale[:, None] * scale

@@ -1,4 +1,4 @@
-"""What: watches a forward pass call by call and keeps every use of every trainable parameter, for its layer rule.
+"""Watches a forward pass call by call and keeps every use of every trainable parameter, for its layer rule.
 
 Calls are seen by a ``TorchFunctionMode``, so it does not matter which module makes them, or whether one does.
 """
@@ -6,6 +6,7 @@ Calls are seen by a ``TorchFunctionMode``, so it does not matter which module ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,30 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from flatminima.errors import FlatminimaError
-from flatminima.layer_rules import EXTRACTS, RULES, SPLIT, ParameterUse
+from flatminima.gramian.planning import first_dimension
+from flatminima.gramian.rules.base import ParameterUse
+from flatminima.gramian.rules.table import EXTRACTS, RULES, SPLIT
 from flatminima.network.batches import Inputs, call_model, tensors_of
-from flatminima.planning import first_dimension
-from flatminima.sharding import following_inputs
+from flatminima.parallel.fsdp import fsdp_modules
+
+
+@contextmanager
+def following_inputs(model: nn.Module, follow: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``follow(tensor, other)`` where FSDP2 hands a module ``other`` in the place of its argument ``tensor``."""
+    given: list[list[Tensor]] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append(tensors_of((args, kwargs)))
+
+    def after(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor, other in zip(given.pop(), tensors_of((args, kwargs)), strict=True):
+            follow(tensor, other)
+
+    with ExitStack() as stack:
+        for module in fsdp_modules(model):
+            stack.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(after, with_kwargs=True).remove)
+        yield
 
 
 class _Tap(torch.autograd.Function):

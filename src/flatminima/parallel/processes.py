@@ -1,4 +1,4 @@
-"""Ground: the processes that work on one result together, and the few things that they exchange.
+"""The processes that work on one result together, and the few things that they exchange.
 
 A process that fails alone would leave the others waiting in the next exchange. So before each one all meet in the
 group's store, where a process that failed has left word instead of coming.

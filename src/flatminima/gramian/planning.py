@@ -1,4 +1,4 @@
-"""What: how to form ξ within a memory budget: how many samples at once, and which parameters' rows in which pass."""
+"""How to form ξ within a memory budget: how many samples at once, and which parameters' rows in which pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.network.batches import Inputs, call_model, tensors_of
-from flatminima.sharding import is_sharded
+from flatminima.parallel.fsdp import is_sharded
 
 FREE_SHARE = 0.5
 """The part of the free memory that is used if the user names no budget."""

@@ -1,4 +1,4 @@
-"""What: the rows of J of a convolution's weight, by whichever way is fastest where they are formed."""
+"""The rows of J of a convolution's weight, by whichever way is fastest where they are formed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatminima.products import has_onednn, times_transposes
+from flatminima.gramian.products import has_onednn, times_transposes
+from flatminima.gramian.rules.base import ParameterUse, bias_use, sum_positions
 
 _CACHE_BYTES = 2**22
 """What a core multiplies fastest: copies of a convolution's input that stay in its share of the cache."""
@@ -192,3 +193,44 @@ def _samples_in_cache(sample_bytes: int, device: torch.device) -> int:
     """How many samples' copies to work on at once."""
     budget = _CACHE_BYTES * torch.get_num_threads() if device.type == "cpu" else _COPIES_BYTES
     return max(1, budget // sample_bytes)
+
+
+def convolution(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> list[ParameterUse] | None:
+    """Convolution in 1, 2 or 3 dimensions, any stride, zero padding, dilation and groups."""
+    spatial = weight.dim() - 2
+    if input.dim() != spatial + 2:
+        return None
+    kernel, dilations = tuple(weight.shape[2:]), _tuple(dilation, spatial)
+    pads = tuple(before for before, _ in _padding(padding, kernel, dilations))
+    window = Window(kernel, _tuple(stride, spatial), pads, dilations)
+
+    def weight_rows(grad: Tensor, start: int, stop: int) -> Tensor:
+        return sum_positions(convolution_weight_rows(input, grad, window, groups, (start, stop)), n)
+
+    return [ParameterUse(weight, weight_rows, input), *bias_use(bias, n, channel_last=False)]
+
+
+def _tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * length if len(values) == 1 else values
+
+
+def _padding(
+    padding: str | int | Sequence[int], kernel: tuple[int, ...], dilations: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    if padding == "valid":
+        return [(0, 0)] * len(kernel)
+    if padding == "same":  # any odd remainder goes to the end, as PyTorch does
+        totals = [d * (k - 1) for k, d in zip(kernel, dilations, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    assert not isinstance(padding, str)
+    return [(p, p) for p in _tuple(padding, len(kernel))]

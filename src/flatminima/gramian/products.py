@@ -1,4 +1,4 @@
-"""Ground: products of float32 matrices by the faster of the two libraries that PyTorch carries on a CPU.
+"""Products of float32 matrices by the faster of the two libraries that PyTorch carries on a CPU.
 
 PyTorch multiplies by BLAS, usually MKL, and convolves by oneDNN. MKL does not use all of a processor that is not
 Intel's: on AMD's with AVX-512 it multiplies at half of oneDNN's speed. oneDNN multiplies matrices too, as its linear

@@ -1,0 +1,148 @@
+"""Rows of J by plain autograd, one sample at a time: for what no rule covers, for batch statistics, and as a check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flatminima.errors import FlatminimaError, WrongGradientError
+from flatminima.gramian.accumulator import ROWS_BUDGET_BYTES, Accumulator, slices
+from flatminima.gramian.parts import Part
+from flatminima.gramian.planning import (
+    row_bytes,
+)
+from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient
+from flatminima.network.batches import Inputs, call_model, take
+from flatminima.parallel.processes import Processes
+
+_Group = list[tuple[nn.Parameter, int, int]]
+"""Slices of parameters' first dimensions: (parameter, start, stop)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one ξ, and what is differentiated at them.
+
+    The loss's gradient at the logits is formed anew wherever it is needed: a language model's, kept for all samples,
+    would be larger than most other things.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    targets: Tensor
+    loss: Loss | FactoredLoss
+    logit_normalization: float | None
+
+    def logits(self, rows: slice) -> Tensor:
+        """The model's logits of these samples."""
+        return call_model(self.model, take(self.inputs, rows))
+
+    def gradient_at(self, logits: Tensor, rows: slice) -> LogitGradient:
+        """The loss's gradient at the logits of these samples."""
+        return logit_gradient(self.loss, logits, self.targets[rows], logit_normalization=self.logit_normalization)
+
+
+def used_parameters(batch: Batch, candidates: Mapping[str, nn.Parameter], chunk: int) -> dict[str, nn.Parameter]:
+    """Those candidates that plain autograd finds in the graph of some chunk of samples."""
+    found: dict[str, nn.Parameter] = {}
+    for start in range(0, len(batch.targets), chunk):
+        rows = slice(start, start + chunk)
+        logits = batch.logits(rows)
+        if logits.requires_grad:
+            direction = batch.gradient_at(logits, rows).direction
+            grads = torch.autograd.grad(logits, list(candidates.values()), direction, allow_unused=True)
+            found |= {name: p for (name, p), grad in zip(candidates.items(), grads, strict=True) if grad is not None}
+    return found
+
+
+def add_one_by_one(xi: Accumulator, batch: Batch, parts: Mapping[str, Part]) -> None:
+    """Add JJᵀ of ``parts`` by plain autograd, sample by sample, as many at once as the budget holds."""
+    for group in _groups(parts.values(), len(xi)):
+        _add_gradients(xi, group, [_gradients(batch, i, group) for i in range(len(xi))])
+
+
+def add_with_batch_statistics(xi: Accumulator, batch: Batch, parts: Mapping[str, Part], chunk: int) -> None:
+    """Add JJᵀ where a sample's loss depends on its whole chunk: one backward pass per sample through the chunk."""
+    if chunk < 2 or len(xi) % chunk:
+        raise FlatminimaError(
+            f"batchnorm={chunk} cannot be used with {len(xi)} samples: it must be at least 2 and divide the subset_size"
+        )
+    for group in _groups(parts.values(), len(xi)):
+        gradients = []
+        for start in range(0, len(xi), chunk):
+            rows = slice(start, start + chunk)
+            logits = batch.logits(rows)
+            delta = batch.gradient_at(logits, rows)
+            xi.note(rows, delta)
+            for i in range(chunk):
+                one = torch.zeros_like(logits)
+                one[i] = delta.direction[i]
+                gradients.append(_gradient_of(logits, one, group, keep=i + 1 < chunk))
+        _add_gradients(xi, group, gradients)
+
+
+def _add_gradients(xi: Accumulator, group: _Group, gradients: Sequence[Sequence[Tensor]]) -> None:
+    for (parameter, start, stop), rows in zip(group, zip(*gradients, strict=True), strict=True):
+        xi.add_rows(parameter, torch.stack(rows), start, stop)
+
+
+def _groups(parts: Iterable[Part], n: int) -> Iterator[_Group]:
+    """Consecutive slices of the parts whose rows for n samples fit the budget together.
+
+    Every process has as many groups, as each takes passes through the model: shorter parts end in empty slices.
+    """
+    group: _Group = []
+    left = ROWS_BUDGET_BYTES
+    for part in parts:
+        for start, stop in slices(part.parameter, n, 0, part.longest):
+            size = (stop - start) * n * row_bytes(part.parameter)
+            if group and size > left:
+                yield group
+                group, left = [], ROWS_BUDGET_BYTES
+            group.append((part.parameter, *part.range(start, stop)))
+            left -= size
+    if group:
+        yield group
+
+
+def _gradients(batch: Batch, sample: int, group: _Group) -> list[Tensor]:
+    """One row of J over a group of slices, by plain autograd on that sample alone."""
+    one = slice(sample, sample + 1)
+    logits = batch.logits(one)
+    return _gradient_of(logits, batch.gradient_at(logits, one).direction, group)
+
+
+def _gradient_of(logits: Tensor, direction: Tensor, group: _Group, *, keep: bool = False) -> list[Tensor]:
+    parameters = [parameter for parameter, _, _ in group]
+    whole = torch.autograd.grad(
+        logits, parameters, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
+    )
+    # Copied, so that a slice does not keep the whole gradient.
+    return [_at_least_1d(g)[start:stop].clone() for (_, start, stop), g in zip(group, whole, strict=True)]
+
+
+def check_against_autograd(
+    xi: Accumulator, batch: Batch, parts: Mapping[str, Part], processes: Processes, tolerance: float
+) -> None:
+    """Compare the entries of the first and the last sample with plain autograd on each alone."""
+    samples = sorted({0, len(xi) - 1})
+    expected = Accumulator(len(samples), parts, scale_invariant=xi.scale_invariant, shares=False)
+    for group in _groups(parts.values(), len(samples)):
+        _add_gradients(expected, group, [_gradients(batch, i, group) for i in samples])
+    expected.add_up(processes)
+    norms = expected.unit.diagonal().sqrt()
+    difference = (xi.unit[samples][:, samples] - expected.unit).abs()
+    error = (difference / (norms[:, None] * norms).clamp_min(1e-300)).max().item()
+    if not error <= tolerance:
+        raise WrongGradientError(
+            f"gradients of samples {samples} in the batch differ from plain autograd on each alone by {error:.1e} "
+            f"(relative, allowed {tolerance:.0e}): samples interact, or are not the model's first dimension throughout"
+        )
+
+
+def _at_least_1d(values: Tensor) -> Tensor:
+    """A scalar parameter as one of a single entry."""
+    return values if values.dim() else values.unsqueeze(0)

@@ -1,0 +1,241 @@
+"""A model, a loss and N' samples → ξ = JJᵀ, one parameter at a time. J itself never exists.
+
+ξ is additive over parameters, ξ = Σ_p J_p J_pᵀ, so one forward and one backward pass are enough: the forward pass
+records every use of every trainable parameter (:mod:`~flatminima.gramian.recording`), and the backward pass, which
+computes gradients of activations only, hands each use its output gradient, forms that parameter's rows, adds their
+product to ξ (:mod:`~flatminima.gramian.accumulator`) and frees them. Parameters without a layer rule are differentiated
+one sample at a time instead (:mod:`~flatminima.gramian.autograd`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flatminima.errors import GenericPathWarning
+from flatminima.gramian.accumulator import Accumulator, ChunkedRows, slice_length
+from flatminima.gramian.autograd import (
+    Batch,
+    add_one_by_one,
+    add_with_batch_statistics,
+    check_against_autograd,
+    used_parameters,
+)
+from flatminima.gramian.factored import FactoredGram
+from flatminima.gramian.parts import SPOT_CHECK_TOLERANCE, Part, common_dtype, trainable_parts
+from flatminima.gramian.planning import (
+    FREE_SHARE,
+    Plan,
+    first_dimension,
+    free_bytes,
+    make_plan,
+    pass_bytes,
+    row_bytes,
+)
+from flatminima.gramian.recording import RecordedUse, Recorder
+from flatminima.losses import FactoredLoss, Loss, refuse_non_finite
+from flatminima.network.batches import Inputs, batch_size, device_of, map_tensors, take, tensors_of
+from flatminima.network.batchnorm import chunk_statistics
+from flatminima.network.modes import evaluating, frozen
+from flatminima.network.precision import in_float64, true_precision
+from flatminima.parallel.fsdp import reshard, shared
+
+
+def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy") -> Tensor:
+    """ξ = JJᵀ, the Gram matrix of per-sample loss gradients over all trainable parameters (Jia & Su, Eq. 4–5).
+
+    The model is run in eval mode (BatchNorm by its running statistics, no dropout) and left as it was found.
+
+    Args:
+        model: any module; its output is the logits, or an object with ``.logits``. Sharded by FSDP2 (``fully_shard``),
+            it is called by all its processes with the same samples; each forms the rows of its own shards, and beside
+            what FSDP2 gathers for every pass they exchange the weights once more and the N'×N' sum. An error on one is
+            raised on all.
+        inputs: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``) of tensors with N' rows.
+        targets: (N',) class indices for the cross entropy; whatever ``loss`` takes otherwise.
+        loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
+
+    Returns:
+        (N', N') float64: entry i, j is the inner product of the loss gradients of samples i and j.
+
+    Raises:
+        NonFiniteError: for NaN or infinity in weights, logits or losses.
+        WrongGradientError: if a spot check against plain autograd fails (samples interact within the batch).
+        FlatminimaError: for inputs, targets or a loss of the wrong kind, or no trainable parameter.
+
+    Example:
+        >>> import torch, flatminima
+        >>> model = torch.nn.Linear(4, 3, bias=False)
+        >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+        >>> flatminima.gram(model, x, y).shape
+        torch.Size([5, 5])
+    """
+    result = factored_gram(model, inputs, targets, loss=loss)
+    warn_generic(result.generic_parameters)
+    return result.matrix()
+
+
+def factored_gram(
+    model: nn.Module,
+    inputs: Inputs,
+    targets: Tensor,
+    *,
+    loss: Loss | FactoredLoss = "cross_entropy",
+    logit_normalization: float | None = None,
+    batchnorm: Literal["eval"] | int = "eval",
+    scale_invariant: bool = False,
+    shares: bool = False,
+    plan: Plan | None = None,
+    spot_check: bool = True,
+) -> FactoredGram:
+    """ξ in factored form. Arguments and errors as for :func:`gram`, and beside them those below.
+
+    Args:
+        model: as for :func:`gram`.
+        inputs: as for :func:`gram`.
+        targets: as for :func:`gram`.
+        loss: as for :func:`gram`.
+        logit_normalization: see :func:`flatminima.losses.logit_gradient`.
+        batchnorm: ``"eval"`` or a number n: BatchNorm then normalizes by the statistics of consecutive chunks of n
+            samples, on which a sample's gradient then depends (the authors' release: 10). Costs n backward passes.
+        scale_invariant: weight the columns of J by the parameters' magnitudes.
+        shares: keep every parameter's part of ξ̂.
+        plan: from :func:`plan_for` (default: made here, for half of the free memory).
+        spot_check: compare the rows of two samples with plain autograd.
+    """
+    model = unwrapped(model)
+    with shared(model) as processes:
+        inputs = map_tensors(torch.Tensor.detach, inputs)
+        n = batch_size((inputs, targets))
+        plan = plan or plan_for(model, inputs)
+        processes.require_same("samples", lambda: _sums((inputs, targets)))
+        parts = trainable_parts(model, processes)
+        dtype = common_dtype(parts)
+        xi = Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
+        batch = Batch(model, inputs, targets, loss, logit_normalization)
+        generic: dict[str, nn.Parameter] = {}
+        with evaluating(model), true_precision(), torch.enable_grad():
+            if isinstance(batchnorm, int):
+                with chunk_statistics(model):
+                    add_with_batch_statistics(xi, batch, parts, batchnorm)
+                xi.add_up(processes)
+            else:
+                generic, unseen = _add_by_rules(xi, batch, parts, plan)
+                if unseen:
+                    generic |= used_parameters(batch, unseen, plan.chunk)
+                add_one_by_one(xi, batch, {name: parts[name] for name in generic})
+                xi.add_up(processes)
+                if spot_check:
+                    check_against_autograd(xi, batch, parts, processes, SPOT_CHECK_TOLERANCE[dtype])
+        refuse_non_finite("gradients", xi.unit)
+        return FactoredGram(xi.unit, xi.log_scale, xi.loss, tuple(generic), dtype, xi.shares)
+
+
+def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = None) -> Plan:
+    """How ξ of these samples would be formed within a memory budget. Costs one forward pass of one sample.
+
+    Args:
+        model: as for :func:`gram`.
+        inputs: as for :func:`gram`.
+        memory_budget: bytes (default: half of what is free on the model's device).
+
+    Raises:
+        FlatminimaError: if the budget is too small for one sample and one slice of a parameter.
+    """
+    model = unwrapped(model)
+    budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
+    with shared(model) as processes, evaluating(model):
+        parts = trainable_parts(model, processes)
+        budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
+        per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
+    reshard(model)  # FSDP2 keeps the outermost module's parameters gathered after a forward pass
+    n, longest = batch_size(inputs), {name: part.longest_shape() for name, part in parts.items()}
+    rows = {name: n * row_bytes(shape) for name, shape in longest.items()}
+    held = max(
+        row * min(first_dimension(longest[name]), slice_length(row, device_of(model))) for name, row in rows.items()
+    )
+    return make_plan(n, longest, per_sample, held, budget)
+
+
+def warn_generic(names: Sequence[str], *, stacklevel: int = 3) -> None:
+    """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any."""
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        warnings.warn(
+            f"{len(names)} parameters ({shown}) are used in a way no layer rule covers: "
+            "their gradients were formed one sample at a time, which is exact but slower",
+            GenericPathWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def _add_by_rules(
+    xi: Accumulator, batch: Batch, parts: Mapping[str, Part], plan: Plan
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Add JJᵀ of every parameter that rules cover.
+
+    Returns:
+        The parameters that were given up, and those that no call showed.
+    """
+    given_up: dict[str, nn.Parameter] = {}
+    unseen: dict[str, nn.Parameter] = {}
+    with frozen([p for p in batch.model.parameters() if p.requires_grad]):
+        for pieces in plan.passes:
+            wanted = {piece.name: parts[piece.name].parameter for piece in pieces}
+            sink: Accumulator | ChunkedRows = xi if plan.at_once else ChunkedRows(plan.samples, pieces, parts)
+            for start in range(0, plan.samples, plan.chunk):
+                rows = slice(start, min(start + plan.chunk, plan.samples))
+                recorder = Recorder(rows.stop - start, wanted)
+                logits = recorder.run(batch.model, take(batch.inputs, rows))
+                delta = batch.gradient_at(logits, rows)
+                xi.note(rows, delta)
+                given_up |= recorder.given_up_parameters()
+                unseen |= recorder.unseen_parameters()
+                if isinstance(sink, ChunkedRows):
+                    sink.samples = rows
+                _backward(logits, delta.direction, recorder, sink)
+                del logits, delta, recorder
+            if isinstance(sink, ChunkedRows):
+                sink.add_to(xi, {id(p) for p in given_up.values()})
+    reshard(batch.model)  # else what FSDP2 still holds gathered would stay frozen
+    return given_up, {name: p for name, p in unseen.items() if name not in given_up}
+
+
+def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: Accumulator | ChunkedRows) -> None:
+    """Back-propagate ``direction`` through activations only; hand every covered parameter's uses to ``sink``."""
+
+    def add_when_complete(parameter: nn.Parameter, uses: list[RecordedUse]) -> Callable[[], None]:
+        def on_arrival() -> None:
+            if all(use.grad is not None for use in uses):
+                sink.add_use(parameter, uses)
+                for use in uses:  # the graph's hooks keep them alive, and would keep activations and gradients too
+                    del use.grad, use.use
+                uses.clear()
+
+        return on_arrival
+
+    covered = list(recorder.covered_uses())
+    for parameter, uses in covered:
+        for use in uses:
+            use.on_arrival = add_when_complete(parameter, uses)
+    if logits.requires_grad:
+        torch.autograd.grad(logits, recorder.root, direction)
+    for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
+        sink.add_use(parameter, uses)
+
+
+def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:
+    """What tells batches apart: the sum of every sample's values, for each tensor."""
+    return [in_float64(tensor).reshape(len(tensor), -1).sum(1).tolist() for tensor in tensors_of(batch)]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return unwrapped(compiled) if isinstance(compiled, nn.Module) else model

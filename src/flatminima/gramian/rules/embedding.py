@@ -1,0 +1,58 @@
+"""Embeddings, and look-ups that are the same for all samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flatminima.gramian.rules.base import ParameterUse, PutBack, positions
+
+
+def embedding(
+    n: int,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> list[ParameterUse] | None:
+    """Look-up table: the output gradients, summed by index."""
+    if max_norm is not None or scale_grad_by_freq:
+        return None
+    indices = input.reshape(n, -1)
+    padding = None if padding_idx is None else padding_idx % len(weight)
+
+    def added(total: Tensor, grad: Tensor, start: int, stop: int) -> Tensor:
+        chosen = (indices >= start) & (indices < stop)
+        if padding is not None:
+            chosen = chosen & (indices != padding)
+        sample = torch.arange(n, device=indices.device)[:, None].expand_as(indices)[chosen]
+        row = sample * (stop - start) + indices[chosen] - start
+        return total.reshape(n * (stop - start), -1).index_add(0, row, positions(grad, n)[chosen]).view_as(total)
+
+    def rows(grad: Tensor, start: int, stop: int) -> Tensor:
+        return added(grad.new_zeros(n, stop - start, grad.shape[-1]), grad, start, stop)
+
+    return [ParameterUse(weight, rows, input, added=added)]
+
+
+def looked_up(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Tensor, PutBack] | None:
+    """``F.embedding`` of one row of indices, which are the same for all samples."""
+    if max_norm is not None or scale_grad_by_freq or input.dim() != 1:
+        return None
+    trained = slice(None) if padding_idx is None else input != padding_idx % len(weight)
+
+    def put_back(rows: Tensor) -> Tensor:
+        return rows.new_zeros(len(rows), *weight.shape).index_add(1, input[trained], rows[:, trained])
+
+    return weight, put_back

@@ -1,0 +1,1 @@
+"""Several processes: what they exchange, and models whose parameters they share."""

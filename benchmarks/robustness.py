@@ -22,7 +22,7 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 import _harness
 from flatminima.lab.models import build_model
-from flatminima.robustness import input_jacobian_norms
+from flatminima.measures.robustness import input_jacobian_norms
 
 OURS = "flatminima"
 POWER_TOLERANCE, POWER_STEPS = 1e-6, 200

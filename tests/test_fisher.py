@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import flatminima as fm
 from cases import CASES, N
-from flatminima.comparison import comparison_of
 from flatminima.errors import FlatminimaError, RankDeficientError
 from flatminima.exact import exact_fisher, exact_gamma
-from flatminima.fisher import FisherRows
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.factored import FactoredGram, log_determinant
 from flatminima.losses import CrossEntropy
+from flatminima.measures.comparison import comparison_of
+from flatminima.measures.fisher import FisherRows
 from flatminima.theory import gamma_of
 from small_networks import PinnedLinear, pinned_linear
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import flatminima as fm
-from flatminima.comparison import comparison_of
 from flatminima.errors import (
     FlatminimaError,
     GenericPathWarning,
@@ -24,7 +23,8 @@ from flatminima.errors import (
 )
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.factored import log_determinant
-from flatminima.measures import Characterization, Estimate
+from flatminima.measures.comparison import comparison_of
+from flatminima.measures.results import Characterization, Estimate
 from oracles import explicit_gram, explicit_jacobian
 
 N, CLASSES = 60, 4

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import jacrev
 
-from flatminima.robustness import input_jacobian_norms
+from flatminima.measures.robustness import input_jacobian_norms
 
 
 def network(classes: int = 4) -> nn.Module:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError
 from flatminima.exact import exact_fisher, exact_gamma
 from flatminima.gramian.engine import gram
-from flatminima.measures import Characterization, measure
+from flatminima.measures.measuring import measure
+from flatminima.measures.results import Characterization
 from flatminima.theory import (
     fia_criterion,
     fia_criterion_of,

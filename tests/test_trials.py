@@ -11,7 +11,7 @@ from torch import nn
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError
-from flatminima.trials import perform_trials
+from flatminima.measures.trials import perform_trials
 
 OPTIONS = {"subset_size": 10, "trials": 7, "progress": False}
 

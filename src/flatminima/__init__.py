@@ -1,10 +1,11 @@
 """Which minimum generalizes better, and how to train to it: the Fisher information, for PyTorch."""
 
-from flatminima.comparison import Comparison, compare
 from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
 from flatminima.gramian.engine import gram
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-from flatminima.measures import Characterization, Estimate, measure
+from flatminima.measures.comparison import Comparison, compare
+from flatminima.measures.measuring import measure
+from flatminima.measures.results import Characterization, Estimate
 from flatminima.regularizer import FisherTraceRegularizer
 from flatminima.theory import (
     fia_criterion,

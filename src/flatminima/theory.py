@@ -7,7 +7,7 @@ Two log-determinants must not be confused:
 * γ̂ = (1/T) Σ_t ln det ξ_t of N' × N' Gram matrices (Eq. 5) is what :func:`flatminima.measure` reports as
   ``log_det_fisher.mean``. :func:`gamma_from_subsets` turns it into an estimate of γ, whose bias it describes.
 
-The functions ``*_of`` take both steps for a :class:`~flatminima.measures.Characterization`.
+The functions ``*_of`` take both steps for a :class:`~flatminima.measures.results.Characterization`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import sys
 
 from flatminima.errors import FlatminimaError
-from flatminima.measures import Characterization
+from flatminima.measures.results import Characterization
 
 
 def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: int, rows_per_sample: int = 1) -> float:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from flatminima.errors import DamagedFileError, FlatminimaError
-from flatminima.evaluation import evaluate
 from flatminima.lab import results
 from flatminima.lab.models import build_model
 from flatminima.lab.results import (
@@ -27,6 +26,7 @@ from flatminima.lab.results import (
     load_weights,
 )
 from flatminima.lab.training import RunSpec, train
+from flatminima.measures.evaluation import evaluate
 
 SPEC = RunSpec(
     model="mlp", data="digits", train_size=200, confusion=40, augmentation="no-aug", batch_size=40, epochs=2, seed=3

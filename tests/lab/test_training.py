@@ -30,12 +30,12 @@ from flatminima.errors import (
     TrainingInterrupted,
     TrainingStopped,
 )
-from flatminima.evaluation import evaluate
 from flatminima.lab import results, training
 from flatminima.lab.data import augment, load_data
 from flatminima.lab.models import build_model
 from flatminima.lab.results import RunFolder, RunResult
 from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
+from flatminima.measures.evaluation import evaluate
 from flatminima.network.precision import _float32_switches, float32_products
 from flatminima.regularizer import FisherTraceRegularizer
 

@@ -16,7 +16,7 @@ from flatminima.lab.results import RunFolder, RunResult
 from flatminima.lab.specs import RunSpec
 from flatminima.lab.training import train
 from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures import MEASURES, Characterization
+from flatminima.measures.results import MEASURES, Characterization
 
 NORMALIZED = "log_det_fisher_normalized"
 """γ̂ at normalized logits, for minima of unequal training loss."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from flatminima import errors
-from flatminima.comparison import Comparison, compare, comparison_of
 from flatminima.errors import (
     DamagedFileError,
     DamagedRunWarning,
@@ -29,7 +28,9 @@ from flatminima.errors import (
 from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.loading import load_model, resolve_device
 from flatminima.lab.results import RunFolder, RunProgress, load_run
-from flatminima.measures import Characterization, measure
+from flatminima.measures.comparison import Comparison, compare, comparison_of
+from flatminima.measures.measuring import measure
+from flatminima.measures.results import Characterization
 from flatminima.network.precision import float64_device
 from flatminima.progress import track
 

@@ -44,7 +44,6 @@ from flatminima.errors import (
     TrainingInterrupted,
     TrainingStopped,
 )
-from flatminima.evaluation import evaluate
 from flatminima.lab.data import ImageSet, augment
 from flatminima.lab.models import build_model
 from flatminima.lab.results import (
@@ -61,6 +60,7 @@ from flatminima.lab.results import (
 )
 from flatminima.lab.sharpness import SharpnessAwareGradient
 from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.measures.evaluation import evaluate
 from flatminima.network.precision import float32_products
 from flatminima.parallel.processes import Processes
 from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep

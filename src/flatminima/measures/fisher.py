@@ -1,4 +1,4 @@
-"""What: which Fisher information ξ is of; the exact one (Eq. 2) in as many rows of J as it has dimensions.
+"""Which Fisher information ξ is of; the exact one (Eq. 2) in as many rows of J as it has dimensions.
 
 A sample's part of I(w) = (1/N) Σ Σ_c y_c ∇ℓ_c ∇ℓ_cᵀ is ZᵀAZ, with Z its logits' Jacobian, p = f_w(x) and
 

@@ -1,4 +1,4 @@
-"""What: the rival measure of Sokolić et al. (2017), the spectral norm of the network's input Jacobian."""
+"""The rival measure of Sokolić et al. (2017), the spectral norm of the network's input Jacobian."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ground: the mean loss and the accuracy over a data set."""
+"""The mean loss and the accuracy over a data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What: several minima measured on the same subsets of the same data, compared pair by pair."""
+"""Several minima measured on the same subsets of the same data, compared pair by pair."""
 
 from __future__ import annotations
 
@@ -16,20 +16,13 @@ from torch import nn
 
 from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors
 from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures import (
-    MEASURES,
-    Characterization,
-    Estimate,
-    Options,
-    Subject,
-    Trial,
-    ending_together,
-    measure,
-    nan_to_none,
-    rendered,
-)
+from flatminima.measures.measuring import measure
+from flatminima.measures.options import Options
+from flatminima.measures.results import MEASURES, Characterization, Estimate, nan_to_none
+from flatminima.measures.subject import Subject, ending_together
+from flatminima.measures.tables import rendered
+from flatminima.measures.trials import Trial, perform_trials
 from flatminima.network.samples import Data, samples_of
-from flatminima.trials import perform_trials
 
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""

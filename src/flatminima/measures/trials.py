@@ -1,0 +1,121 @@
+"""One subset's values, and the trials of all subsets, split over processes where there are several."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flatminima.errors import (
+    RankDeficientError,
+)
+from flatminima.gramian.factored import FactoredGram, log_determinant, numerical_rank
+from flatminima.parallel.processes import Processes
+from flatminima.progress import track
+
+Outcome = TypeVar("Outcome")
+
+
+def perform_trials(
+    perform: Callable[[int], Outcome],
+    trials: int,
+    enough: Callable[[Sequence[Outcome]], bool],
+    *,
+    distributed: bool,
+    progress: bool,
+) -> list[Outcome]:
+    """``[perform(t) for t in range(trials)]``, cut after the first trial at which ``enough`` says so.
+
+    Distributed, every rank performs every world-size-th trial and they are exchanged round by round, so that the
+    result, and where it is cut, are those of a single process. An exception on one rank is raised on all.
+
+    Raises:
+        FlatminimaError: if ``distributed`` without an initialized process group.
+    """
+    processes = Processes.all() if distributed else Processes()
+    done: list[Outcome] = []
+    for first in track(range(0, trials, processes.size), "measuring", progress and processes.rank == 0):
+        numbers = range(first, min(first + processes.size, trials))
+        own = partial(perform, numbers[processes.rank]) if processes.rank < len(numbers) else _nothing
+        done += processes.gather(own)[: len(numbers)]
+        for count in range(max(1, len(done) - processes.size + 1), len(done) + 1):
+            if enough(done[:count]):
+                return done[:count]
+    return done
+
+
+def _nothing() -> Any:
+    """What a process without a trial of its own adds to a round."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One subset's values; ``log_det_fisher`` is NaN where ξ is singular and that is to be skipped."""
+
+    log_det_fisher: float
+    spectral_radius: float
+    frobenius_norm: float
+    fisher_frobenius_norm: float
+    fisher_trace: float
+    robustness: float
+    spectrum: Tensor
+    shares: dict[str, tuple[float, float, int]] | None
+    generic_parameters: tuple[str, ...]
+    dtype: str
+
+    @classmethod
+    def of(
+        cls,
+        factored: FactoredGram,
+        per_sample: int,
+        robustness: float,
+        number: int,
+        names: Sequence[int],
+        on_singular: str,
+    ) -> Trial:
+        """The values of one ξ with ``per_sample`` rows for each sample; ``names`` says whose each row is."""
+        try:
+            log_det = log_determinant(factored, names)
+        except RankDeficientError as error:
+            if on_singular == "raise":
+                raise RankDeficientError(
+                    f"trial {number}: {error}; or pass on_singular='skip' to leave such trials out"
+                ) from None
+            log_det = math.nan
+        xi = factored.matrix()
+        spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0).cpu()
+        samples = len(xi) // per_sample
+        own = xi.view(samples, per_sample, samples, per_sample).diagonal(dim1=0, dim2=2)  # the samples' blocks
+        return cls(
+            log_det_fisher=log_det,
+            spectral_radius=spectrum[0].item(),
+            frobenius_norm=own.square().sum().item() / samples,
+            fisher_frobenius_norm=xi.square().sum().item() / samples**2,
+            fisher_trace=xi.trace().item() / samples,
+            robustness=robustness,
+            spectrum=spectrum,
+            shares=_shares(factored, samples),
+            generic_parameters=factored.generic_parameters,
+            dtype=str(factored.dtype).removeprefix("torch."),
+        )
+
+
+def _shares(factored: FactoredGram, samples: int) -> dict[str, tuple[float, float, int]] | None:
+    if factored.shares is None:
+        return None
+    return {name: _share(factored, name, samples) for name in factored.shares}
+
+
+def _share(factored: FactoredGram, name: str, samples: int) -> tuple[float, float, int]:
+    """(trace, ln det or NaN, rank) of one parameter's part of ξ."""
+    assert factored.shares is not None
+    part = dataclasses.replace(factored, unit=factored.shares[name], shares=None)
+    rank = numerical_rank(part)
+    log_det = log_determinant(part) if rank == len(part.unit) else math.nan
+    return part.matrix().trace().item() / samples, log_det, rank

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import _harness
 from flatminima import FisherTraceRegularizer
-from flatminima._penalty import Penalty
+from flatminima.regularizer.penalty import Penalty
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

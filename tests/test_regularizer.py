@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from regularizer_cases import (
     BACKENDS,
     CASES,

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from collectives import counted_collectives
 from flatminima.errors import FlatminimaError
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from regularizer_cases import CASES, SEED, assert_same_bits, assert_same_gradients, gradients_of, make, snapshot
 
 PROCESSES = 2

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from flatminima.errors import FlatminimaError
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from regularizer_cases import (
     CASES,
     SEED,

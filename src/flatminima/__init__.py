@@ -6,7 +6,7 @@ from flatminima.losses import BinaryCrossEntropy, CrossEntropy
 from flatminima.measures.comparison import Comparison, compare
 from flatminima.measures.measuring import measure
 from flatminima.measures.results import Characterization, Estimate
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from flatminima.theory import (
     fia_criterion,
     fia_criterion_of,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from collectives import spawn
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from regularizer_cases import SEED, mlp
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")

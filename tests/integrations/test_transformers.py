@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flatminima.errors import FlatminimaError
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from regularizer_cases import SEED, gradients_of
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")

@@ -37,7 +37,7 @@ from flatminima.lab.results import RunFolder, RunResult
 from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
 from flatminima.measures.evaluation import evaluate
 from flatminima.network.precision import _float32_switches, float32_products
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.
 PLAIN = RunSpec(

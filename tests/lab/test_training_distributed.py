@@ -21,7 +21,7 @@ from flatminima.errors import FlatminimaError, NonFiniteError, TrainingInterrupt
 from flatminima.lab import results, training
 from flatminima.lab.results import RunFolder
 from flatminima.lab.training import MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 
 PROCESSES = 2
 # 4 updates in each of 3 epochs; the learning rate follows from the losses of both processes.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flatminima.errors import FlatminimaError
 from flatminima.network.batches import Inputs
-from flatminima.regularizer import FisherTraceRegularizer, LossFunction
+from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction
 
 _OWN_THEIR_BACKWARD = ("DEEPSPEED", "MEGATRON_LM")
 

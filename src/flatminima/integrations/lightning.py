@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatminima._penalty import Penalty
 from flatminima.errors import FlatminimaError
-from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.regularizer.penalty import Penalty
+from flatminima.regularizer.regularizer import FisherTraceRegularizer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from flatminima._penalty import Estimator
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import AUGMENTATIONS
 from flatminima.lab.models import MODEL_NAMES
-from flatminima.regularizer import MainGradient
+from flatminima.regularizer.penalty import Estimator
+from flatminima.regularizer.regularizer import MainGradient
 
 __all__ = ["RECIPES", "MultiStep", "Plateau", "Precision", "RegularizerSpec", "RunSpec", "SharpnessAwareSpec"]
 

@@ -63,7 +63,7 @@ from flatminima.lab.specs import RECIPES, MultiStep, Plateau, RegularizerSpec, R
 from flatminima.measures.evaluation import evaluate
 from flatminima.network.precision import float32_products
 from flatminima.parallel.processes import Processes
-from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
+from flatminima.regularizer.regularizer import FisherTraceRegularizer, RegularizerStep
 
 __all__ = [
     "RECIPES",

@@ -1,12 +1,11 @@
-"""How: the losses of sub-batches and the weights that their passes move, one by one or all of one size together."""
+"""The same of all sub-batches of one size together: by ``torch.func.vmap``, or in a compiled graph."""
 
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Literal
 
@@ -14,131 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vmap
-from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
 from flatminima.network.batches import batch_size, map_tensors, tensors_of
-from flatminima.network.modes import Buffers, eager_graphs, moved
-
-Closure = Callable[[Any], Tensor]
-"""``closure(batch)`` → the scalar mean loss of the model on that batch."""
+from flatminima.network.modes import eager_graphs
+from flatminima.regularizer.sub_batches import (
+    Closure,
+    SubBatches,
+    graph_of,
+    require,
+    require_differentiable,
+    sub_batch_loss,
+)
 
 Passes = Literal["one-by-one", "together", "compiled"]
 
 _NOT_IN_ONE_PASS = re.compile("vmap|functorch|batching rule|sparse", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The trainable parameters, each once however many layers share it, and whether the penalty moves it."""
-
-    names: list[str]
-    parameters: list[Tensor]
-    penalized: list[bool]
-
-    @classmethod
-    def of(cls, model: nn.Module, penalized: set[str] | None) -> Weights:
-        """The model's trainable parameters; ``penalized`` holds the names of those to move, None for all.
-
-        Raises:
-            FlatminimaError: if there are none, they are in half precision, or the model is in DataParallel.
-        """
-        _require(
-            not any(isinstance(module, nn.DataParallel) for module in model.modules()),
-            "DataParallel is not supported: use DistributedDataParallel, or train on one device with the inner module",
-        )
-        _require(
-            not any(
-                isinstance(module, DistributedDataParallel) for child in model.children() for module in child.modules()
-            ),
-            "DistributedDataParallel must be the outermost module: wrap the whole model",
-        )
-        trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        _require(
-            len(trainable) > 0, f"{type(model).__name__} has no trainable parameters (requires_grad is False for all)"
-        )
-        for name, parameter in trainable.items():
-            _require(
-                parameter.dtype in (torch.float32, torch.float64),
-                f"parameter {name} is {parameter.dtype}: keep trainable parameters in float32, use autocast for speed",
-            )
-        mask = [penalized is None or name in penalized for name in trainable]
-        _require(any(mask), "none of the penalized parameters is trainable")
-        return cls(list(trainable), list(trainable.values()), mask)
-
-    def select(self, values: list[Tensor]) -> list[Tensor]:
-        """Those of ``values``, one per parameter, whose parameter is penalized."""
-        return [value for value, penalized in zip(values, self.penalized, strict=True) if penalized]
-
-
-@dataclass
-class SubBatches(ABC):
-    """What one round of passes works on: sub-batches of one size. All that it gives is the sum over them.
-
-    Attributes:
-        closure: the network's loss.
-        batch: the samples.
-        weights: the network's trainable parameters.
-        buffers: its buffers.
-        count: how many sub-batches there are.
-        parameters: what the loss depends on: the weights, wherever they are moved to.
-    """
-
-    closure: Closure
-    batch: Any
-    weights: Weights
-    buffers: Buffers
-    count: int = field(init=False)
-    parameters: list[Tensor] = field(init=False)
-
-    @abstractmethod
-    def scratch_buffers(self) -> AbstractContextManager[None]:
-        """A context in which the model's own buffers stay as they are."""
-
-    @abstractmethod
-    def loss(self) -> Tensor:
-        """Σ_i L(B_i, ·) at :attr:`parameters`."""
-
-    def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
-        """g_i of every sub-batch in the form of :attr:`parameters`; None for a parameter that the loss does not use."""
-        return torch.autograd.grad(loss, self.parameters, create_graph=create_graph, allow_unused=True)
-
-    @abstractmethod
-    def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
-        """Move the penalized weights by step · direction, which has the form of :attr:`parameters`, and back."""
-
-    @abstractmethod
-    def total(self, values: list[Tensor]) -> list[Tensor]:
-        """Σ_i of ``values``, which have the form of :attr:`parameters`."""
-
-    @abstractmethod
-    def buffers_left(self) -> list[Tensor]:
-        """What the latest pass left in the model's buffers: Σ_i of it, of integers (counters) the last."""
-
-
-@dataclass
-class OneSubBatch(SubBatches):
-    """A sub-batch of its own, run with the model's own weights."""
-
-    def __post_init__(self) -> None:
-        self.parameters, self.count = self.weights.parameters, 1
-
-    def scratch_buffers(self) -> AbstractContextManager[None]:
-        return self.buffers.scratch()
-
-    def loss(self) -> Tensor:
-        loss = _sub_batch_loss(self.closure, self.batch)
-        _require_differentiable(loss)
-        return loss
-
-    def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
-        return moved(self.weights.select(self.parameters), self.weights.select(direction), step)
-
-    def total(self, values: list[Tensor]) -> list[Tensor]:
-        return values
-
-    def buffers_left(self) -> list[Tensor]:
-        return [buffer.detach() for buffer in self.buffers.now()]
 
 
 @dataclass
@@ -165,19 +55,22 @@ class SubBatchesTogether(SubBatches):
         self._buffers_left: list[Tensor] = []
 
     def scratch_buffers(self) -> AbstractContextManager[None]:
-        return nullcontext()  # every loss has copies of its own
+        """Nothing to do: every loss has copies of its own."""
+        return nullcontext()
 
     def loss(self) -> Tensor:
+        """Σ_i L(B_i, ·), each at its own copy of the weights."""
         with _in_one_pass():
             losses, self._buffers_left = self.losses(
                 self._forward, self.parameters, self.buffers.own, tensors_of(self.batch)
             )
         loss: Tensor = losses.sum()
-        _require_differentiable(loss)
+        require_differentiable(loss)
         self._require_swapped_weights(loss)
         return loss
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        """g_i of every sub-batch, (sub-batches, ...)."""
         if create_graph and any(isinstance(node, BackwardCFunction) for node in graph_of([loss])):
             raise FlatminimaError(  # under vmap, those marked once_differentiable have a second derivative of zero
                 "estimator='hvp' cannot tell under passes='together' whether a custom autograd.Function has second "
@@ -188,6 +81,7 @@ class SubBatchesTogether(SubBatches):
 
     @contextmanager
     def moved(self, direction: list[Tensor], step: float) -> Iterator[None]:
+        """Copies moved by step · direction in the place of :attr:`parameters`."""
         here, select = self.parameters, self.weights.select
         with torch.no_grad():
             there = iter(torch._foreach_add(select(here), select(direction), alpha=step))
@@ -199,9 +93,11 @@ class SubBatchesTogether(SubBatches):
         self.parameters = here
 
     def total(self, values: list[Tensor]) -> list[Tensor]:
+        """The sum over the first dimension."""
         return _sums(values)
 
     def buffers_left(self) -> list[Tensor]:
+        """The sum over sub-batches of what the latest pass left; of integers the last."""
         left = [buffer.detach() for buffer in self._buffers_left]
         sums = iter(_sums([buffer for buffer in left if buffer.is_floating_point()]))
         return [next(sums) if buffer.is_floating_point() else buffer[-1] for buffer in left]
@@ -210,7 +106,7 @@ class SubBatchesTogether(SubBatches):
         """Everything that the loss uses of the weights must be the copies, or its gradient would lack a part."""
         originals = torch.autograd.grad(loss, self.weights.parameters, retain_graph=True, allow_unused=True)
         for name, gradient in zip(self.weights.names, originals, strict=True):
-            _require(
+            require(
                 gradient is None,
                 f"the loss uses parameter {name} itself, not as an attribute of the model's modules (a list of "
                 "parameters made before, say), where it cannot be swapped: choose passes='one-by-one'",
@@ -241,7 +137,7 @@ class _Forward(nn.Module):
     def forward(self, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The loss on a batch with these tensors, and what it leaves in the model's buffers."""
         remaining = iter(tensors)
-        loss = _sub_batch_loss(self.closure, map_tensors(lambda _: next(remaining), self.batch))
+        loss = sub_batch_loss(self.closure, map_tensors(lambda _: next(remaining), self.batch))
         return loss, list(self.model.buffers())
 
 
@@ -344,58 +240,3 @@ def _first_line(error: Exception) -> str:
     """What the error says, without the pages that follow; the second line where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
-def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graph that ``results`` come from."""
-    seen: set[Any] = {None}
-    waiting: list[Any] = [result.grad_fn for result in results]
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-            yield node
-
-
-def scalar_loss(closure: Closure, batch: Any) -> Tensor:
-    """The loss on ``batch``.
-
-    Raises:
-        FlatminimaError: if it is not a scalar that depends on a trainable parameter.
-    """
-    loss = _scalar(closure(batch))
-    _require_differentiable(loss)
-    return loss
-
-
-def _sub_batch_loss(closure: Closure, batch: Any) -> Tensor:
-    try:
-        return _scalar(closure(batch))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise FlatminimaError(
-            f"BatchNorm has no statistics on a sub-batch of {batch_size(batch)} sample(s): "
-            "lower num_sub_batches, or drop the last, short batch"
-        ) from error
-
-
-def _scalar(loss: Any) -> Tensor:
-    returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-    if returned != "shape ()":
-        raise FlatminimaError(f"loss_fn must return a scalar tensor, the mean over the samples; got {returned}")
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-def _require_differentiable(loss: Tensor) -> None:
-    _require(
-        loss.requires_grad,
-        "the loss does not depend on a trainable parameter: is gradient recording switched off?",
-    )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise FlatminimaError(message)

@@ -1,4 +1,4 @@
-"""How: the penalty R_α of Jia & Su, Eq. 6, and its gradient, summed over the passes of sub-batches."""
+"""The penalty R_α of Jia & Su, Eq. 6, and its gradient, summed over the passes of sub-batches."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
-from flatminima._distributed import this_process_alone
-from flatminima._sub_batches import (
-    Closure,
-    LossesTogether,
-    OneSubBatch,
-    SubBatches,
-    SubBatchesTogether,
-    Weights,
-    graph_of,
-)
 from flatminima.errors import FlatminimaError
 from flatminima.network.batches import batch_size, map_tensors, take
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics
 from flatminima.network.modes import Buffers, eager_graphs, restored_generators, without_autocast
 from flatminima.network.precision import true_precision
+from flatminima.regularizer.distributed import this_process_alone
+from flatminima.regularizer.sub_batches import Closure, OneSubBatch, SubBatches, Weights, graph_of
+from flatminima.regularizer.together import LossesTogether, SubBatchesTogether
 
 Estimator = Literal["finite-difference", "hvp"]
 
@@ -104,6 +97,7 @@ class Penalty:
 
     @classmethod
     def zero(cls, weights: Weights) -> Penalty:
+        """No sub-batch yet."""
         nothing = weights.parameters[0].new_zeros(())
         return cls(nothing, nothing, [], nothing, [], [False] * len(weights.parameters), weights)
 

@@ -1,4 +1,4 @@
-"""How: several processes. The penalty's passes stay within one; the main pass exchanges gradients as usual.
+"""Several processes. The penalty's passes stay within one; the main pass exchanges gradients as usual.
 
 Under FSDP2 the penalty's passes run at gathered weights, which every process may then move in its own direction. Their
 gradients belong to the gathered parameters, and the main pass reduces these to shards together with its own.

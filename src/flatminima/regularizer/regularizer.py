@@ -1,4 +1,4 @@
-"""How: train towards minima with a smaller Fisher trace (Jia & Su, Sec. 6, Algorithm 1).
+"""Train towards minima with a smaller Fisher trace (Jia & Su, Sec. 6, Algorithm 1).
 
 The penalty on a mini-batch B, split at random into M sub-batches B_i with gradients g_i = ∇L(B_i, w), is (Eq. 6)
 
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from flatminima._distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
-from flatminima._penalty import Estimator, Penalty, PenaltyPasses
-from flatminima._sub_batches import Closure, Passes, Weights, losses_of, scalar_loss
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.network.batches import Inputs, device_of, run_model
 from flatminima.network.batchnorm import BatchStatistics
 from flatminima.parallel.fsdp import fsdp_modules, whole
+from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
+from flatminima.regularizer.penalty import Estimator, Penalty, PenaltyPasses
+from flatminima.regularizer.sub_batches import Closure, Weights, scalar_loss
+from flatminima.regularizer.together import Passes, losses_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""

@@ -1,0 +1,196 @@
+"""The losses of sub-batches and the weights that their passes move, one by one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flatminima.errors import FlatminimaError
+from flatminima.network.batches import batch_size
+from flatminima.network.modes import Buffers, moved
+
+Closure = Callable[[Any], Tensor]
+"""``closure(batch)`` → the scalar mean loss of the model on that batch."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The trainable parameters, each once however many layers share it, and whether the penalty moves it."""
+
+    names: list[str]
+    parameters: list[Tensor]
+    penalized: list[bool]
+
+    @classmethod
+    def of(cls, model: nn.Module, penalized: set[str] | None) -> Weights:
+        """The model's trainable parameters; ``penalized`` holds the names of those to move, None for all.
+
+        Raises:
+            FlatminimaError: if there are none, they are in half precision, or the model is in DataParallel.
+        """
+        require(
+            not any(isinstance(module, nn.DataParallel) for module in model.modules()),
+            "DataParallel is not supported: use DistributedDataParallel, or train on one device with the inner module",
+        )
+        require(
+            not any(
+                isinstance(module, DistributedDataParallel) for child in model.children() for module in child.modules()
+            ),
+            "DistributedDataParallel must be the outermost module: wrap the whole model",
+        )
+        trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        require(
+            len(trainable) > 0, f"{type(model).__name__} has no trainable parameters (requires_grad is False for all)"
+        )
+        for name, parameter in trainable.items():
+            require(
+                parameter.dtype in (torch.float32, torch.float64),
+                f"parameter {name} is {parameter.dtype}: keep trainable parameters in float32, use autocast for speed",
+            )
+        mask = [penalized is None or name in penalized for name in trainable]
+        require(any(mask), "none of the penalized parameters is trainable")
+        return cls(list(trainable), list(trainable.values()), mask)
+
+    def select(self, values: list[Tensor]) -> list[Tensor]:
+        """Those of ``values``, one per parameter, whose parameter is penalized."""
+        return [value for value, penalized in zip(values, self.penalized, strict=True) if penalized]
+
+
+@dataclass
+class SubBatches(ABC):
+    """What one round of passes works on: sub-batches of one size. All that it gives is the sum over them.
+
+    Attributes:
+        closure: the network's loss.
+        batch: the samples.
+        weights: the network's trainable parameters.
+        buffers: its buffers.
+        count: how many sub-batches there are.
+        parameters: what the loss depends on: the weights, wherever they are moved to.
+    """
+
+    closure: Closure
+    batch: Any
+    weights: Weights
+    buffers: Buffers
+    count: int = field(init=False)
+    parameters: list[Tensor] = field(init=False)
+
+    @abstractmethod
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        """A context in which the model's own buffers stay as they are."""
+
+    @abstractmethod
+    def loss(self) -> Tensor:
+        """Σ_i L(B_i, ·) at :attr:`parameters`."""
+
+    def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
+        """g_i of every sub-batch in the form of :attr:`parameters`; None for a parameter that the loss does not use."""
+        return torch.autograd.grad(loss, self.parameters, create_graph=create_graph, allow_unused=True)
+
+    @abstractmethod
+    def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
+        """Move the penalized weights by step · direction, which has the form of :attr:`parameters`, and back."""
+
+    @abstractmethod
+    def total(self, values: list[Tensor]) -> list[Tensor]:
+        """Σ_i of ``values``, which have the form of :attr:`parameters`."""
+
+    @abstractmethod
+    def buffers_left(self) -> list[Tensor]:
+        """What the latest pass left in the model's buffers: Σ_i of it, of integers (counters) the last."""
+
+
+@dataclass
+class OneSubBatch(SubBatches):
+    """A sub-batch of its own, run with the model's own weights."""
+
+    def __post_init__(self) -> None:
+        self.parameters, self.count = self.weights.parameters, 1
+
+    def scratch_buffers(self) -> AbstractContextManager[None]:
+        """A context in which the model works on copies of its buffers."""
+        return self.buffers.scratch()
+
+    def loss(self) -> Tensor:
+        """L(B_i, ·) with the model's own weights."""
+        loss = sub_batch_loss(self.closure, self.batch)
+        require_differentiable(loss)
+        return loss
+
+    def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
+        """Move the model's own weights, and back to the same bits."""
+        return moved(self.weights.select(self.parameters), self.weights.select(direction), step)
+
+    def total(self, values: list[Tensor]) -> list[Tensor]:
+        """The values themselves, of the one sub-batch."""
+        return values
+
+    def buffers_left(self) -> list[Tensor]:
+        """What the latest pass left in the model's buffers."""
+        return [buffer.detach() for buffer in self.buffers.now()]
+
+
+def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph that ``results`` come from."""
+    seen: set[Any] = {None}
+    waiting: list[Any] = [result.grad_fn for result in results]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node
+
+
+def scalar_loss(closure: Closure, batch: Any) -> Tensor:
+    """The loss on ``batch``.
+
+    Raises:
+        FlatminimaError: if it is not a scalar that depends on a trainable parameter.
+    """
+    loss = _scalar(closure(batch))
+    require_differentiable(loss)
+    return loss
+
+
+def sub_batch_loss(closure: Closure, batch: Any) -> Tensor:
+    """The scalar loss of one sub-batch; says what to do where BatchNorm refuses a single sample."""
+    try:
+        return _scalar(closure(batch))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise FlatminimaError(
+            f"BatchNorm has no statistics on a sub-batch of {batch_size(batch)} sample(s): "
+            "lower num_sub_batches, or drop the last, short batch"
+        ) from error
+
+
+def _scalar(loss: Any) -> Tensor:
+    returned = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if returned != "shape ()":
+        raise FlatminimaError(f"loss_fn must return a scalar tensor, the mean over the samples; got {returned}")
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def require_differentiable(loss: Tensor) -> None:
+    """Refuse a loss that no trainable parameter has a part in."""
+    require(
+        loss.requires_grad,
+        "the loss does not depend on a trainable parameter: is gradient recording switched off?",
+    )
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`FlatminimaError` unless the condition holds."""
+    if not condition:
+        raise FlatminimaError(message)

@@ -28,7 +28,7 @@ import _harness
 from flatminima.gramian.engine import factored_gram, plan_for
 from flatminima.gramian.planning import Plan
 from flatminima.gramian.products import times_own_transpose, times_transposes
-from flatminima.lab.models import build_model
+from flatminima.lab.networks.paper import build_model
 from flatminima.losses import CrossEntropy
 from peers import PEERS, PerSampleLoss
 

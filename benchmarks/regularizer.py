@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import _harness
 from flatminima import FisherTraceRegularizer
-from flatminima.lab.models import build_model
+from flatminima.lab.networks.paper import build_model
 
 Step = Callable[[], object]
 PLAIN, OFF = "plain step", "step between penalties (every > 1)"

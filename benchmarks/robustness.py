@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
 import _harness
-from flatminima.lab.models import build_model
+from flatminima.lab.networks.paper import build_model
 from flatminima.measures.robustness import input_jacobian_norms
 
 OURS = "flatminima"

@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import _harness
-from flatminima.lab.data import ImageSet
-from flatminima.lab.loading import resolve_device
-from flatminima.lab.models import build_model
-from flatminima.lab.results import TrainingSets
-from flatminima.lab.specs import RECIPES, RunSpec
-from flatminima.lab.training import _launch, _Run
+from flatminima.lab.data.images import ImageSet
+from flatminima.lab.networks.foreign import resolve_device
+from flatminima.lab.networks.paper import build_model
+from flatminima.lab.runs.session import Session
+from flatminima.lab.runs.sets import TrainingSets
+from flatminima.lab.runs.spec import RECIPES, RunSpec
+from flatminima.lab.runs.training import launch
 
 OURS, PLAIN = "flatminima", "plain loop"
 SIZE, PADDING = 32, 4
@@ -121,7 +122,7 @@ class Ours:
 
     def __init__(self, spec: RunSpec, data: ImageSet, device: torch.device) -> None:
         few = data.subset(range(2))
-        self.run = _Run(spec, TrainingSets(data, data, few, few), _launch(spec, device.type))
+        self.run = Session(spec, TrainingSets(data, data, few, few), launch(spec, device.type))
 
     def epoch(self) -> None:
         """Train on every image once."""

@@ -19,10 +19,11 @@ from torch import nn
 
 from flatminima import cli
 from flatminima.errors import FlatminimaWarning
-from flatminima.lab import demo, training
-from flatminima.lab.models import build_model
+from flatminima.lab import demo
+from flatminima.lab.networks.paper import build_model
 from flatminima.lab.reproduce import Reproduction
-from flatminima.lab.specs import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs import training
+from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 TRAIN = ["train", "digits", "--model", "mlp", "--epochs", "2", "--train-size", "200", "--no-progress"]
 MEASURE = ["--subset-size", "20", "--trials", "2", "--no-progress"]
@@ -118,7 +119,7 @@ def test_a_run_keeps_its_measures(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("measured again")
 
-    monkeypatch.setattr("flatminima.lab.measuring.measure", refuse)
+    monkeypatch.setattr("flatminima.lab.runs.measuring.measure", refuse)
     assert cli.main(["measure", run, *MEASURE]) == 0
     assert capsys.readouterr() == first
     assert "RuntimeError: measured again" in error_of(capsys, ["measure", run, *MEASURE, "--seed", "1"], status=1)

@@ -10,7 +10,7 @@ from cases import CASES, Case
 from flatminima.errors import FlatminimaError
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.planning import Piece, Plan
-from flatminima.lab.models import build_model
+from flatminima.lab.networks.paper import build_model
 from oracles import explicit_gram
 
 

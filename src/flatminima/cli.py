@@ -19,13 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, TypeVar
 
-from flatminima.errors import (
-    FlatminimaError,
-    FlatminimaWarning,
-    NonFiniteError,
-    RankDeficientError,
-    TrainingInterrupted,
-)
+from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError
+from flatminima.lab.errors import TrainingInterrupted
 from flatminima.parallel.processes import Processes
 
 try:
@@ -34,8 +29,8 @@ try:
     from rich.text import Text
     from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
-    from flatminima.lab.measuring import Measuring
-    from flatminima.lab.specs import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec
+    from flatminima.lab.runs.measuring import Measuring
+    from flatminima.lab.runs.spec import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec
 except ModuleNotFoundError as missing:  # the library alone is installed
     sys.exit(f"flatminima: error: the command line needs {missing.name}: pip install 'flatminima[lab]'")
 
@@ -350,9 +345,9 @@ def _train(given: list[str]) -> tuple[bool, Report]:
         [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
     )
     with _standard_output_kept_clean():
-        from flatminima.lab.loading import resolve_device
-        from flatminima.lab.results import RunFolder
-        from flatminima.lab.training import train
+        from flatminima.lab.networks.foreign import resolve_device
+        from flatminima.lab.runs.folder import RunFolder
+        from flatminima.lab.runs.training import train
 
         folder = RunFolder.of(options.root, spec)
         before = folder.status
@@ -409,9 +404,9 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
     with _standard_output_kept_clean():
-        from flatminima.lab.data import load_data
-        from flatminima.lab.loading import load_model
-        from flatminima.lab.measuring import measure_run
+        from flatminima.lab.data.sources import load_data
+        from flatminima.lab.networks.foreign import load_model
+        from flatminima.lab.runs.measuring import measure_run
 
         if foreign.model is None:
             if foreign.checkpoint or foreign.data:
@@ -439,7 +434,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("--model needs the training data too: add --data digits, cifar10, cifar100 or a folder")
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     with _standard_output_kept_clean():
-        from flatminima.lab.measuring import compare_networks, compare_runs
+        from flatminima.lab.runs.measuring import compare_networks, compare_runs
 
         if options.data is None:
             comparison = compare_runs(paths, how, **where)
@@ -460,8 +455,8 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = _parse(Reproduce, given, prog="reproduce")
     with _standard_output_kept_clean():
         from flatminima.lab import reproduce
-        from flatminima.lab.executors import Executor, Local, Processes, Ray, available_cores
-        from flatminima.lab.reproductions import EXPERIMENTS
+        from flatminima.lab.experiments.paper import EXPERIMENTS
+        from flatminima.lab.jobs import Executor, Local, Processes, Ray, available_cores
 
         known = [*EXPERIMENTS, "all"]
         for name in options.experiments:

@@ -51,29 +51,6 @@ class ShuffledLoaderWarning(FlatminimaWarning):
     """A loader's own order or sampler was ignored; subsets are drawn by index from its data set."""
 
 
-class DamagedFileError(FlatminimaError):
-    """A file of a run is truncated, altered or not what its name says; what was trained can be trained again."""
-
-
-class DamagedRunWarning(FlatminimaWarning):
-    """Part of a run folder was unusable and has been thrown away; the run goes on from what was whole."""
-
-
-class ResumedElsewhereWarning(FlatminimaWarning):
-    """A run goes on in another environment than it began in: it is valid, but its bits are not reproducible."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C stopped a run between two updates, with its resume point saved; the message says how to go on.
-
-    It is no error, and ``except Exception`` around one run of many must not swallow it.
-    """
-
-
-class TrainingStopped(Exception):  # noqa: N818
-    """The caller of a run stopped it at the end of an epoch, with its resume point saved; asked again, it goes on."""
-
-
 @contextmanager
 def recorded_warnings() -> Iterator[list[FlatminimaWarning]]:
     """Every warning of ours, withheld from the caller; the others go on."""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flatminima.lab.costs import cost, prices, remaining, seconds
-from flatminima.lab.experiments import Setting, Task
-from flatminima.lab.measuring import Measuring
-from flatminima.lab.specs import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.experiments.costs import cost, prices, remaining, seconds
+from flatminima.lab.experiments.experiment import Setting, Task
+from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, batch_size=50, epochs=10, evaluate_every=20)
 EVALUATION = (500 + 100) / 3

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab import data
-from flatminima.lab.data import AUGMENTATIONS, ImageSet, augment, confuse, default_cache_dir, hold_out, load_data
+from flatminima.lab.data import sources as data
+from flatminima.lab.data.augmentation import AUGMENTATIONS, augment, confuse, hold_out
+from flatminima.lab.data.images import ImageSet
+from flatminima.lab.data.sources import default_cache_dir, load_data
 
 PADDING = {"no-aug": 0, "flip-only": 0, "1-crop-f": 1, "4-crop-f": 4}
 

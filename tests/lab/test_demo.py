@@ -12,8 +12,8 @@ from rich.console import Console
 from scipy import stats
 
 from flatminima.lab import demo
-from flatminima.lab.experiments import select
-from flatminima.lab.measuring import Measuring
+from flatminima.lab.experiments.experiment import select
+from flatminima.lab.runs.measuring import Measuring
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.executors import Executor, Failure, Local, Processes, Ray, available_cores, run_all
-from flatminima.lab.results import RunFolder, RunResult
-from flatminima.lab.specs import RunSpec
-from flatminima.lab.training import train
+from flatminima.lab.jobs import Executor, Failure, Local, Processes, Ray, available_cores, run_all
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.records import RunResult
+from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.runs.training import train
 
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, augmentation="no-aug", batch_size=10, epochs=4)
 SPECS = [replace(SPEC, seed=seed) for seed in range(4)]
@@ -170,7 +171,7 @@ def test_a_full_disk_and_a_corrupt_folder_cost_no_other_run(
 SCRIPT = """
 import sys
 from pathlib import Path
-from flatminima.lab.executors import Processes, run_all
+from flatminima.lab.jobs import Processes, run_all
 from test_executors import SPECS, train_one
 
 if __name__ == "__main__":
@@ -265,15 +266,15 @@ def test_interruption_saves_every_run_and_leaves_no_worker_behind(tmp_path: Path
         "import os, signal, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
-        "from flatminima.lab.executors import Processes, run_all\n"
-        "from flatminima.lab.specs import RunSpec\n"
-        "from flatminima.lab import training\n"
+        "from flatminima.lab.jobs import Processes, run_all\n"
+        "from flatminima.lab.runs.spec import RunSpec\n"
+        "from flatminima.lab.runs import training\n"
         "def slow(spec):\n"
-        "    update = training._Run.update\n"
+        "    update = training.Session.update\n"
         "    def noted(run):\n"
         "        update(run)\n"
         "        Path(sys.argv[1], str(os.getpid())).touch()\n"
-        "    training._Run.update = noted\n"
+        "    training.Session.update = noted\n"
         "    training.train(spec, Path(sys.argv[1], 'runs'), checkpoint_seconds=1e9, progress=False)\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"

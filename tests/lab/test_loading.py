@@ -8,9 +8,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data import ImageSet, load_data
-from flatminima.lab.loading import load_model, resolve_device
-from flatminima.lab.models import build_model
+from flatminima.lab.data.images import ImageSet
+from flatminima.lab.data.sources import load_data
+from flatminima.lab.networks.foreign import load_model, resolve_device
+from flatminima.lab.networks.paper import build_model
 
 NETWORKS = """
 from torch import nn

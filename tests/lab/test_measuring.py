@@ -11,18 +11,14 @@ import pytest
 import torch
 
 import flatminima as fm
-from flatminima.errors import (
-    DamagedRunWarning,
-    FlatminimaError,
-    FlatminimaWarning,
-    NotAMinimumWarning,
-    UnequalLossWarning,
-)
-from flatminima.lab import measuring
-from flatminima.lab.measuring import Measuring, compare_networks, compare_runs, measure_run
-from flatminima.lab.results import RunFolder, load_run
-from flatminima.lab.specs import RunSpec
-from flatminima.lab.training import train
+from flatminima.errors import FlatminimaError, FlatminimaWarning, NotAMinimumWarning, UnequalLossWarning
+from flatminima.lab.errors import DamagedRunWarning
+from flatminima.lab.runs import measuring
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.measuring import Measuring, compare_networks, compare_runs, measure_run
+from flatminima.lab.runs.sets import load_run
+from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.runs.training import train
 
 SPEC = RunSpec(
     model="mlp", data="digits", train_size=150, augmentation="no-aug", batch_size=50, epochs=40, lr=0.05, nesterov=True

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.models import MODEL_NAMES, DenseNetBC, PreActResNet, build_model
+from flatminima.lab.networks.paper import MODEL_NAMES, DenseNetBC, PreActResNet, build_model
 
 DIGITS_MODELS = ("small-cnn", "mlp")
 

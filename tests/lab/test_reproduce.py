@@ -25,22 +25,25 @@ import torch
 from rich.console import Console
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab import pages, reproduce, reproductions, training
-from flatminima.lab.executors import Failure, Local
-from flatminima.lab.experiments import Record, Task, look_up, perform
-from flatminima.lab.measuring import Measuring
-from flatminima.lab.pages import progress
+from flatminima.lab import reproduce
+from flatminima.lab.experiments import paper, presets
+from flatminima.lab.experiments.experiment import Record, Task, look_up, perform
+from flatminima.lab.experiments.paper import PLAIN, REGULARIZED
+from flatminima.lab.jobs import Failure, Local
+from flatminima.lab.reports import pages
+from flatminima.lab.reports.pages import progress
 from flatminima.lab.reproduce import Reproduction
-from flatminima.lab.reproductions import PLAIN, REGULARIZED
-from flatminima.lab.specs import RegularizerSpec
+from flatminima.lab.runs import interrupts
+from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.spec import RegularizerSpec
 
 TINY = replace(
-    reproductions.PRESETS["digits"],
-    scenario=replace(reproductions.PRESETS["digits"].scenario, epochs=8),
-    augmented=replace(reproductions.PRESETS["digits"].scenario, epochs=8),
+    presets.PRESETS["digits"],
+    scenario=replace(presets.PRESETS["digits"].scenario, epochs=8),
+    augmented=replace(presets.PRESETS["digits"].scenario, epochs=8),
     confusion=(0, 200),
     clean_images=200,
-    networks={"MLP, digits": replace(reproductions.PRESETS["digits"].scenario, epochs=4)},
+    networks={"MLP, digits": replace(presets.PRESETS["digits"].scenario, epochs=4)},
     measured=("MLP, digits",),
     betas=(10, 20),
     sub_batches=(5,),
@@ -51,7 +54,7 @@ TINY = replace(
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(reproductions.PRESETS, "digits", TINY)
+    monkeypatch.setitem(presets.PRESETS, "digits", TINY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -121,10 +124,10 @@ def test_the_page_is_written_also_when_the_work_is_interrupted(tmp_path: Path, m
 
 
 def test_before_any_run_the_page_says_so(tmp_path: Path) -> None:
-    asked = reproduction(tmp_path, *reproductions.EXPERIMENTS)
+    asked = reproduction(tmp_path, *paper.EXPERIMENTS)
     asked.report([asked.summary(name) for name in asked.names])
     assert asked.page.name == "all.html"
-    assert asked.page.read_text().count("No run is finished yet.") == len(reproductions.EXPERIMENTS)
+    assert asked.page.read_text().count("No run is finished yet.") == len(paper.EXPERIMENTS)
 
 
 def test_failed_runs_are_listed_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +210,11 @@ SEEDS = (0, 1)
 COMMAND = """
 import sys
 from flatminima import cli
-from flatminima.lab import pages, reproduce, reproductions
+from flatminima.lab import reproduce
+from flatminima.lab.experiments import presets
+from flatminima.lab.reports import pages
 from test_reproduce import LONGER, perform_noted
-reproductions.PRESETS["digits"] = LONGER
+presets.PRESETS["digits"] = LONGER
 reproduce.perform = perform_noted
 pages._figure = lambda summary: []
 seeds = ["--seeds", "0", "1"]
@@ -219,7 +224,7 @@ sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--w
 
 def perform_noted(task: Task) -> Record:
     """A worker's part: its process is noted, and a resume point saved after every epoch."""
-    training._EPOCH_END_SECONDS = 0.0
+    interrupts._EPOCH_END_SECONDS = 0.0
     task.root.mkdir(parents=True, exist_ok=True)
     (task.root / f"worker.{os.getpid()}").touch()
     return perform(task)
@@ -260,7 +265,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), one_thread():
             warnings.simplefilter("ignore")
             patch.setattr(pages, "_figure", lambda summary: [])
-            patch.setitem(reproductions.PRESETS, "digits", preset)
+            patch.setitem(presets.PRESETS, "digits", preset)
             out = tmp_path_factory.mktemp(name)
             found[name] = numbers(reproduction(out, "scenario-1", seeds=SEEDS).run(progress=False)[0])
     return found
@@ -309,7 +314,7 @@ def test_killed_commands_end_in_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
 ) -> None:
     """SIGKILL of a worker, then of the command, whose workers must not live on; then two commands finish it at once."""
-    monkeypatch.setitem(reproductions.PRESETS, "digits", LONGER)
+    monkeypatch.setitem(presets.PRESETS, "digits", LONGER)
     asked, moments = reproduction(tmp_path, "scenario-1", seeds=SEEDS), random.Random(1)
     tasks = asked.experiment("scenario-1").tasks(asked.folder / "runs")
     with command(tmp_path) as process:
@@ -358,7 +363,7 @@ def test_a_full_disk_costs_its_runs_alone_until_there_is_space_again(
     scenario: tuple[Reproduction, list[Task]], monkeypatch: pytest.MonkeyPatch, undisturbed: Any
 ) -> None:
     asked, tasks = scenario
-    monkeypatch.setattr(training, "_EPOCH_END_SECONDS", 0.0)
+    monkeypatch.setattr(interrupts, "_EPOCH_END_SECONDS", 0.0)
     names = "state.safetensors", "result.json", "measures.json"
     full = [task.folder.path / name for task, name in zip(tasks, names, strict=False)]
     with monkeypatch.context() as patch:

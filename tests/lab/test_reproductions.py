@@ -6,22 +6,13 @@ from pathlib import Path
 import pytest
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab import reproductions
-from flatminima.lab.data import load_data
-from flatminima.lab.experiments import Experiment
-from flatminima.lab.measuring import Measuring
-from flatminima.lab.reproductions import (
-    EXACT,
-    EXPERIMENTS,
-    MATCHED,
-    PLAIN,
-    PRESETS,
-    REGULARIZED,
-    SAM,
-    PresetName,
-    experiment,
-)
-from flatminima.lab.specs import MultiStep, Plateau, RegularizerSpec, SharpnessAwareSpec
+from flatminima.lab.data.sources import load_data
+from flatminima.lab.experiments import paper
+from flatminima.lab.experiments.experiment import Experiment
+from flatminima.lab.experiments.paper import EXACT, EXPERIMENTS, MATCHED, PLAIN, REGULARIZED, SAM, experiment
+from flatminima.lab.experiments.presets import PRESETS, PresetName
+from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, SharpnessAwareSpec
 
 
 def built(name: str, preset: PresetName = "paper", **options: object) -> Experiment:
@@ -145,7 +136,7 @@ def test_settings_that_are_one_run_are_refused() -> None:
 
 def test_a_folder_of_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train-0.parquet").touch()
-    monkeypatch.setattr(reproductions, "load_data", lambda source: load_data("digits"))  # ten classes too
+    monkeypatch.setattr(paper, "load_data", lambda source: load_data("digits"))  # ten classes too
     assert built("scenario-1", data=tmp_path).settings[0].spec.source == str(tmp_path)
     with pytest.raises(FlatminimaError, match="has 10 classes, not cifar100's 100"):
         built("table-1", data=tmp_path)

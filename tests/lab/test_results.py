@@ -11,21 +11,17 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from flatminima.errors import DamagedFileError, FlatminimaError
-from flatminima.lab import results
-from flatminima.lab.models import build_model
-from flatminima.lab.results import (
-    EpochRecord,
-    EpochSums,
-    ResumePoint,
-    RunFolder,
-    RunProgress,
-    RunResult,
-    load_run,
-    load_sets,
-    load_weights,
-)
-from flatminima.lab.training import RunSpec, train
+from flatminima.errors import FlatminimaError
+from flatminima.lab.errors import DamagedFileError
+from flatminima.lab.networks.checkpoints import load_weights
+from flatminima.lab.networks.paper import build_model
+from flatminima.lab.runs import folder as folder_file
+from flatminima.lab.runs import sets
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunProgress, RunResult
+from flatminima.lab.runs.sets import load_run, load_sets
+from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.runs.training import train
 from flatminima.measures.evaluation import evaluate
 
 SPEC = RunSpec(
@@ -334,7 +330,7 @@ def test_the_lock_excludes_others_and_is_freed(tmp_path: Path) -> None:
 def test_who_watches_reads_how_far_the_run_is(
     seconds: float, seen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "_WATCH_SECONDS", seconds)
+    monkeypatch.setattr(folder_file, "_WATCH_SECONDS", seconds)
     folder = RunFolder(tmp_path)
     assert (folder.read_progress(), folder.progress_written()) == (None, None)
     with folder.watched() as note:
@@ -425,8 +421,8 @@ def test_a_run_on_other_data_cannot_be_loaded(finished: RunResult, monkeypatch: 
         train_set, test_set = load(source, cache_dir=cache_dir)
         return train_set, replace(test_set, images=255 - test_set.images)
 
-    load = results.load_data
-    monkeypatch.setattr(results, "load_data", altered)
+    load = sets.load_data
+    monkeypatch.setattr(sets, "load_data", altered)
     with pytest.raises(FlatminimaError, match="the data 'digits' have changed since"):
         load_run(finished.folder)
 

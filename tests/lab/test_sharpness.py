@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.sharpness import SharpnessAwareGradient
+from flatminima.lab.runs.sam import SharpnessAwareGradient
 from flatminima.network.batches import run_model
 from regularizer_cases import Case, assert_same_bits, assert_same_gradients, by_case, gradients_of, make, snapshot
 

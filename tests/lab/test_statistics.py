@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from flatminima.lab.statistics import Spread, paired_difference, rank_correlation
+from flatminima.lab.experiments.statistics import Spread, paired_difference, rank_correlation
 
 
 def test_spread() -> None:

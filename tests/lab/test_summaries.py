@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from flatminima.lab.experiments import INDICATORS, Experiment, Record
-from flatminima.lab.reproductions import PLAIN, PRESETS, REGULARIZED, scenario_3, table_1
-from flatminima.lab.summaries import summarize
+from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record
+from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, scenario_3, table_1
+from flatminima.lab.experiments.presets import PRESETS
+from flatminima.lab.experiments.summary import summarize
 
 
 def record(case: str, arm: str, seed: int, test_error: float, **indicators: float) -> Record:

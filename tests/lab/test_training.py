@@ -22,19 +22,19 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatminima.errors import (
-    DamagedRunWarning,
-    FlatminimaError,
-    NonFiniteError,
-    ResumedElsewhereWarning,
-    TrainingInterrupted,
-    TrainingStopped,
-)
-from flatminima.lab import results, training
-from flatminima.lab.data import augment, load_data
-from flatminima.lab.models import build_model
-from flatminima.lab.results import RunFolder, RunResult
-from flatminima.lab.training import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
+from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.lab.data.augmentation import augment
+from flatminima.lab.data.sources import load_data
+from flatminima.lab.errors import DamagedRunWarning, ResumedElsewhereWarning, TrainingInterrupted, TrainingStopped
+from flatminima.lab.networks.checkpoints import load_weights
+from flatminima.lab.networks.paper import build_model
+from flatminima.lab.runs import sets, training
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.records import RunResult
+from flatminima.lab.runs.session import Session, derived_seed
+from flatminima.lab.runs.sets import load_run, load_sets
+from flatminima.lab.runs.spec import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.training import launch, train
 from flatminima.measures.evaluation import evaluate
 from flatminima.network.precision import _float32_switches, float32_products
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
@@ -178,16 +178,16 @@ def test_updates_are_those_of_a_plain_loop(tmp_path: Path, nesterov: bool, smoot
     train(spec, tmp_path)
     trained = RunFolder.of(tmp_path, spec).read_checkpoint()
 
-    torch.manual_seed(training._derived_seed(spec.seed, "weights", 0))
+    torch.manual_seed(derived_seed(spec.seed, "weights", 0))
     model = build_model("mlp", in_channels=1)
-    sets = results.load_sets(spec)
+    sets = load_sets(spec)
     optimizer = torch.optim.SGD(model.parameters(), lr=spec.lr, momentum=0.9, nesterov=nesterov, weight_decay=0.01)
     for update, lr in enumerate([0.05, 0.05, 0.005]):
         optimizer.param_groups[0]["lr"] = lr
         order = torch.randperm(
-            64, generator=torch.Generator().manual_seed(training._derived_seed(spec.seed, "permutation", update))
+            64, generator=torch.Generator().manual_seed(derived_seed(spec.seed, "permutation", update))
         )
-        generator = torch.Generator().manual_seed(training._derived_seed(spec.seed, "augmentation", update))
+        generator = torch.Generator().manual_seed(derived_seed(spec.seed, "augmentation", update))
         images = augment(sets.train.images[order], augmentation, generator)
         loss = F.cross_entropy(model(sets.train.normalize(images)), sets.train.labels[order], label_smoothing=smoothing)
         optimizer.zero_grad()
@@ -199,7 +199,7 @@ def test_updates_are_those_of_a_plain_loop(tmp_path: Path, nesterov: bool, smoot
 
 def test_every_epoch_uses_other_batches_and_crops() -> None:
     spec = replace(EVERYTHING, regularizer=None)
-    run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
+    run = Session(spec, load_sets(spec), launch(spec, "cpu"))
     batches = []
     for iteration in range(run.total_iterations):
         run.iteration = iteration
@@ -214,7 +214,7 @@ def test_every_epoch_uses_other_batches_and_crops() -> None:
 
 def test_an_epoch_takes_no_image_twice() -> None:
     spec = replace(PLAIN, batch_size=35)  # divides the 140 images: an epoch takes every one
-    run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
+    run = Session(spec, load_sets(spec), launch(spec, "cpu"))
     taken = []
     for iteration in range(4):
         run.iteration = iteration
@@ -259,8 +259,8 @@ def test_evaluation_is_as_often_as_asked_and_after_the_last_epoch(uninterrupted:
     assert [record.validation_error is not None for record in history] == [False, True, True]
     assert (result.test_error, result.validation_error) == (history[-1].test_error, history[-1].validation_error)
     model = build_model("mlp", in_channels=1)
-    results.load_weights(model, folder.path / "checkpoint.safetensors")
-    assert result.validation_error == evaluate(model, results.load_sets(EVERYTHING).validation).error
+    load_weights(model, folder.path / "checkpoint.safetensors")
+    assert result.validation_error == evaluate(model, load_sets(EVERYTHING).validation).error
     assert all(record.validation_error is None for record in RunFolder.of(uninterrupted, PLAIN).read_history())
 
 
@@ -268,8 +268,8 @@ def test_the_final_loss_is_that_of_the_unaugmented_training_set(uninterrupted: P
     result = RunFolder.of(uninterrupted, EVERYTHING).read_result()
     assert result is not None
     model = build_model("mlp", in_channels=1)
-    results.load_weights(model, result.folder / "checkpoint.safetensors")
-    images, labels = results.load_sets(EVERYTHING).train.tensors()
+    load_weights(model, result.folder / "checkpoint.safetensors")
+    images, labels = load_sets(EVERYTHING).train.tensors()
     assert len(images) == 130
     logits = model.eval()(images).detach().double()
     assert result.train_loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
@@ -350,12 +350,12 @@ def test_penalized_updates_are_those_of_algorithm_1(tmp_path: Path, changes: dic
     train(spec, tmp_path)
     (record,) = RunFolder.of(tmp_path, spec).read_history()
 
-    torch.manual_seed(training._derived_seed(spec.seed, "weights", 0))
+    torch.manual_seed(derived_seed(spec.seed, "weights", 0))
     model = build_model("mlp", in_channels=1)
-    generator = torch.Generator().manual_seed(training._derived_seed(spec.seed, "permutation", 0))
-    images, labels = results.load_sets(spec).train.subset(torch.randperm(64, generator=generator)).tensors()
+    generator = torch.Generator().manual_seed(derived_seed(spec.seed, "permutation", 0))
+    images, labels = load_sets(spec).train.subset(torch.randperm(64, generator=generator)).tensors()
     regularizer = FisherTraceRegularizer(model, **settings)
-    torch.manual_seed(training._derived_seed(spec.seed, "update", 0))
+    torch.manual_seed(derived_seed(spec.seed, "update", 0))
     loss = regularizer.backward(F.cross_entropy, images, labels)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -377,7 +377,7 @@ def test_bf16_trains_and_is_evaluated_in_float32(tmp_path: Path, regularizer: Re
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     model = build_model("mlp", in_channels=1)
     model.load_state_dict(weights)
-    assert evaluate(model, results.load_sets(mixed).train).loss == in_mixed.train_loss
+    assert evaluate(model, load_sets(mixed).train).loss == in_mixed.train_loss
 
 
 def test_evaluate_leaves_the_mode_alone() -> None:
@@ -431,7 +431,7 @@ def test_another_seed_gives_another_run(tmp_path: Path, uninterrupted: Path) -> 
 
 def test_seeds_differ_for_every_purpose_and_index() -> None:
     drawn = {
-        training._derived_seed(seed, purpose, index)
+        derived_seed(seed, purpose, index)
         for seed in range(5)
         for purpose in ("weights", "permutation", "augmentation", "update")
         for index in range(50)
@@ -460,14 +460,14 @@ class Readings(TorchDispatchMode):
 @contextlib.contextmanager
 def reading_late() -> Iterator[None]:
     """Runs read what updates observed when they would on a GPU."""
-    build = training._Run.__init__
+    build = Session.__init__
 
-    def late(run: training._Run, *args: Any, **options: Any) -> None:
+    def late(run: Session, *args: Any, **options: Any) -> None:
         build(run, *args, **options)
         run._reads_at_once = False
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Run, "__init__", late)
+        patch.setattr(Session, "__init__", late)
         yield
 
 
@@ -478,7 +478,7 @@ def reading_late() -> Iterator[None]:
 )
 def test_no_update_waits_for_a_number(spec: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     with reading_late():
-        run = training._Run(spec, results.load_sets(spec), training._launch(spec, "cpu"))
+        run = Session(spec, load_sets(spec), launch(spec, "cpu"))
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("a tensor left the device"))
     with Readings() as readings:
@@ -510,7 +510,8 @@ def test_reading_late_changes_no_bit(
 TRAIN = """
 import signal, sys
 import torch
-from flatminima.lab.training import RunSpec, train
+from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.runs.training import train
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent made of it
@@ -604,9 +605,9 @@ def test_a_crash_in_any_update_is_survived(
 ) -> None:
     """Die half-way through an update, when gradients are set and weights are not."""
     updates, limit = 0, 0
-    backward = training._Run._backward
+    backward = Session._backward
 
-    def dying(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> Any:
+    def dying(run: Session, images: torch.Tensor, labels: torch.Tensor) -> Any:
         nonlocal updates
         computed = backward(run, images, labels)
         updates += 1
@@ -614,7 +615,7 @@ def test_a_crash_in_any_update_is_survived(
             raise Crash
         return computed
 
-    monkeypatch.setattr(training._Run, "_backward", dying)
+    monkeypatch.setattr(Session, "_backward", dying)
     crashes = 0
     for die_at in (1, 2, 1, 2, 2):
         updates, limit = 0, die_at
@@ -702,13 +703,13 @@ def test_tf32_is_used_if_and_only_if_it_is_asked_for(
         return [getattr(holder, name) for holder, name, _, _ in _float32_switches()]
 
     seen: list[list[Any]] = []
-    backward = training._Run._backward
+    backward = Session._backward
 
-    def observed(run: training._Run, *batch: torch.Tensor) -> Any:
+    def observed(run: Session, *batch: torch.Tensor) -> Any:
         seen.append(switches())
         return backward(run, *batch)
 
-    monkeypatch.setattr(training._Run, "_backward", observed)
+    monkeypatch.setattr(Session, "_backward", observed)
     spec = replace(PLAIN, precision=precision)
     with float32_products(tf32=precision == "32-true"):
         before = switches()
@@ -748,14 +749,14 @@ def test_ctrl_c_in_a_process_saves_and_the_same_command_goes_on(tmp_path: Path) 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, *, at: int, times: int) -> None:
     """Press Ctrl-C in the middle of an update."""
-    backward = training._Run._backward
+    backward = Session._backward
 
-    def pressing(run: training._Run, images: torch.Tensor, labels: torch.Tensor) -> Any:
+    def pressing(run: Session, images: torch.Tensor, labels: torch.Tensor) -> Any:
         for _ in range(times if run.iteration == at else 0):
             signal.raise_signal(signal.SIGINT)
         return backward(run, images, labels)
 
-    monkeypatch.setattr(training._Run, "_backward", pressing)
+    monkeypatch.setattr(Session, "_backward", pressing)
 
 
 @pytest.fixture
@@ -825,14 +826,14 @@ def test_a_finished_run_is_returned_at_once(tmp_path: Path, monkeypatch: pytest.
 def stopped_in_the_middle(spec: RunSpec, root: Path, **options: Any) -> RunFolder:
     """A run killed after a few updates, in its second epoch or later."""
     with pytest.MonkeyPatch.context() as patch:
-        update = training._Run.update
+        update = Session.update
 
-        def dying(run: training._Run) -> None:
+        def dying(run: Session) -> None:
             if run.iteration == 5:
                 raise Crash
             update(run)
 
-        patch.setattr(training._Run, "update", dying)
+        patch.setattr(Session, "update", dying)
         with pytest.raises(Crash):
             train(spec, root, checkpoint_seconds=0.0, **options)
     return RunFolder.of(root, spec)
@@ -898,7 +899,7 @@ def test_changed_data_start_the_run_over(tmp_path: Path, monkeypatch: pytest.Mon
         return replace(full, images=255 - full.images), test
 
     stopped_in_the_middle(PLAIN, tmp_path / "changed")
-    monkeypatch.setattr(results, "load_data", altered)
+    monkeypatch.setattr(sets, "load_data", altered)
     with pytest.warns(DamagedRunWarning, match="the data 'digits' have changed since"):
         train(PLAIN, tmp_path / "changed")
     train(PLAIN, tmp_path / "from the start")
@@ -910,18 +911,18 @@ def test_a_run_whose_data_were_moved_goes_on_and_is_found(tmp_path: Path, monkey
         assert Path(source).is_dir()
         return load_data("digits")
 
-    monkeypatch.setattr(results, "load_data", load_folder)
+    monkeypatch.setattr(sets, "load_data", load_folder)
     images = tmp_path / "images"
     images.mkdir()
     spec = replace(PLAIN, data="cifar10", data_folder=str(images))
     stopped_in_the_middle(spec, tmp_path / "runs")
     moved = images.rename(tmp_path / "moved")
     result = train(replace(spec, data_folder=str(moved)), tmp_path / "runs")
-    assert results.load_run(result.folder)[0].source == str(moved)
+    assert load_run(result.folder)[0].source == str(moved)
 
     again = moved.rename(tmp_path / "moved again")
     assert train(replace(spec, data_folder=str(again)), tmp_path / "runs").test_error == result.test_error
-    assert results.load_run(result.folder)[0].source == str(again)
+    assert load_run(result.folder)[0].source == str(again)
 
 
 def test_another_environment_is_named(tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flatminima.errors import FlatminimaError, NonFiniteError, TrainingInterrupted
-from flatminima.lab import results, training
-from flatminima.lab.results import RunFolder
-from flatminima.lab.training import MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec, train
+from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.lab.errors import TrainingInterrupted
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.session import Session, derived_seed
+from flatminima.lab.runs.sets import load_sets
+from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.training import launch, train
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
 
 PROCESSES = 2
@@ -69,13 +72,13 @@ class Crash(BaseException):
 
 def patched_update(before: Any) -> pytest.MonkeyPatch:
     """Do something before every update."""
-    patch, update = pytest.MonkeyPatch(), training._Run.update
+    patch, update = pytest.MonkeyPatch(), Session.update
 
-    def patched(run: training._Run) -> None:
+    def patched(run: Session) -> None:
         before(run)
         update(run)
 
-    patch.setattr(training._Run, "update", patched)
+    patch.setattr(Session, "update", patched)
     return patch
 
 
@@ -101,7 +104,7 @@ def in_each_process(rank: int, folder: Path, port: int) -> None:
     seen["seeds"] = seeds
     seen["again"] = train(PLAIN, folder / "shared", accelerator="cpu").test_error
 
-    run = training._Run(PLAIN, results.load_sets(PLAIN), training._launch(PLAIN, "cpu"))
+    run = Session(PLAIN, load_sets(PLAIN), launch(PLAIN, "cpu"))
     seen["batch"] = run._next_batch()
 
     patch, compile_, graphs = pytest.MonkeyPatch(), torch.compile, []
@@ -126,7 +129,7 @@ def in_each_process(rank: int, folder: Path, port: int) -> None:
         patch.undo()
         train(spec, folder / "stopped", accelerator="cpu")
 
-    def die(run: training._Run) -> None:
+    def die(run: Session) -> None:
         if run.iteration == 6:
             raise Crash
 
@@ -214,7 +217,7 @@ def test_the_result_says_how_many_processes_there_were(folder: Path) -> None:
 
 
 def test_each_process_takes_its_part_of_the_batch(seen: list[dict[str, Any]]) -> None:
-    run = training._Run(PLAIN, results.load_sets(PLAIN), training._launch(PLAIN, "cpu"))
+    run = Session(PLAIN, load_sets(PLAIN), launch(PLAIN, "cpu"))
     for whole, *parts in zip(run._next_batch(), *(found["batch"] for found in seen), strict=True):
         assert {len(part) for part in parts} == {16}
         torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
@@ -223,7 +226,7 @@ def test_each_process_takes_its_part_of_the_batch(seen: list[dict[str, Any]]) ->
 def test_processes_draw_other_masks_and_splits(seen: list[dict[str, Any]]) -> None:
     first, second = (set(found["seeds"]) for found in seen)  # those that each update finds: of the one before it
     assert len(first) == 12
-    assert first & second == {training._derived_seed(0, "weights", 0)}
+    assert first & second == {derived_seed(0, "weights", 0)}
 
 
 def test_a_finished_run_is_returned_to_all(folder: Path, seen: list[dict[str, Any]]) -> None:

@@ -18,16 +18,17 @@ import optuna
 import pytest
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab import reproductions, tuning
-from flatminima.lab.executors import Failure, Local, Processes, run_all
-from flatminima.lab.experiments import Experiment, perform
+from flatminima.lab.experiments import paper, presets
+from flatminima.lab.experiments import search as tuning
+from flatminima.lab.experiments.experiment import Experiment, perform
+from flatminima.lab.experiments.search import Case, Tuning, perform_trial, rungs
+from flatminima.lab.jobs import Failure, Local, Processes, run_all
 from flatminima.lab.reproduce import Reproduction
-from flatminima.lab.results import RunFolder
-from flatminima.lab.tuning import Case, Tuning, perform_trial, rungs
+from flatminima.lab.runs.folder import RunFolder
 
 TINY = replace(
-    reproductions.PRESETS["digits"],
-    networks={"MLP, digits": replace(reproductions.PRESETS["digits"].scenario, train_size=200, epochs=4)},
+    presets.PRESETS["digits"],
+    networks={"MLP, digits": replace(presets.PRESETS["digits"].scenario, train_size=200, epochs=4)},
     betas=(10, 1000),
     sub_batches=(5,),
     clipping=(0.01, 1, 5, 10),  # with the first hardly anything is learned
@@ -38,14 +39,14 @@ SETTINGS = 8
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(reproductions.PRESETS, "digits", TINY)
+    monkeypatch.setitem(presets.PRESETS, "digits", TINY)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def grid() -> Experiment:
-    return reproductions.search(TINY)
+    return paper.search(TINY)
 
 
 def search(folder: Path, trials: int) -> Tuning:
@@ -130,13 +131,13 @@ def test_what_the_grid_finished_a_trial_need_not_train(
     first = ended(whole, 1)
     (task,) = (task for task in grid().tasks(tmp_path / "runs") if task.setting.arm == first[0]["arm"])
     perform(task)
-    monkeypatch.setattr("flatminima.lab.training._Run.update", _must_not_be_called)
+    monkeypatch.setattr("flatminima.lab.runs.session.Session.update", _must_not_be_called)
     assert run(tmp_path, 1) == first
 
 
 def test_ended_trials_are_not_performed_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ended(whole, SETTINGS)
-    monkeypatch.setattr("flatminima.lab.training._Run.update", _must_not_be_called)
+    monkeypatch.setattr("flatminima.lab.runs.session.Session.update", _must_not_be_called)
     assert run(whole, SETTINGS) == before
     assert len(made(whole)) == SETTINGS
 
@@ -156,9 +157,9 @@ class _Killed(BaseException):
     [
         ("optuna.Study.add_trial", True),
         ("optuna.Trial.report", True),
-        ("flatminima.lab.results.RunFolder.write_resume_point", False),
-        ("flatminima.lab.results.RunFolder.write_resume_point", True),
-        ("flatminima.lab.results.RunFolder.write_result", True),
+        ("flatminima.lab.runs.folder.RunFolder.write_resume_point", False),
+        ("flatminima.lab.runs.folder.RunFolder.write_resume_point", True),
+        ("flatminima.lab.runs.folder.RunFolder.write_result", True),
         ("optuna.Study.tell", False),
     ],
 )
@@ -274,7 +275,7 @@ def test_a_lost_run_folder_is_made_again(tmp_path: Path) -> None:
 def test_another_grid_is_another_study(tmp_path: Path) -> None:
     run(tmp_path, 1)
     shorter = replace(TINY, networks={"MLP, digits": replace(TINY.networks["MLP, digits"], epochs=3)})
-    asked = Tuning(reproductions.search(shorter), 1, tmp_path)
+    asked = Tuning(paper.search(shorter), 1, tmp_path)
     assert [trial.state for trial in asked.progress({})] == ["left"]
     run_all(perform_trial, asked.tasks(), Local(), progress=False)
     assert [trial.state for trial in asked.progress({})] == ["finished"]

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flatminima.lab import watching
-from flatminima.lab.executors import Failure, Local
-from flatminima.lab.experiments import Setting, Task
-from flatminima.lab.results import RunProgress
-from flatminima.lab.specs import RunSpec
-from flatminima.lab.watching import watch
+from flatminima.lab.experiments.experiment import Setting, Task
+from flatminima.lab.jobs import Failure, Local
+from flatminima.lab.reports import live as watching
+from flatminima.lab.reports.live import watch
+from flatminima.lab.runs.records import RunProgress
+from flatminima.lab.runs.spec import RunSpec
 
 SPEC = RunSpec(model="mlp", data="digits", epochs=8)
 TRAINING = RunProgress("training", iteration=30, iterations=80, epoch=4, epochs=8, loss=0.123)

@@ -19,12 +19,21 @@ from matplotlib.axes import Axes
 from rich.console import Group
 from rich.table import Table
 
-from flatminima.lab.executors import Processes, available_cores
-from flatminima.lab.experiments import INDICATORS, NORMALIZED, Experiment, Record, Setting, run_experiment, select
-from flatminima.lab.measuring import Measuring
-from flatminima.lab.report import Picture, Theme, lines, picture, scatter, write_page, write_text
-from flatminima.lab.reproductions import MATCHED_COST, PRESETS
-from flatminima.lab.summaries import SHORT_NAMES, correlation, difference, plain
+from flatminima.lab.experiments.experiment import (
+    INDICATORS,
+    NORMALIZED,
+    Experiment,
+    Record,
+    Setting,
+    run_experiment,
+    select,
+)
+from flatminima.lab.experiments.paper import MATCHED_COST
+from flatminima.lab.experiments.presets import PRESETS
+from flatminima.lab.experiments.summary import SHORT_NAMES, correlation, difference, plain
+from flatminima.lab.jobs import Processes, available_cores
+from flatminima.lab.reports.figures import Picture, Theme, lines, picture, scatter, write_page, write_text
+from flatminima.lab.runs.measuring import Measuring
 
 CONFUSION = (0, 100, 200, 300)
 SEEDS = (100, 101, 102, 103, 104)

@@ -14,17 +14,18 @@ from typing import Any
 from rich.console import Group
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab import costs
-from flatminima.lab.data import load_data
-from flatminima.lab.executors import Executor, Failure, Processes
-from flatminima.lab.experiments import Experiment, Record, Task, look_up, perform
-from flatminima.lab.pages import counted, duration, failed, progress, tables, write_reports
-from flatminima.lab.report import Table, write_text
-from flatminima.lab.reproductions import EXPERIMENTS, PRESETS, PresetName, experiment
-from flatminima.lab.specs import RegularizerSpec
-from flatminima.lab.summaries import summarize
-from flatminima.lab.tuning import Trial, Tuning, expected, perform_trial
-from flatminima.lab.watching import watch
+from flatminima.lab.data.sources import load_data
+from flatminima.lab.experiments import costs
+from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
+from flatminima.lab.experiments.paper import EXPERIMENTS, experiment
+from flatminima.lab.experiments.presets import PRESETS, PresetName
+from flatminima.lab.experiments.search import Trial, Tuning, expected, perform_trial
+from flatminima.lab.experiments.summary import summarize
+from flatminima.lab.jobs import Executor, Failure, Processes
+from flatminima.lab.reports.figures import Table, write_text
+from flatminima.lab.reports.live import watch
+from flatminima.lab.reports.pages import counted, duration, failed, progress, tables, write_reports
+from flatminima.lab.runs.spec import RegularizerSpec
 
 _CHOSEN = "chosen.json"
 _REPORT_SECONDS = 60.0
@@ -35,7 +36,7 @@ class Reproduction:
     """Some of the paper's experiments in one size, and where they are kept."""
 
     names: tuple[str, ...]
-    """Of :data:`~flatminima.lab.reproductions.EXPERIMENTS`."""
+    """Of :data:`~flatminima.lab.experiments.paper.EXPERIMENTS`."""
     preset: PresetName
     """How large."""
     out: Path

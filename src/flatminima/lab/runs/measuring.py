@@ -17,17 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from flatminima import errors
-from flatminima.errors import (
-    DamagedFileError,
-    DamagedRunWarning,
-    FlatminimaError,
-    FlatminimaWarning,
-    naming,
-    recorded_warnings,
-)
-from flatminima.lab.data import ImageSet, load_data
-from flatminima.lab.loading import load_model, resolve_device
-from flatminima.lab.results import RunFolder, RunProgress, load_run
+from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings
+from flatminima.lab.data.images import ImageSet
+from flatminima.lab.data.sources import load_data
+from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
+from flatminima.lab.networks.foreign import load_model, resolve_device
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.records import RunProgress
+from flatminima.lab.runs.sets import load_run
 from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.measuring import measure
 from flatminima.measures.results import Characterization
@@ -197,8 +194,8 @@ def compare_networks(
 
     Args:
         paths: run folder or checkpoint by name.
-        source: the training set, as for :func:`~flatminima.lab.data.load_data`.
-        model: what the checkpoints are of, as for :func:`~flatminima.lab.loading.load_model`.
+        source: the training set, as for :func:`~flatminima.lab.data.sources.load_data`.
+        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.foreign.load_model`.
         how: how they are measured.
         device: where.
         progress: show a bar with the time left on a terminal.

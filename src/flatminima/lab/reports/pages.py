@@ -13,9 +13,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from flatminima.lab.experiments import INDICATORS, select, value_of
-from flatminima.lab.report import Picture, Table, Theme, band, picture, write_page, write_text
-from flatminima.lab.summaries import RIVALS, SHORT_NAMES
+from flatminima.lab.experiments.experiment import INDICATORS, select, value_of
+from flatminima.lab.experiments.summary import RIVALS, SHORT_NAMES
+from flatminima.lab.reports.figures import Picture, Table, Theme, band, picture, write_page, write_text
 
 _SHOWN_OF_A_SEARCH = 10
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data import AUGMENTATIONS
-from flatminima.lab.models import MODEL_NAMES
+from flatminima.lab.data.augmentation import AUGMENTATIONS
+from flatminima.lab.networks.paper import MODEL_NAMES
 from flatminima.regularizer.penalty import Estimator
 from flatminima.regularizer.regularizer import MainGradient
-
-__all__ = ["RECIPES", "MultiStep", "Plateau", "Precision", "RegularizerSpec", "RunSpec", "SharpnessAwareSpec"]
 
 Precision = Literal["32-true", "bf16-mixed", "tf32"]
 
@@ -236,7 +234,7 @@ class RunSpec:
 
     @property
     def source(self) -> str:
-        """What :func:`~flatminima.lab.data.load_data` loads."""
+        """What :func:`~flatminima.lab.data.sources.load_data` loads."""
         return self.data if self.data_folder is None else self.data_folder
 
     def iterations_per_epoch(self, num_samples: int) -> int:

@@ -1,154 +1,44 @@
-"""Image data as uint8 tensors: the digits, CIFAR-10 and CIFAR-100; augmentation; confusion sets (Jia & Su, Sec. 7.1).
-
-A data set is decoded once and kept in a cache (``$FLATMINIMA_CACHE``, else ``flatminima`` in the user's cache folder).
-After that it is two tensors, small enough to live on the training device: batches are slices, augmentation is tensor
-code, and normalization happens last.
-"""
+"""Where image data come from: the embedded digits, the Hugging Face hub, folders of parquet files; cached."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import os
 import tempfile
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from flatminima.errors import FlatminimaError
-
-__all__ = ["AUGMENTATIONS", "ImageSet", "augment", "confuse", "default_cache_dir", "hold_out", "load_data"]
+from flatminima.lab.data.images import ImageSet, check_labels
 
 _HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+
+
 _IMAGE_COLUMNS = ("img", "image")
+
+
 _LABEL_COLUMNS = ("label", "fine_label", "labels")
+
+
 _SPLITS = ("train", "test")
+
+
 _CACHED = tuple(f"{split}_{kind}" for split in _SPLITS for kind in ("images", "labels"))
 
 # Part of every cache key: raise it when the cached tensors change their meaning, and old files are left alone.
 _CACHE_VERSION = "1"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ImageSet(Dataset[tuple[Tensor, Tensor]]):
-    """Labelled images, held as uint8 and handed out normalized.
-
-    Attributes:
-        images: ``(N, C, H, W)`` uint8.
-        labels: ``(N,)`` int64, each in ``0..num_classes-1``.
-        num_classes: Number of classes.
-        mean: ``(C,)`` float32, mean of each channel over the whole training split, in units where white is 1.
-        std: ``(C,)`` float32, standard deviation of each channel, likewise.
-
-    Raises:
-        FlatminimaError: A tensor has the wrong type or shape, a label is out of range, or a channel never varies.
-    """
-
-    images: Tensor
-    labels: Tensor
-    num_classes: int
-    mean: Tensor
-    std: Tensor
-
-    def __post_init__(self) -> None:
-        _check_images(self.images)
-        count, channels = self.images.shape[:2]
-        if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
-            raise FlatminimaError(
-                f"labels must be int64 of shape ({count},), one for each image; "
-                f"got {self.labels.dtype} of shape {tuple(self.labels.shape)}"
-            )
-        if self.mean.shape != (channels,) or self.std.shape != (channels,):
-            raise FlatminimaError(
-                f"mean and std need one value for each of {channels} channels, "
-                f"got shapes {tuple(self.mean.shape)} and {tuple(self.std.shape)}"
-            )
-        if not bool((self.std > 0).all()):
-            raise FlatminimaError(
-                f"a channel has the same value in every training pixel (std {self.std.tolist()}) and cannot be "
-                "normalized; drop that channel"
-            )
-        _check_labels(self.labels, self.num_classes)
-
-    def __repr__(self) -> str:
-        shape = "×".join(map(str, self.images.shape[1:]))
-        return f"ImageSet({len(self)} images {shape}, {self.num_classes} classes, on {self.images.device})"
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """The normalized image ``(C, H, W)`` and its label, a scalar tensor."""
-        return self.normalize(self.images[index]), self.labels[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """What ``[self[i] for i in indices]`` gives, normalized in one go; a ``DataLoader`` asks for it."""
-        images, labels = self.subset(indices).tensors()
-        return list(zip(images, labels, strict=True))
-
-    def fetch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """The images at ``indices`` as one batch: (B, C, H, W) normalized float32, and (B,) labels."""
-        chosen = torch.as_tensor(indices, device=self.labels.device)
-        return self.normalize(self.images[chosen]), self.labels[chosen]
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Images ``(..., C, H, W)`` uint8 to float32, each channel with the training split's mean 0 and std 1."""
-        return (images.to(torch.float32) / 255 - self.mean[:, None, None]) / self.std[:, None, None]
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """All images, normalized ``(N, C, H, W)`` float32, and all labels ``(N,)``."""
-        return self.normalize(self.images), self.labels
-
-    def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
-        """The images at ``indices``, in that order, with the same normalization."""
-        # An empty list would become a float tensor, which does not index.
-        index = torch.as_tensor(indices, device=self.labels.device) if len(indices) else slice(0)
-        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
-
-    def to(self, device: torch.device | str) -> ImageSet:
-        """The same data on ``device``."""
-        return dataclasses.replace(
-            self,
-            images=self.images.to(device),
-            labels=self.labels.to(device),
-            mean=self.mean.to(device),
-            std=self.std.to(device),
-        )
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise FlatminimaError(
-            f"images must be uint8 of shape (N, C, H, W), got {images.dtype} of shape {tuple(images.shape)}"
-        )
-
-
-def _check_labels(labels: Tensor, num_classes: int, where: str = "") -> None:
-    bad = ((labels < 0) | (labels >= num_classes)).nonzero().flatten()
-    if len(bad):
-        row = int(bad[0])
-        raise FlatminimaError(
-            f"{where}label {int(labels[row])} in row {row} is outside 0..{num_classes - 1} ({len(bad)} such rows); "
-            "correct or drop them"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,7 +213,7 @@ def _decode(splits: Any, source: str) -> _Decoded:
         tensors[f"{split}_labels"] = _decode_labels(splits[split], f"{source}, {split} split")
     num_classes = _num_classes(splits["train"], tensors["train_labels"])
     for split in _SPLITS:
-        _check_labels(tensors[f"{split}_labels"], num_classes, f"{source}, {split} split: ")
+        check_labels(tensors[f"{split}_labels"], num_classes, f"{source}, {split} split: ")
         tensors[f"{split}_images"] = _decode_images(splits[split], f"{source}, {split} split")
     shapes = [tuple(tensors[f"{split}_images"].shape[1:]) for split in _SPLITS]
     if shapes[0] != shapes[1]:
@@ -455,109 +345,3 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         checksum = zlib.crc32(tensors[name].numpy().data, checksum)
     return f"{checksum:08x}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation and confusion (Sec. 7.1)
-# ---------------------------------------------------------------------------------------------------------------------
-
-AUGMENTATIONS: tuple[str, ...] = ("no-aug", "flip-only", "1-crop-f", "4-crop-f")
-"""The schemes of Scenario II, from none to the standard one."""
-
-_HELD_OUT_SEED = -1  # no run's: those are not negative
-
-_CROP_PADDING = {"flip-only": 0, "1-crop-f": 1, "4-crop-f": 4}
-
-
-def augment(images: Tensor, scheme: str, generator: torch.Generator) -> Tensor:
-    """Each image cropped at random out of its zero-padded self and, half of the time, mirrored left to right.
-
-    Args:
-        images: ``(B, C, H, W)`` uint8.
-        scheme: One of :data:`AUGMENTATIONS`: ``"1-crop-f"`` and ``"4-crop-f"`` pad 1 and 4 pixels on each side,
-            ``"flip-only"`` does not crop, ``"no-aug"`` returns the images as they are and draws nothing.
-        generator: Source of the randomness, on any device; the same state gives the same result on every device.
-
-    Returns:
-        ``(B, C, H, W)`` uint8, on the device of ``images``.
-
-    Raises:
-        FlatminimaError: The scheme is unknown, or the images are not uint8 ``(B, C, H, W)``.
-    """
-    _check_images(images)
-    if scheme not in AUGMENTATIONS:
-        raise FlatminimaError(f"unknown augmentation {scheme!r}; use one of {', '.join(AUGMENTATIONS)}")
-    if scheme == "no-aug":
-        return images
-    padding = _CROP_PADDING[scheme]
-    batch, channels, height, width = images.shape
-
-    highs = (2 * padding + 1, 2 * padding + 1, 2)
-    drawn = [torch.randint(high, (batch, 1), generator=generator, device=generator.device) for high in highs]
-    # One copy, and to a GPU one that does not wait for the work before it.
-    top, left, mirrored = torch.stack(drawn).to(images.device, non_blocking=images.is_cuda)  # (B, 1) each
-    rows = top + torch.arange(height, device=images.device)  # (B, H)
-    columns = left + torch.arange(width, device=images.device)  # (B, W)
-    columns = torch.where(mirrored == 1, columns.flip(1), columns)
-    padded = F.pad(images, (padding, padding, padding, padding))
-    # One gather over flat pixels is five times as fast as indexing the four axes.
-    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (B, H, W)
-    pixels = pixels.reshape(batch, 1, height * width).expand(batch, channels, -1)
-    return padded.flatten(2).gather(2, pixels).reshape(images.shape)
-
-
-def hold_out(train: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
-    """``count`` images drawn at random, the same on every call: whoever compares runs compares them on the same images.
-
-    Args:
-        train: The set to draw from.
-        count: Images to hold out.
-
-    Returns:
-        The images that are left, in their order, and those held out.
-
-    Raises:
-        FlatminimaError: The count is negative, or leaves none.
-    """
-    if not 0 <= count < len(train):
-        raise FlatminimaError(f"cannot hold out {count} of {len(train)} training images; leave at least 1 to train on")
-    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(_HELD_OUT_SEED))
-    kept = train.subset(drawn[count:].sort().values) if count else train  # without a copy
-    return kept, train.subset(drawn[:count])
-
-
-def confuse(train: ImageSet, *, num_clean: int | None, num_confused: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Scenario I: images drawn at random, and others beside them whose labels say nothing.
-
-    Args:
-        train: The set to draw from.
-        num_clean: Images that keep their labels; None for all that are not confused.
-        num_confused: Further images, whose labels are drawn uniformly from all classes, the true one included.
-        seed: The same seed draws the same images and labels.
-
-    Returns:
-        The clean set, on which the measures are evaluated, and the set to train on: the clean one followed by the
-        confused one.
-
-    Raises:
-        FlatminimaError: A count is negative, the clean set is empty, or both together exceed ``train``.
-    """
-    if num_clean is None:
-        num_clean = len(train) - num_confused
-    if num_clean < 1 or num_confused < 0 or num_clean + num_confused > len(train):
-        raise FlatminimaError(
-            f"cannot draw {num_clean} clean and {num_confused} confused images from {len(train)}; "
-            "ask for at least 1 clean, at least 0 confused, and no more than there are"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(train), generator=generator)
-    labels = torch.randint(train.num_classes, (num_confused,), generator=generator)
-    clean = train.subset(drawn[:num_clean])
-    if num_confused == 0:
-        return clean, clean
-    confused = train.subset(drawn[num_clean : num_clean + num_confused])
-    return clean, dataclasses.replace(
-        clean,
-        images=torch.cat([clean.images, confused.images]),
-        labels=torch.cat([clean.labels, labels.to(clean.labels.device)]),
-    )

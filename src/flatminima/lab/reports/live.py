@@ -12,14 +12,16 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from flatminima.lab.executors import Failure
-from flatminima.lab.experiments import Task
-from flatminima.lab.results import RunProgress
+from flatminima.lab.experiments.experiment import Task
+from flatminima.lab.jobs import Failure
+from flatminima.lab.runs.records import RunProgress
 from flatminima.progress import PATIENCE_SECONDS
 
 Outcome = TypeVar("Outcome")
 
 _LOOK_SECONDS = 1.0
+
+
 _SPEED_SECONDS = 120.0  # the past from which the time left is told
 
 

@@ -1,7 +1,7 @@
 """Where runs go: this process, worker processes on this machine, or a Ray cluster.
 
 An executor performs every task, whatever becomes of the others. A task whose worker dies is performed again, so tasks
-should take up what they left and find again what they finished, as :func:`flatminima.lab.training.train` does.
+should take up what they left and find again what they finished, as :func:`flatminima.lab.runs.training.train` does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from flatminima.errors import FlatminimaError, FlatminimaWarning
 from flatminima.progress import track
 
 Task = TypeVar("Task")
+
+
 Result = TypeVar("Result")
 
 _GRACE_SECONDS = 20.0  # what a worker that is told to stop gets for its present update and its resume point
@@ -274,7 +276,7 @@ def _context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flatminima.lab.training"])
+    context.set_forkserver_preload(["flatminima.lab.runs.training"])
     return context
 
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 
-__all__ = ["MODEL_NAMES", "DenseNetBC", "PreActResNet", "build_model"]
-
 _DIGIT_SIZE = 8
 
 

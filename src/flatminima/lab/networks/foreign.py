@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data import ImageSet
-from flatminima.lab.models import MODEL_NAMES, build_model
-from flatminima.lab.results import load_weights
+from flatminima.lab.data.images import ImageSet
+from flatminima.lab.networks.checkpoints import load_weights
+from flatminima.lab.networks.paper import MODEL_NAMES, build_model
 from flatminima.network.batches import call_model
 from flatminima.network.modes import evaluating
 
@@ -35,7 +35,7 @@ def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Modul
     Raises:
         FlatminimaError: for a name, module or factory that is not there, a factory that fails or returns no module,
             a network that does not take the data's images, and whatever
-            :func:`~flatminima.lab.results.load_weights` refuses.
+            :func:`~flatminima.lab.networks.checkpoints.load_weights` refuses.
     """
     arguments = {"num_classes": data.num_classes, "in_channels": data.images.shape[1]}
     if ":" in source:

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
-from flatminima.errors import FlatminimaError, TrainingStopped
-from flatminima.lab import costs
-from flatminima.lab.experiments import Experiment, Record, Task, look_up, perform
-from flatminima.lab.specs import RegularizerSpec
-from flatminima.lab.summaries import summarize
-from flatminima.lab.training import Stop, train
+from flatminima.errors import FlatminimaError
+from flatminima.lab.errors import TrainingStopped
+from flatminima.lab.experiments import costs
+from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
+from flatminima.lab.experiments.summary import summarize
+from flatminima.lab.runs.spec import RegularizerSpec
+from flatminima.lab.runs.training import Stop, train
 
 if TYPE_CHECKING:
     import optuna
@@ -54,6 +55,8 @@ STARTUP_RUNS = 5
 # that are as good. On functions like the paper's grid, 20 trials then found the second best of 96, and at random the
 # sixth.
 _CANDIDATES = 4
+
+
 _PROPOSALS = 20  # until one is new
 
 State = Literal["finished", "pruned", "failed", "left"]

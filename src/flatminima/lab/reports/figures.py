@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from flatminima.lab.results import unwritable, write_whole
+from flatminima.lab.storage import unwritable, write_whole
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ THEMES = (
         ("#37618f", "#5b93cf", "#93c1f2", "#d8eaff"),
     ),
 )
+
+
 MARKERS = ("o", "s", "^", "D")
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from flatminima.errors import DamagedFileError, FlatminimaError, FlatminimaWarning
-from flatminima.lab.executors import Executor, Failure, run_all
-from flatminima.lab.measuring import Measuring, kept_measures, measure_run
-from flatminima.lab.results import RunFolder, RunResult
-from flatminima.lab.specs import RunSpec
-from flatminima.lab.training import train
+from flatminima.errors import FlatminimaError, FlatminimaWarning
+from flatminima.lab.errors import DamagedFileError
+from flatminima.lab.jobs import Executor, Failure, run_all
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.measuring import Measuring, kept_measures, measure_run
+from flatminima.lab.runs.records import RunResult
+from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.runs.training import train
 from flatminima.losses import LOGIT_NORMALIZATION
 from flatminima.measures.results import MEASURES, Characterization
 

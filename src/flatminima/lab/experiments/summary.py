@@ -7,8 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatminima.lab.experiments import INDICATORS, Experiment, Record, finite, select, value_of
-from flatminima.lab.statistics import Difference, RankCorrelation, Spread, paired_difference, rank_correlation
+from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record, finite, select, value_of
+from flatminima.lab.experiments.statistics import (
+    Difference,
+    RankCorrelation,
+    Spread,
+    paired_difference,
+    rank_correlation,
+)
 
 RIVALS = ("log_det_fisher", "spectral_radius", "frobenius_norm", "robustness")
 """The measures of the paper's figures."""

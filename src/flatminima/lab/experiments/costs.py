@@ -14,17 +14,23 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from flatminima.lab.data import load_data
-from flatminima.lab.experiments import Record, Task
-from flatminima.lab.loading import resolve_device
-from flatminima.lab.measuring import Measuring
-from flatminima.lab.models import build_model
-from flatminima.lab.specs import RegularizerSpec, RunSpec
+from flatminima.lab.data.sources import load_data
+from flatminima.lab.experiments.experiment import Record, Task
+from flatminima.lab.networks.foreign import resolve_device
+from flatminima.lab.networks.paper import build_model
+from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.spec import RegularizerSpec, RunSpec
 
 FORWARD = 1 / 3
 """A forward pass in forward-backwards: two products backward for each one forward."""
+
+
 _GRAM = 2.0  # a sample in ξ: its forward-backward, and about as much again for the rows and their products
+
+
 _EXACT_PENALTY = 4.0  # a Hessian-vector product beside its gradient, as measured (benchmarks/regularizer.py)
+
+
 _TIMED_UPDATES = 3
 
 

@@ -1,0 +1,1 @@
+"""Image data: where they come from, augmentation, held-out and confusion sets."""

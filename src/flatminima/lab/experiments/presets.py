@@ -1,0 +1,151 @@
+"""The sizes that the paper's experiments come in.
+
+Every experiment comes in three sizes. ``paper`` is the paper's, nothing left out. The other two keep its form, that is
+what is varied, in how many settings, over five seeds, and scale down what is trained:
+
+* ``small``: CIFAR-10 images and ResNet-8, a pre-activation ResNet with one block a stage that halves the image at once.
+  It fits 2,000 images, and 1,000 more with random labels, in 40 epochs of mini-batches of 32: about a minute on one
+  core. These are not augmented, as random labels under 4-crop-f would take far longer to fit; in scenario II, where
+  the augmentation is what varies, it fits 1,000 images under 4-crop-f in 240 epochs at half the learning rate, in two
+  and a half minutes. Batch sizes are those of the paper over eight, as the sets are smaller, so that the largest still
+  gets enough updates to fit. A scenario takes 20 to 25 minutes on two cores.
+* ``digits``: networks of seconds on the embedded 8×8 digits, to see the whole machinery at work in minutes. Digits are
+  too easy to tell much about the claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.spec import RECIPES, MultiStep, RegularizerSpec, RunSpec
+
+PresetName = Literal["paper", "small", "digits"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The sizes of all experiments."""
+
+    scenario: RunSpec
+    """Training in scenarios I and III, with the default of all that they vary."""
+    augmented: RunSpec
+    """Training in scenario II."""
+    clean_images: int
+    """Images with their own labels in scenario I."""
+    confusion: tuple[int, ...]
+    """Sizes of the confusion set in scenario I."""
+    augmentations: tuple[str, ...]
+    """Schemes of scenario II."""
+    batch_sizes: tuple[int, ...]
+    """Batch sizes of scenario III."""
+    networks: Mapping[str, RunSpec]
+    """Trainings of Table 1 without a regularizer, by the names of network and data."""
+    measured: tuple[str, ...]
+    """Which of them are in Table 2."""
+    betas: tuple[float, ...]
+    """β of the search."""
+    sub_batches: tuple[int, ...]
+    """M of the search."""
+    clipping: tuple[float, ...]
+    """τ of the search."""
+    validation: int
+    """Training images held out for the search."""
+    regularizer: RegularizerSpec
+    """For networks that were not searched for."""
+    measuring: Measuring
+    """How minima are measured."""
+
+
+_PAPER = Preset(
+    scenario=RECIPES["scenario"],
+    augmented=RECIPES["scenario"],
+    clean_images=10_000,
+    confusion=(0, 1000, 2000, 3000, 4000, 5000),
+    augmentations=("no-aug", "flip-only", "1-crop-f", "4-crop-f"),
+    batch_sizes=(128, 256, 512, 1024),
+    networks={
+        "CNN, CIFAR-10": RECIPES["cnn"],
+        "WRN, CIFAR-10": RECIPES["wrn28-2"],
+        "DenseNet, CIFAR-10": RECIPES["densenet-bc-100"],
+        "ResNet, CIFAR-10": RECIPES["resnet20"],
+        "CNN, CIFAR-100": replace(RECIPES["cnn"], data="cifar100"),
+        "WRN, CIFAR-100": replace(RECIPES["wrn28-2"], data="cifar100"),
+        "DenseNet, CIFAR-100": replace(RECIPES["densenet-bc-100"], data="cifar100"),
+    },
+    measured=("ResNet, CIFAR-10", "WRN, CIFAR-10", "DenseNet, CIFAR-10"),
+    betas=(10, 20, 30, 40, 50, 75, 100, 125),
+    sub_batches=(4, 8, 16),
+    clipping=(1, 5, 10, 15),
+    validation=5000,
+    # as in the authors' code, which switches the penalty on at epoch 60
+    regularizer=RegularizerSpec(alpha=1e-4, beta=10, num_sub_batches=8, max_grad_norm=5, start_epoch=60),
+    measuring=Measuring(on_singular="skip"),
+)
+
+_SMALL_RUN = RunSpec(
+    model="resnet8",
+    train_size=2000,
+    augmentation="no-aug",
+    batch_size=32,
+    epochs=40,
+    schedule=MultiStep((0.5, 0.75)),
+    evaluate_every=1000,  # a test takes as long as two epochs: only at the end
+)
+
+
+_SMALL = Preset(
+    scenario=_SMALL_RUN,
+    augmented=replace(_SMALL_RUN, train_size=1000, epochs=240, lr=0.05),
+    clean_images=2000,
+    confusion=(0, 200, 400, 600, 800, 1000),
+    augmentations=_PAPER.augmentations,
+    batch_sizes=(16, 32, 64, 128),
+    networks={"ResNet-8, CIFAR-10": _SMALL_RUN},
+    measured=("ResNet-8, CIFAR-10",),
+    betas=(10, 100, 1000),
+    sub_batches=(4, 8),
+    clipping=(1, 5),
+    validation=5000,
+    regularizer=RegularizerSpec(alpha=1e-4, beta=100, num_sub_batches=4, max_grad_norm=5),
+    measuring=Measuring(trials=20, robustness_samples=10, on_singular="skip"),
+)
+
+_DIGITS_RUN = RunSpec(
+    model="mlp",
+    data="digits",
+    train_size=600,
+    augmentation="no-aug",
+    batch_size=50,
+    epochs=40,
+    lr=0.05,
+    schedule=MultiStep((0.5, 0.75)),
+    nesterov=True,
+    weight_decay=5e-4,
+    evaluate_every=10,
+)
+
+
+_DIGITS = Preset(
+    scenario=_DIGITS_RUN,
+    augmented=replace(_DIGITS_RUN, epochs=120),
+    clean_images=600,
+    confusion=(0, 60, 120, 180, 240, 300),
+    augmentations=_PAPER.augmentations,
+    batch_sizes=(25, 50, 100, 200),
+    networks={
+        "MLP, digits": _DIGITS_RUN,
+        "CNN, digits": replace(_DIGITS_RUN, model="small-cnn", epochs=20),
+    },
+    measured=("MLP, digits", "CNN, digits"),
+    betas=(200, 2000),
+    sub_batches=(5, 10),
+    clipping=(1, 5),
+    validation=300,
+    regularizer=RegularizerSpec(alpha=1e-4, beta=2000, num_sub_batches=5, max_grad_norm=5),
+    measuring=Measuring(trials=10, robustness_samples=20, on_singular="skip"),
+)
+
+PRESETS: dict[PresetName, Preset] = {"paper": _PAPER, "small": _SMALL, "digits": _DIGITS}

@@ -1,0 +1,1 @@
+"""The paper's networks, other people's, and checkpoints of both."""

@@ -1,0 +1,1 @@
+"""What experiments show, as tables, figures, pages and a live view."""

@@ -1,0 +1,1 @@
+"""One training run: its description, its folder, its training and its measures."""

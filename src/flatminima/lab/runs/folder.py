@@ -1,0 +1,282 @@
+"""The run folder: spec, resume point, checkpoint, history, result and measures of one training run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import filelock
+from torch import Tensor
+
+from flatminima.errors import FlatminimaError
+from flatminima.lab.errors import DamagedFileError
+from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunProgress, RunResult
+from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.storage import beside, damaged, read_tensors, read_text, write_tensors, write_whole
+
+Record = TypeVar("Record")
+
+_FILES = (
+    "spec.json",
+    "state.safetensors",
+    "checkpoint.safetensors",
+    "history.jsonl",
+    "result.json",
+    "failure.json",
+    "measures.json",
+    "progress.json",
+)
+
+
+_WATCH_SECONDS = 1.0  # between two notes of how far the run is
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: The folder; it need not exist yet.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def of(cls, root: Path | str, spec: RunSpec) -> RunFolder:
+        """The folder of ``spec`` under ``root``: named by the network and the spec's digest."""
+        return cls(Path(root) / f"{spec.model}-{spec.key}")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of a run is there yet."""
+        return not any(self._file(name).exists() for name in _FILES)
+
+    @property
+    def status(self) -> Literal["new", "unfinished", "failed", "finished"]:
+        """How far the run is, judged by which files exist."""
+        if self._file("result.json").exists():
+            return "finished"
+        if self._file("failure.json").exists():
+            return "failed"
+        return "unfinished" if self._file("spec.json").exists() else "new"
+
+    @contextlib.contextmanager
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold the folder alone; the operating system frees it when the process ends, however it ends.
+
+        Args:
+            wait: Wait until no other process holds it.
+
+        Raises:
+            FlatminimaError: Another process holds it, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self._file("lock"), blocking=wait).acquire(poll_interval=0.2)
+        except filelock.Timeout:
+            raise FlatminimaError(
+                f"another process is training or measuring {self.path}; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise FlatminimaError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from None
+        with lock:
+            yield
+
+    def read_spec(self) -> RunSpec:
+        """The run's specification.
+
+        Raises:
+            DamagedFileError: There is none (it is no run folder), or it is damaged.
+        """
+        if not self._file("spec.json").is_file():
+            raise DamagedFileError(
+                f"{self.path} is not a run folder: it has no spec.json; give a folder that `train` wrote"
+            )
+        try:
+            return RunSpec.from_json(read_text(self._file("spec.json")))
+        except FlatminimaError as error:
+            raise damaged(self._file("spec.json"), str(error)) from None
+
+    def require_spec(self, spec: RunSpec) -> None:
+        """Refuse the folder of another run.
+
+        Raises:
+            DamagedFileError: ``spec.json`` is missing or damaged.
+            FlatminimaError: It is another run's.
+        """
+        if self.read_spec() != spec:
+            raise FlatminimaError(f"{self.path} holds another run than its name says; delete or rename it")
+
+    def write_spec(self, spec: RunSpec) -> None:
+        """Write ``spec.json``."""
+        write_whole(self._file("spec.json"), spec.to_json() + "\n")
+
+    def read_history(self) -> list[EpochRecord]:
+        """The finished epochs, up to the last resume point of an unfinished run.
+
+        Raises:
+            DamagedFileError: A line is not a record, or the epochs are not 1, 2, 3, ...
+        """
+        path = self._file("history.jsonl")
+        lines = read_text(path).splitlines() if path.exists() else []
+        records = []
+        for number, line in enumerate(lines, start=1):
+            record = _record(EpochRecord, line)
+            if record is None or record.epoch != number:
+                raise damaged(path, f"line {number} is not the record of epoch {number}")
+            records.append(record)
+        return records
+
+    def write_history(self, history: list[EpochRecord]) -> None:
+        """Write ``history.jsonl``."""
+        lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in history]
+        write_whole(self._file("history.jsonl"), "".join(lines))
+
+    def read_resume_point(self) -> ResumePoint | None:
+        """Where the run was last saved; None if it never was.
+
+        Raises:
+            DamagedFileError: The file is truncated or altered.
+        """
+        path = self._file("state.safetensors")
+        if not path.exists():
+            return None
+        tensors, note = read_tensors(path)
+        try:
+            history = tuple(EpochRecord(**record) for record in note.pop("history"))
+            return ResumePoint(tensors=tensors, sums=EpochSums(**note.pop("sums")), history=history, **note)
+        except (KeyError, TypeError):
+            raise damaged(path, "it is not a resume point of this version") from None
+
+    def write_resume_point(self, point: ResumePoint) -> None:
+        """Write ``state.safetensors``, counters and history within, and ``history.jsonl`` for readers."""
+        note = {
+            field.name: getattr(point, field.name) for field in dataclasses.fields(point) if field.name != "tensors"
+        }
+        note["sums"] = dataclasses.asdict(point.sums)
+        note["history"] = [dataclasses.asdict(record) for record in point.history]
+        write_tensors(self._file("state.safetensors"), point.tensors, note)
+        self.write_history(list(point.history))
+
+    def read_result(self) -> RunResult | None:
+        """The result, once its checkpoint is found whole; None if the run is not finished.
+
+        Raises:
+            DamagedFileError: The result or the checkpoint is missing, truncated or altered.
+            FlatminimaError: The run failed; the message says why.
+        """
+        if self.status == "failed":
+            raise FlatminimaError(self._failure())
+        path = self._file("result.json")
+        if not path.exists():
+            return None
+        result = _record(RunResult, read_text(path), folder=self.path)
+        if result is None:
+            raise damaged(path, "it is not a result")
+        self.read_checkpoint()
+        return result
+
+    def read_checkpoint(self) -> Mapping[str, Tensor]:
+        """The final weights and buffers by name.
+
+        Raises:
+            DamagedFileError: The checkpoint is missing, truncated or altered.
+        """
+        return read_tensors(self._file("checkpoint.safetensors"))[0]
+
+    def write_result(self, result: RunResult, weights: Mapping[str, Tensor], history: list[EpochRecord]) -> None:
+        """Finish the run: checkpoint and history first, then the result that vouches for them."""
+        write_tensors(self._file("checkpoint.safetensors"), weights, {})
+        self.write_history(history)
+        values = dataclasses.asdict(result)
+        del values["folder"]
+        write_whole(self._file("result.json"), json.dumps(values, indent=2) + "\n")
+        self._file("state.safetensors").unlink(missing_ok=True)
+
+    def write_failure(self, message: str, history: list[EpochRecord]) -> None:
+        """Mark the run as failed; it is deterministic, so it would fail again."""
+        self.write_history(history)
+        write_whole(self._file("failure.json"), json.dumps({"error": message}) + "\n")
+        self._file("state.safetensors").unlink(missing_ok=True)
+
+    def read_measures(self) -> str | None:
+        """The JSON text of the run's measures; None if it was not measured."""
+        path = self._file("measures.json")
+        return read_text(path) if path.exists() else None
+
+    def write_measures(self, text: str) -> None:
+        """Write ``measures.json``."""
+        write_whole(self._file("measures.json"), text)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Callable[[RunProgress], None]]:
+        """What it yields notes down how far the run is, once a second at most; the note ends with the context.
+
+        It is there for whoever watches. No run fails because it cannot be written.
+        """
+        path = self._file("progress.json")
+        due = 0.0
+
+        def note(progress: RunProgress) -> None:
+            nonlocal due
+            if time.monotonic() < due:
+                return
+            due = time.monotonic() + _WATCH_SECONDS
+            temporary = beside(path)
+            with contextlib.suppress(OSError):
+                temporary.write_text(json.dumps(dataclasses.asdict(progress)))
+                temporary.replace(path)
+
+        try:
+            yield note
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def read_progress(self) -> RunProgress | None:
+        """How far the run is; None if nobody says so."""
+        try:
+            return _record(RunProgress, self._file("progress.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def progress_written(self) -> int | None:
+        """When that was written (nanoseconds, by the file system's clock); a killed process leaves it behind."""
+        try:
+            return self._file("progress.json").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def clear(self) -> None:
+        """Delete this run's files, so that nothing of an earlier attempt can be taken for this one's."""
+        for name in _FILES:
+            self._file(name).unlink(missing_ok=True)
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Delete the half-written files of a process that was killed."""
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _failure(self) -> str:
+        try:
+            error = json.loads(read_text(self._file("failure.json")))["error"]
+        except (ValueError, TypeError, KeyError):
+            error = "its failure.json is damaged"
+        return f"this run failed before: {error} (delete {self.path} to train it again)"
+
+    def _file(self, name: str) -> Path:
+        return self.path / name
+
+
+def _record(kind: Callable[..., Record], text: str, **extra: Any) -> Record | None:
+    """The dataclass written as JSON in ``text``; None if it is anything else."""
+    try:
+        return kind(**json.loads(text), **extra)
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,78 @@
+"""The data of a run, and a finished run with its data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from flatminima.errors import FlatminimaError
+from flatminima.lab.data.augmentation import confuse, hold_out
+from flatminima.lab.data.images import ImageSet
+from flatminima.lab.data.sources import load_data
+from flatminima.lab.networks.checkpoints import load_weights
+from flatminima.lab.networks.paper import build_model
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.storage import bytes_of
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """The data of a run."""
+
+    clean: ImageSet
+    """The training images with their own labels: what measures are taken on."""
+    train: ImageSet
+    """What is trained on: the clean images and the confusion set."""
+    test: ImageSet
+    """The test set."""
+    validation: ImageSet
+    """Training images held out."""
+
+    def digest(self) -> str:
+        """A digest of all images and labels."""
+        digest = hashlib.sha256()
+        for images in (self.train, self.test, self.validation):
+            digest.update(bytes_of(images.images))
+            digest.update(bytes_of(images.labels))
+        return digest.hexdigest()
+
+
+def load_sets(spec: RunSpec, *, cache_dir: Path | None = None) -> TrainingSets:
+    """Load the data of a run; its subset and its confusion set follow from the spec's seed.
+
+    Raises:
+        FlatminimaError: The data cannot be loaded, or has too few images.
+    """
+    full, test = load_data(spec.source, cache_dir=cache_dir)
+    full, validation = hold_out(full, spec.validation)
+    if spec.train_size is None and spec.confusion == 0:
+        return TrainingSets(full, full, test, validation)  # in the order of the files, whatever the seed
+    clean, train = confuse(full, num_clean=spec.train_size, num_confused=spec.confusion, seed=spec.seed)
+    return TrainingSets(clean, train, test, validation)
+
+
+def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpec, nn.Module, ImageSet, ImageSet]:
+    """A finished run: its spec, the trained network in evaluation mode, and the data to measure it on.
+
+    Returns:
+        The spec, the network on the CPU, the un-augmented clean training set, and the test set.
+
+    Raises:
+        FlatminimaError: The folder is no run's, the run is unfinished or failed, a file is damaged, or the data are
+            no longer those the network was trained on.
+    """
+    folder = RunFolder(path)
+    spec = folder.read_spec()
+    result = folder.read_result()
+    if result is None:
+        raise FlatminimaError(f"the run in {folder.path} is not finished; train it to the end first")
+    sets = load_sets(spec, cache_dir=cache_dir)
+    if sets.digest() != result.data_digest:
+        raise FlatminimaError(f"the data {spec.source!r} have changed since {folder.path} was trained; train it again")
+    model = build_model(spec.model, num_classes=sets.train.num_classes, in_channels=sets.train.images.shape[1])
+    load_weights(model, folder.path / "checkpoint.safetensors")
+    return spec, model.eval(), sets.clean, sets.test

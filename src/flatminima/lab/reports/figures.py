@@ -162,7 +162,7 @@ def band(axes: Axes, theme: Theme, names: Sequence[str], values: Sequence[Sequen
 def write_page(path: Path, template: str, **context: Any) -> None:
     """Render one of the package's templates and write the page atomically."""
     environment = Environment(
-        loader=PackageLoader("flatminima.lab", "templates"),
+        loader=PackageLoader("flatminima.lab.reports", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

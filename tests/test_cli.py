@@ -18,12 +18,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flatminima import cli
+from flatminima.cli.commands import COMMANDS, Report, recipe_of
+from flatminima.cli.main import INTERRUPTED
 from flatminima.errors import FlatminimaWarning
 from flatminima.lab import demo
 from flatminima.lab.networks.paper import build_model
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs import training
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 TRAIN = ["train", "digits", "--model", "mlp", "--epochs", "2", "--train-size", "200", "--no-progress"]
 MEASURE = ["--subset-size", "20", "--trials", "2", "--no-progress"]
@@ -92,7 +94,7 @@ def test_one_option_switches_on_the_regularizer_or_its_rival(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "train", trained)
-    assert cli.main([*TRAIN, *options, "--root", str(tmp_path)]) == cli.INTERRUPTED
+    assert cli.main([*TRAIN, *options, "--root", str(tmp_path)]) == INTERRUPTED
 
 
 def test_json_is_all_of_standard_output(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,7 +265,7 @@ def test_debugging_shows_where_an_error_comes_from(
 def test_without_a_command_it_lists_them(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command) == 0
     out = capsys.readouterr().out
-    assert all(f"  {name} " in out for name in cli.COMMANDS)
+    assert all(f"  {name} " in out for name in COMMANDS)
     assert "flatminima COMMAND --help" in out
 
 
@@ -272,7 +274,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split()[0] == "flatminima"
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", list(COMMANDS))
 def test_help_of_a_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
     captured = capsys.readouterr()
@@ -290,12 +292,12 @@ def test_help_shows_the_defaults_of_the_recipe(capsys: pytest.CaptureFixture[str
         (["-d", "digits", "-m", "mlp"], "digits"),
         (["--epochs", "3"], "resnet20"),
     ):
-        assert cli._recipe(arguments) == (recipe, arguments)
+        assert recipe_of(arguments) == (recipe, arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "regularizer"),
-    [([], None), (["--regularizer"], cli.RegularizerSpec()), (["--regularizer.beta=3"], cli.RegularizerSpec(beta=3.0))],
+    [([], None), (["--regularizer"], RegularizerSpec()), (["--regularizer.beta=3"], RegularizerSpec(beta=3.0))],
 )
 def test_options_override_the_recipe(
     arguments: list[str], regularizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -309,7 +311,7 @@ def test_options_override_the_recipe(
     monkeypatch.setattr(training, "train", train)
     short = ["-d", "x", "-e", "3", "-b", "32", "-s", "5"]
     assert cli.main(["train", "wrn28-2", *short, *arguments]) == 130
-    expected = replace(cli.RECIPES["wrn28-2"], data="x", epochs=3, batch_size=32, seed=5, regularizer=regularizer)
+    expected = replace(RECIPES["wrn28-2"], data="x", epochs=3, batch_size=32, seed=5, regularizer=regularizer)
     assert asked == [expected]
     assert capsys.readouterr().err == "flatminima: interrupted: the same command starts again\n"
 
@@ -376,9 +378,9 @@ def test_the_caller_keeps_its_own_warnings(capsys: pytest.CaptureFixture[str]) -
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def warning(given: list[str]) -> Any:
         warnings.warn("first\nsecond", FlatminimaWarning, stacklevel=1)
-        return False, cli.Report({}, "")
+        return False, Report({}, "")
 
-    monkeypatch.setitem(cli.COMMANDS, "demo", warning)
+    monkeypatch.setitem(COMMANDS, "demo", warning)
     assert cli.main(["demo"]) == 0
     assert capsys.readouterr().err == "flatminima: warning: first second\n"
 

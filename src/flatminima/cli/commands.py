@@ -1,0 +1,210 @@
+"""What each command does: options in, a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Group
+from rich.text import Text
+from tyro.conf import arg
+
+from flatminima.cli.options import (
+    PROGRAM,
+    REGULARIZERS,
+    Compare,
+    Demo,
+    Measure,
+    Reproduce,
+    RunOptions,
+    Train,
+    did_you_mean,
+    parse,
+)
+from flatminima.cli.output import Report, say, standard_output_kept_clean
+from flatminima.errors import FlatminimaError
+from flatminima.lab.runs.spec import RECIPES
+
+
+def _demo(given: list[str]) -> tuple[bool, Report]:
+    options = parse(Demo, given, prog="demo")
+    with standard_output_kept_clean():
+        from flatminima.lab import demo
+
+        summary = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
+        page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({summary['seconds']:.0f} s).")
+        return options.output.json, Report(summary, Group(demo.table(summary), page))
+
+
+def _train(given: list[str]) -> tuple[bool, Report]:
+    recipe, rest = recipe_of(given)
+    about = inspect.cleandoc(Train.__doc__ or "")
+    options = parse(
+        Train,
+        [argument for argument in rest if argument not in [f"--{name}" for name in REGULARIZERS]],
+        prog="train [RECIPE]",
+        description=f"{about}\n\nRecipes: {', '.join(RECIPES)}. The defaults below are those of {recipe!r}.",
+        default=Train(RunOptions.of(RECIPES[recipe])),
+    )
+    spec = options.run.spec(
+        [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
+    )
+    with standard_output_kept_clean():
+        from flatminima.lab.networks.foreign import resolve_device
+        from flatminima.lab.runs.folder import RunFolder
+        from flatminima.lab.runs.training import train
+
+        folder = RunFolder.of(options.root, spec)
+        before = folder.status
+        if before == "unfinished":
+            say(f"going on with the unfinished run in {folder.path}")
+        accelerator = "auto" if options.device == "auto" else resolve_device(options.device).type
+        result = train(
+            spec,
+            options.root,
+            progress=not options.output.no_progress,
+            accelerator=accelerator,
+            compile=options.compile,
+        )
+    happened = {"finished": "was trained before, nothing to do", "unfinished": "resumed and finished"}
+    seconds = result.seconds / result.epochs
+    lines = [
+        f"{spec.model} on {spec.data}: {happened.get(before, 'finished')}",
+        f"  run folder     {result.folder}",
+        f"  test error     {result.test_error:.2%}",
+        *([] if result.validation_error is None else [f"  validation     {result.validation_error:.2%} error"]),
+        f"  training loss  {result.train_loss:.4g} (accuracy {result.train_accuracy:.2%})",
+        f"  time           {seconds:.3g} s per epoch, {result.epochs} epochs",
+        f"next: {PROGRAM} measure {shlex.quote(str(result.folder))}",
+    ]
+    values = {**dataclasses.asdict(result), "seconds_per_epoch": seconds, "spec": dataclasses.asdict(spec)}
+    return options.output.json, Report(values, Text("\n".join(lines)))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What decides the recipe where none is named."""
+
+    model: Annotated[str | None, arg(aliases=("-m",))] = None
+    data: Annotated[str | None, arg(aliases=("-d",))] = None
+
+
+def recipe_of(given: list[str]) -> tuple[str, list[str]]:
+    """The recipe and the options that change it."""
+    if given and not given[0].startswith("-"):
+        if given[0] not in RECIPES:
+            hint = did_you_mean(given[0], list(RECIPES))
+            raise FlatminimaError(f"unknown recipe {given[0]!r}{hint}: choose from {', '.join(RECIPES)}")
+        return given[0], given[1:]
+    subject, _ = parse(_Subject, given, prog="train", add_help=False, return_unknown_args=True)
+    if subject.data == "digits":
+        return "digits", given
+    return (subject.model if subject.model in RECIPES else "resnet20"), given
+
+
+def _measure(given: list[str]) -> tuple[bool, Report]:
+    options = parse(Measure, given, prog="measure")
+    foreign, how = options.foreign, options.measuring.how()
+    if bool(options.runs) == (foreign.model is not None):
+        raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
+    where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
+    with standard_output_kept_clean():
+        from flatminima.lab.data.sources import load_data
+        from flatminima.lab.networks.foreign import load_model
+        from flatminima.lab.runs.measuring import measure_run
+
+        if foreign.model is None:
+            if foreign.checkpoint or foreign.data:
+                raise FlatminimaError("--checkpoint and --data go with --model; a run folder has its own")
+            measured = {str(path): measure_run(path, how, **where) for path in options.runs}
+        elif foreign.data is None:
+            raise FlatminimaError(
+                "--model needs its training data too: add --data digits, cifar10, cifar100 or a folder"
+            )
+        else:
+            train_set, _ = load_data(foreign.data)
+            model = load_model(foreign.model, foreign.checkpoint, train_set)
+            measured = {foreign.model: how.of(model, train_set, **where)}
+    bodies = {name: json.loads(characterization.to_json()) for name, characterization in measured.items()}
+    tables = [part for name, table in measured.items() for part in (Text(name), table)]
+    return options.output.json, Report(bodies if len(bodies) > 1 else next(iter(bodies.values())), Group(*tables))
+
+
+def _compare(given: list[str]) -> tuple[bool, Report]:
+    options = parse(Compare, given, prog="compare")
+    paths = dict(map(_named, options.runs))
+    if len(paths) < len(options.runs):
+        raise FlatminimaError("two of them have the same name: give them as NAME=FOLDER")
+    if options.model is not None and options.data is None:
+        raise FlatminimaError("--model needs the training data too: add --data digits, cifar10, cifar100 or a folder")
+    how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
+    with standard_output_kept_clean():
+        from flatminima.lab.runs.measuring import compare_networks, compare_runs
+
+        if options.data is None:
+            comparison = compare_runs(paths, how, **where)
+        else:
+            comparison = compare_networks(paths, options.data, options.model, how, **where)
+    return options.output.json, Report(json.loads(comparison.to_json()), comparison)
+
+
+def _named(run: str) -> tuple[str, Path]:
+    """NAME=PATH taken apart; a path alone is called like its last part."""
+    name, equals, path = run.partition("=")
+    if equals and not Path(run).exists():
+        return name, Path(path)
+    return Path(run).resolve().name, Path(run)
+
+
+def _reproduce(given: list[str]) -> tuple[bool, Report]:
+    options = parse(Reproduce, given, prog="reproduce")
+    with standard_output_kept_clean():
+        from flatminima.lab import reproduce
+        from flatminima.lab.experiments.paper import EXPERIMENTS
+        from flatminima.lab.jobs import Executor, Local, Processes, Ray, available_cores
+
+        known = [*EXPERIMENTS, "all"]
+        for name in options.experiments:
+            if name not in known:
+                raise FlatminimaError(
+                    f"unknown experiment {name!r}{did_you_mean(name, known)}: choose from {', '.join(known)}"
+                )
+        if not options.experiments:
+            raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
+        chosen = EXPERIMENTS if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
+        workers = options.workers or available_cores()
+        executors: dict[str, Executor] = {"local": Local(), "processes": Processes(workers), "ray": Ray()}
+        reproduction = reproduce.Reproduction(
+            names=chosen,
+            preset=options.preset,
+            out=options.out,
+            data=options.data,
+            seeds=options.seeds,
+            executor=executors[options.executor],
+            workers=1 if options.executor == "local" else workers,
+            trials=options.trials,
+        )
+        if options.dry_run:
+            plan = reproduction.plan()
+            shown = reproduce.plan_table(plan, reproduction.workers)
+            return options.output.json, Report([dataclasses.asdict(row) for row in plan], shown)
+        summaries = reproduction.run(progress=not options.output.no_progress)
+        page = Text(f"\n{reproduction.page} shows it in pictures.")
+        status = int(any(summary["failures"] for summary in summaries))
+        return options.output.json, Report(summaries, Group(reproduce.table(summaries), page), status)
+
+
+COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {
+    "demo": _demo,
+    "train": _train,
+    "measure": _measure,
+    "compare": _compare,
+    "reproduce": _reproduce,
+}

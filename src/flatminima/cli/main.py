@@ -1,0 +1,109 @@
+"""``flatminima COMMAND``: run it, print its report, and say what went wrong in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from flatminima.cli.commands import COMMANDS
+from flatminima.cli.options import PROGRAM, Compare, Demo, Measure, Reproduce, Train, did_you_mean
+from flatminima.cli.output import say, show_warning
+from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError
+from flatminima.lab.errors import TrainingInterrupted
+from flatminima.parallel.processes import Processes
+
+INTERRUPTED = 130
+"""The exit status of a program that Ctrl-C ended."""
+NARROWEST_TABLE = 120
+"""Columns of a table that goes to a file or a pipe; on a terminal it is as wide as that."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 done, 1 failed, 2 bad input, 130 Ctrl-C)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or bool(os.environ.get("FLATMINIMA_DEBUG"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", FlatminimaWarning)
+        warnings.showwarning = show_warning
+        try:
+            status = _run(given)
+            sys.stdout.flush()
+            return status
+        except SystemExit as exit_:  # --help of a command
+            return int(exit_.code or 0)
+        except TrainingInterrupted as interruption:
+            return _fail(f"interrupted: {interruption}", INTERRUPTED, False)
+        except KeyboardInterrupt:
+            return _fail("interrupted: the same command starts again", INTERRUPTED, False)
+        except BrokenPipeError:  # the reader of our output has gone, `| head`
+            with contextlib.suppress(OSError, ValueError):  # so that the interpreter's own flush does not fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except RankDeficientError as error:
+            return _fail(f"error: {error} (options: --on-singular skip, --double, --subset-size)", 2, debug)
+        except NonFiniteError as error:  # one process alone may have met it
+            return _fail(f"error: {error}", 2, debug, by_any=True)
+        except (FlatminimaError, FileNotFoundError) as error:
+            return _fail(f"error: {error}", 2, debug)
+        except ModuleNotFoundError as error:
+            return _fail(f"error: the command line needs {error.name}: pip install 'flatminima[lab]'", 1, debug)
+        except OSError as error:
+            return _fail(f"error: {error}", 1, debug, by_any=True)
+        except Exception as error:
+            return _fail(f"error: {type(error).__name__}: {error} (--debug shows where)", 1, debug, by_any=True)
+
+
+def _run(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_usage(), end="")  # noqa: T201
+        return 0
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(PROGRAM, version(PROGRAM))  # noqa: T201
+        return 0
+    if given[0] not in COMMANDS:
+        hint = did_you_mean(given[0], list(COMMANDS))
+        raise FlatminimaError(f"unknown command {given[0]!r}{hint}: choose from {', '.join(COMMANDS)}")
+    processes = Processes.launched()
+    if processes.size > 1 and given[0] != "train":
+        raise FlatminimaError(f"only `train` can be shared by several processes: start `{given[0]}` without torchrun")
+    as_json, report = COMMANDS[given[0]](given[1:])
+    if processes.rank > 0:
+        return report.status
+    if as_json:
+        print(json.dumps(report.json, default=str, allow_nan=False))  # noqa: T201
+    else:
+        console = Console()
+        console = console if console.is_terminal else Console(width=NARROWEST_TABLE)
+        console.print(report.text, soft_wrap=isinstance(report.text, Text))
+    return report.status
+
+
+def _usage() -> str:
+    lines = [f"usage: {PROGRAM} COMMAND [options]", "", "Which minimum generalizes better, and how to train to it.", ""]
+    for command in (Demo, Train, Measure, Compare, Reproduce):
+        summary = (command.__doc__ or "").splitlines()[0]
+        lines.append(f"  {command.__name__.lower():<10} {summary}")
+    lines += [
+        "",
+        f"Begin with: {PROGRAM} demo",
+        f"{PROGRAM} COMMAND --help explains a command; {PROGRAM} --version prints the version.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _fail(text: str, status: int, debug: bool, *, by_any: bool = False) -> int:
+    if debug:
+        traceback.print_exc()
+    say(text, by_any=by_any)
+    return status

@@ -1,0 +1,256 @@
+"""What each command takes: options as frozen dataclasses, and how they are parsed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+
+from flatminima.errors import FlatminimaError
+from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+
+PROGRAM = "flatminima"
+REGULARIZERS = ("regularizer", "sam")
+"""Groups of options of `train` of which at most one is switched on, by giving any of them."""
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
+
+Options = TypeVar("Options")
+Flag = FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command prints."""
+
+    json: Flag = False
+    """Print one JSON object on standard output and nothing else."""
+    no_progress: Flag = False
+    """Show no progress bars; otherwise they appear on a terminal, for what takes longer than two seconds."""
+    debug: Flag = False
+    """Show where in the code an error comes from (as FLATMINIMA_DEBUG=1 does)."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Both questions answered on handwritten digits, in minutes: writes OUT/report.html.
+
+    Trains small networks with ever more randomly labelled images, with and without the regularizer, and sets γ̂ and its
+    rivals beside the test error. Run it again and finished networks are not trained twice.
+
+    Example: flatminima demo
+    """
+
+    out: Annotated[Path, arg(aliases=("-o",))] = Path("demo")
+    """Folder for the report, the summary and the runs."""
+    workers: Annotated[int | None, arg(aliases=("-w",))] = None
+    """Networks trained at once (None: one per core)."""
+    output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class RunOptions(RunSpec):
+    """A run's description, with short names for what is changed most."""
+
+    model: Annotated[str, arg(aliases=("-m",))] = RunSpec.model
+    data: Annotated[str, arg(aliases=("-d",))] = RunSpec.data
+    epochs: Annotated[int | None, arg(aliases=("-e",))] = RunSpec.epochs
+    batch_size: Annotated[int, arg(aliases=("-b",))] = RunSpec.batch_size
+    seed: Annotated[int, arg(aliases=("-s",))] = RunSpec.seed
+    regularizer: RegularizerSpec = field(default_factory=RegularizerSpec)
+    """The Fisher trace regularizer."""
+    sam: SharpnessAwareSpec = field(default_factory=SharpnessAwareSpec)
+    """Its rival, sharpness-aware minimization."""
+
+    @classmethod
+    def of(cls, recipe: RunSpec) -> RunOptions:
+        """The options that stand for ``recipe``; those of both regularizers are always there to be seen and changed."""
+        return cls(**{**fields_of(recipe), "regularizer": RegularizerSpec()})
+
+    def spec(self, switched_on: Sequence[str]) -> RunSpec:
+        """The run described, with one of ``regularizer`` and ``sam``, or neither."""
+        if len(switched_on) > 1:
+            raise FlatminimaError("--regularizer and --sam are rivals: give the options of one of them")
+        fields = fields_of(self)
+        found = {name: fields.pop(name) for name in REGULARIZERS}
+        return RunSpec(**fields, regularizer=found[switched_on[0]] if switched_on else None)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one network into a run folder; the same command again goes on where it stopped.
+
+    Under torchrun its processes share the run, each with a device of its own and an equal part of every mini-batch.
+
+    RECIPE is one of the paper's trainings, and the options below change it. Without RECIPE it is that of the --model,
+    digits for --data digits, or else resnet20. --regularizer, or any of its options, switches the regularizer on; and
+    --sam, or any of its options, sharpness-aware minimization in its place.
+
+    Example: flatminima train resnet20 --data cifar10 --epochs 3
+
+    Example: torchrun --nproc-per-node 2 -m flatminima train resnet20 --data cifar10
+    """
+
+    run: Annotated[AvoidSubcommands[RunOptions], arg(name="")]
+    root: Annotated[Path, arg(aliases=("-r",))] = Path("runs")
+    """Where run folders are kept."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train (auto: on a GPU if there is one)."""
+    compile: Flag = False
+    """Compile the network first: a minute or more of preparation, then faster; the same run up to rounding."""
+    output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class MeasuringOptions(Measuring):
+    """How minima are measured."""
+
+    subset_size: Annotated[int, arg(aliases=("-n",))] = Measuring.subset_size
+    trials: Annotated[int, arg(aliases=("-t",))] = Measuring.trials
+    seed: Annotated[int, arg(aliases=("-s",))] = Measuring.seed
+    scale_invariant: Flag = Measuring.scale_invariant
+    double: Flag = Measuring.double
+
+    def how(self) -> Measuring:
+        """The same without names for the command line."""
+        return Measuring(**fields_of(self))
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A network that is not ours, and the data it was trained on."""
+
+    model: Annotated[str | None, arg(aliases=("-m",))] = None
+    """package.module:factory (importable from the current directory too), or the name of one of our networks."""
+    checkpoint: Annotated[Path | None, arg(aliases=("-c",))] = None
+    """Its weights: .safetensors, or .pt/.pth holding a state dict alone (None: those that the factory gives it)."""
+    data: Annotated[str | None, arg(aliases=("-d",))] = None
+    """Its training data: digits, cifar10, cifar100, or a folder of parquet files."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure γ̂ and its rivals at trained minima, over subsets of their un-augmented training data.
+
+    Takes run folders, or --model, --checkpoint and --data for a network that is not ours. A run folder keeps its
+    measures, so that asking again costs nothing.
+
+    Example: flatminima measure runs/resnet20-0123456789ab
+
+    Example: flatminima measure --model mypackage.nets:build --checkpoint weights.safetensors --data cifar10
+    """
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")] = ()
+    """Run folders."""
+    foreign: OmitArgPrefixes[Foreign] = field(default_factory=Foreign)
+    measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to measure (auto: on a GPU if there is one)."""
+    output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare trained minima on the same subsets of the same data: paired differences, ranks.
+
+    Takes run folders, each as FOLDER or NAME=FOLDER. They must have been trained on the same clean images, or be
+    compared on the --data given; with --model and --data, checkpoints of a network that is not ours stand beside them.
+
+    Example: flatminima compare plain=runs/resnet20-0123456789ab regularized=runs/resnet20-ba9876543210
+
+    Example: flatminima compare a.safetensors b.safetensors --model mypackage.nets:build --data cifar10
+    """
+
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
+    """Run folders, as FOLDER or NAME=FOLDER."""
+    data: Annotated[str | None, arg(aliases=("-d",))] = None
+    """Compare on this training set (digits, cifar10, cifar100, or a folder of parquet files), not on the runs' own."""
+    model: Annotated[str | None, arg(aliases=("-m",))] = None
+    """What the checkpoints among RUNS are of: package.module:factory, or the name of one of our networks."""
+    measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to measure (auto: on a GPU if there is one)."""
+    output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """The paper's experiments from end to end: train, measure, and report beside the paper's numbers.
+
+    Finished runs are kept, so that an interrupted reproduction goes on, and a failed run does not stop the others. The
+    page in OUT/PRESET shows what is done so far.
+
+    Example: flatminima reproduce scenario-1 --preset digits
+
+    Example: flatminima reproduce all --preset small --data path/to/cifar --dry-run
+    """
+
+    experiments: Annotated[Positional[tuple[str, ...]], arg(metavar="EXPERIMENT")] = ()
+    """scenario-1, scenario-2, scenario-3, table-1, table-2, search, or all."""
+    preset: Annotated[Literal["paper", "small", "digits"], arg(aliases=("-p",))] = "digits"
+    """How large: as in the paper; in small, on CIFAR-10; or in miniature, on handwritten digits."""
+    out: Annotated[Path, arg(aliases=("-o",))] = Path("reproduction")
+    """Folder for pages and runs."""
+    data: Annotated[Path | None, arg(aliases=("-d",))] = None
+    """Folder of CIFAR as parquet files, or of folders cifar10 and cifar100 with them (None: the Hugging Face hub)."""
+    executor: Literal["local", "processes", "ray"] = "processes"
+    """Where runs go: this process, worker processes of one thread each, or a Ray cluster (that of RAY_ADDRESS)."""
+    workers: Annotated[int | None, arg(aliases=("-w",))] = None
+    """Worker processes (None: one per core)."""
+    seeds: tuple[int, ...] | None = None
+    """Other seeds than the paper's five (0 to 4)."""
+    trials: Annotated[int | None, arg(aliases=("-t",))] = None
+    """Search by this many trials of Optuna for every network, hopeless ones pruned (None: over the whole grid)."""
+    dry_run: Flag = False
+    """Only say what would run, and for how long."""
+    output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+
+def parse(command: type[Options], given: list[str], *, prog: str, **parsing: Any) -> Any:
+    """The options given; what is wrong with them as a :class:`FlatminimaError` of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        name = prog.split()[0]
+        raise FlatminimaError(f"{_unboxed(said.getvalue())} ({PROGRAM} {name} --help explains)") from None
+
+
+def _unboxed(said: str) -> str:
+    """The message in tyro's box, and the names of the options it takes for the ones meant."""
+    lines = [_TERMINAL_CODES.sub("", line).strip(" │") for line in said.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in filter(None, lines[1:]):  # the first is the title
+        if set(line) <= set("─╰╯-"):
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    sections = [section for section in sections if section]
+    message = re.sub(r"^Error parsing run[.\w]*: | Got errors:.*", "", " ".join(sections[0])).rstrip(".")
+    suggested = sections[1] if len(sections) > 1 and sections[1][:1] == ["Perhaps you meant:"] else []
+    names = [name for line in suggested if line.startswith("-") for name in re.findall(r"--[\w.-]+", line)[:1]]
+    return f"{message}; perhaps you meant {' or '.join(names)}" if names else message
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """A dataclass's fields as they are (``dataclasses.asdict`` would take nested ones apart)."""
+    return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    """A hint at the name that was probably meant, or nothing."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,49 @@
+"""What a command says: a report on standard output, all else in lines on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from rich.console import RenderableType
+
+from flatminima.cli.options import PROGRAM
+from flatminima.parallel.processes import Processes
+
+
+@dataclass(frozen=True)
+class Report:
+    """A command's outcome, for programs and for people."""
+
+    json: Any
+    text: RenderableType
+    status: int = 0
+    """The exit status: 1 where a part of the work failed."""
+
+
+@contextlib.contextmanager
+def standard_output_kept_clean() -> Iterator[None]:
+    """What other code prints goes to standard error: standard output is the report's."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def say(text: str, *, by_any: bool = False) -> None:
+    """Say it on standard error; of several processes the first alone, unless it may be news to that one."""
+    if by_any or Processes.launched().rank == 0:
+        print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """In the place of ``warnings.showwarning``: one line, as errors are."""
+    say(f"warning: {message}")

@@ -30,7 +30,7 @@ from flatminima.gramian.planning import Plan
 from flatminima.gramian.products import times_own_transpose, times_transposes
 from flatminima.lab.networks.paper import build_model
 from flatminima.losses import CrossEntropy
-from peers import PEERS, PerSampleLoss
+from support.peers import PEERS, PerSampleLoss
 
 OURS, PLAIN = "flatminima", "forward-backward"
 TOLERANCE = 1e-3

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatminima as fm
-import no_float64
 from flatminima.gramian.engine import factored_gram
+from support import no_float64
 
 PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 ACCELERATORS = [

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cases import CASES
 from flatminima.errors import FlatminimaError, NonFiniteError, RankDeficientError
 from flatminima.exact import MAX_PARAMETERS, exact_fisher, exact_gamma, exact_hessian
 from flatminima.network.batches import call_model
-from oracles import explicit_jacobian
-from small_networks import PinnedLinear, PinnedNetwork, divergence, pinned_linear, trained_network
+from support.cases import CASES
+from support.oracles import explicit_jacobian
+from support.small_networks import PinnedLinear, PinnedNetwork, divergence, pinned_linear, trained_network
 
 BY_NAME = {case.name: case for case in CASES}
 SMALL = [

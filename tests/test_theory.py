@@ -26,8 +26,8 @@ from flatminima.theory import (
     pac_bayes_bound,
     pac_bayes_bound_of,
 )
-from oracles import explicit_jacobian
-from small_networks import number_of_parameters, pinned_linear, trained_network
+from support.oracles import explicit_jacobian
+from support.small_networks import number_of_parameters, pinned_linear, trained_network
 
 VALID: dict[str, Any] = {
     "log_det_fisher": -40.0,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from flatminima.errors import FlatminimaError
 from flatminima.integrations.accelerate import backward
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import SEED, gradients_of, mlp
+from support.regularizer_cases import SEED, gradients_of, mlp
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
 

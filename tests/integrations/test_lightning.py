@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import SEED, mlp
+from support.regularizer_cases import SEED, mlp
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics, which comes with Lightning, is not installed")

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from collectives import spawn
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import SEED, mlp
+from support.collectives import spawn
+from support.regularizer_cases import SEED, mlp
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import SEED, with_norm
+from support.regularizer_cases import SEED, with_norm
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "train_like_timm.py"))
 

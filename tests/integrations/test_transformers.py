@@ -12,7 +12,7 @@ import torch
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import SEED, gradients_of
+from support.regularizer_cases import SEED, gradients_of
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 pytest.importorskip("accelerate", reason="Accelerate, which the Trainer needs, is not installed")

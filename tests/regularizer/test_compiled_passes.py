@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_sub_batches import REFUSED, TOGETHER, Checkpointed, Lambda, Square, assert_refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import (
+from support.regularizer_cases import (
     BACKENDS,
     CASES,
     SEED,
@@ -28,8 +29,7 @@ from regularizer_cases import (
     mlp,
     snapshot,
 )
-from regularizer_cases import assert_same as assert_same_numbers
-from test_sub_batches import REFUSED, TOGETHER, Checkpointed, Lambda, Square, assert_refused
+from support.regularizer_cases import assert_same as assert_same_numbers
 
 compile_by = torch.compile
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatminima as fm
-from collectives import spawn
 from flatminima.gramian.rules.table import RULES
 from flatminima.parallel.processes import Processes
+from support.collectives import spawn
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
 

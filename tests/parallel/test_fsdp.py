@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import flatminima as fm
-from cases import CASES
-from collectives import counted_collectives
 from flatminima.errors import FlatminimaError
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.planning import Piece, Plan
+from support.cases import CASES
+from support.collectives import counted_collectives
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
 

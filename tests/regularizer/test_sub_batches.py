@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import (
+from support.regularizer_cases import (
     CASES,
     SEED,
     Case,

@@ -13,7 +13,6 @@ from mpmath import mp
 from torch import Tensor, nn
 
 import flatminima as fm
-from cases import CASES, N
 from flatminima.errors import FlatminimaError, RankDeficientError
 from flatminima.exact import exact_fisher, exact_gamma
 from flatminima.gramian.engine import factored_gram
@@ -22,7 +21,8 @@ from flatminima.losses import CrossEntropy
 from flatminima.measures.comparison import comparison_of
 from flatminima.measures.fisher import FisherRows
 from flatminima.theory import gamma_of
-from small_networks import PinnedLinear, pinned_linear
+from support.cases import CASES, N
+from support.small_networks import PinnedLinear, pinned_linear
 
 SMOOTHED = CrossEntropy(label_smoothing=0.1)
 

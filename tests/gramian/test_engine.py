@@ -6,12 +6,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cases import CASES, Case
 from flatminima.errors import FlatminimaError
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.planning import Piece, Plan
 from flatminima.lab.networks.paper import build_model
-from oracles import explicit_gram
+from support.cases import CASES, Case
+from support.oracles import explicit_gram
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -13,10 +13,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from collectives import counted_collectives
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import CASES, SEED, assert_same_bits, assert_same_gradients, gradients_of, make, snapshot
+from support.collectives import counted_collectives
+from support.regularizer_cases import CASES, SEED, assert_same_bits, assert_same_gradients, gradients_of, make, snapshot
 
 PROCESSES = 2
 OPTIONS: dict[str, Any] = {"alpha": 0.05, "beta": 3.0, "max_grad_norm": 0.5}

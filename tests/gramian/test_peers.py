@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatminima as fm
-from cases import CASES, Case
 from flatminima.gramian.engine import factored_gram
-from peers import PEERS
+from support.cases import CASES, Case
+from support.peers import PEERS
 
 PACKAGES = {
     "vmap_grad": "torch.func",

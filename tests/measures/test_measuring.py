@@ -25,7 +25,7 @@ from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.factored import log_determinant
 from flatminima.measures.comparison import comparison_of
 from flatminima.measures.results import Characterization, Estimate
-from oracles import explicit_gram, explicit_jacobian
+from support.oracles import explicit_gram, explicit_jacobian
 
 N, CLASSES = 60, 4
 

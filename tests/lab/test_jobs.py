@@ -172,7 +172,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from flatminima.lab.jobs import Processes, run_all
-from test_executors import SPECS, train_one
+from test_jobs import SPECS, train_one
 
 if __name__ == "__main__":
     tasks = [(spec, Path(sys.argv[1])) for spec in SPECS]

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import (
+from support.regularizer_cases import (
     CASES,
     SEED,
     Case,

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError
 from flatminima.lab.runs.sam import SharpnessAwareGradient
 from flatminima.network.batches import run_model
-from regularizer_cases import Case, assert_same_bits, assert_same_gradients, by_case, gradients_of, make, snapshot
+from support.regularizer_cases import (
+    Case,
+    assert_same_bits,
+    assert_same_gradients,
+    by_case,
+    gradients_of,
+    make,
+    snapshot,
+)
 
 BOTH = pytest.mark.parametrize(("rho", "adaptive"), [(0.05, False), (0.5, True)], ids=["sam", "asam"])
 

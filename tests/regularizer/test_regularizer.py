@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from regularizer_cases import (
+from support.regularizer_cases import (
     BACKENDS,
     CASES,
     SEED,

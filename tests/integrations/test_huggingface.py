@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 import flatminima as fm
 from flatminima.gramian.engine import factored_gram
-from oracles import explicit_gram
+from support.oracles import explicit_gram
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

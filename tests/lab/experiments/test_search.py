@@ -205,7 +205,7 @@ def _die_at(monkeypatch: pytest.MonkeyPatch, moment: str, number: int, after: bo
 
 def test_a_search_is_killed_and_goes_on(whole: Path, tmp_path: Path) -> None:
     trials = 4
-    script = f"import test_tuning; from pathlib import Path; test_tuning.run(Path({str(tmp_path)!r}), {trials})"
+    script = f"import test_search; from pathlib import Path; test_search.run(Path({str(tmp_path)!r}), {trials})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     while not list((tmp_path / "runs").glob("*/result.json")):

@@ -19,10 +19,11 @@ test: $(INSTALLED) ## run the test suite
 test-slow: $(INSTALLED) ## run the tests that are too slow for the suite
 	$(BIN)/pytest -m slow
 
-lint: $(INSTALLED) ## check style, formatting and types
+lint: $(INSTALLED) ## check style, formatting, types and the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(INSTALLED) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import _harness
+import harness
 from flatminima import FisherTraceRegularizer
-from flatminima.regularizer.penalty import Penalty
+from flatminima.regularizer import Penalty
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -158,12 +158,12 @@ def draw(results: dict[str, dict[str, dict[str, list[dict[str, float]]]]], path:
 def main() -> None:
     """Run the sweep; write the record and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = _harness.parse(parser)
+    options = harness.parse(parser)
     torch.set_num_threads(options.threads)
     stages = {"at initialization": 0, "after 60 steps": 60}
     results = {stage: {name: sweep(name, steps) for name in ACTIVATIONS} for stage, steps in stages.items()}
-    record = {"environment": _harness.environment(options), "sub_batches": SUB_BATCHES, "stages": results}
-    path = _harness.write_json(options.output or "finite_differences", record)
+    record = {"environment": harness.environment(options), "sub_batches": SUB_BATCHES, "stages": results}
+    path = harness.write_json(options.output or "finite_differences", record)
     draw(results, str(path.with_suffix(".png")))
     for stage, by_activation in results.items():
         for activation, by_precision in by_activation.items():

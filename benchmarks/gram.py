@@ -24,11 +24,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import _harness
-from flatminima.gramian.engine import factored_gram, plan_for
-from flatminima.gramian.planning import Plan
-from flatminima.gramian.products import times_own_transpose, times_transposes
-from flatminima.lab.networks.paper import build_model
+import harness
+from flatminima.gramian import Plan, factored_gram, plan_for, times_own_transpose, times_transposes
+from flatminima.lab.networks import build_model
 from flatminima.losses import CrossEntropy
 from support.peers import PEERS, PerSampleLoss
 
@@ -156,7 +154,7 @@ def check(network: str, method: str) -> dict[str, Any]:
     call = METHODS[method](copy.deepcopy(model), loss)
     call(x[:2].clone(), y[:2])  # load code and make pools first
     results: list[Any] = []
-    peak = _harness.peak_memory(lambda: results.append(call(x, y)))
+    peak = harness.peak_memory(lambda: results.append(call(x, y)))
     if method in (PLAIN, OURS):
         return {"peak_bytes": peak}
     return {"peak_bytes": peak, "relative_error": relative_error(results[0], ours(model, loss)(x, y))}
@@ -171,7 +169,7 @@ def time_all(network: str, methods: list[str], repetitions: int, clock: str) -> 
         calls[method] = lambda call=call: call(x, y)
     for call in calls.values():
         call()
-    return {"seconds": _harness.interleaved(calls, repetitions, clock)}
+    return {"seconds": harness.interleaved(calls, repetitions, clock)}
 
 
 class Floor:
@@ -274,22 +272,22 @@ def count_flops(network: str) -> dict[str, Any]:
 
 def run_network(network: str, methods: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one network."""
-    limits = _harness.limits(options)
+    limits = harness.limits(options)
     result: dict[str, Any] = {"samples": NETWORKS[network].samples, "methods": {}}
-    result |= _harness.in_own_process(count_flops, network, **limits)
+    result |= harness.in_own_process(count_flops, network, **limits)
     for method in methods:
         print(f"{network}: {method} ...", flush=True)
-        result["methods"][method] = _harness.in_own_process(check, network, method, **limits)
+        result["methods"][method] = harness.in_own_process(check, network, method, **limits)
     working = [method for method, outcome in result["methods"].items() if "error" not in outcome]
     print(f"{network}: timing {', '.join(working)} ...", flush=True)
-    timed = _harness.in_own_process(time_all, network, working, options.repetitions, options.clock, **limits)
+    timed = harness.in_own_process(time_all, network, working, options.repetitions, options.clock, **limits)
     if "error" in timed:
         return result | {"error": timed["error"]}
     seconds = timed["seconds"]
     for method in working:
         result["methods"][method] |= {
-            "seconds": _harness.summary(seconds[method]),
-            "ratio": _harness.ratios(seconds[method], seconds[PLAIN]),
+            "seconds": harness.summary(seconds[method]),
+            "ratio": harness.ratios(seconds[method], seconds[PLAIN]),
         }
     result["floor"] = floor_in_ratios(seconds)
     return result
@@ -297,10 +295,8 @@ def run_network(network: str, methods: list[str], options: argparse.Namespace) -
 
 def floor_in_ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     """The pieces as fractions of the plain pass (medians), and two floors that they add up to."""
-    both = _harness.ratios(seconds["forward, backward to inputs"], seconds[PLAIN])["median"]
-    pieces = {
-        name: _harness.ratios(seconds[name], seconds[PLAIN])["median"] for name in ("forward", "rows", "products")
-    }
+    both = harness.ratios(seconds["forward, backward to inputs"], seconds[PLAIN])["median"]
+    pieces = {name: harness.ratios(seconds[name], seconds[PLAIN])["median"] for name in ("forward", "rows", "products")}
     return {
         "forward": pieces["forward"],
         "backward to inputs": both - pieces["forward"],
@@ -344,17 +340,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=PAPERS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    options = _harness.parse(parser)
+    options = harness.parse(parser)
     methods = [PLAIN, *(method for method in options.methods if method != PLAIN)]
     console = Console(width=150)
-    record: dict[str, Any] = {"environment": _harness.environment(options), "networks": {}}
+    record: dict[str, Any] = {"environment": harness.environment(options), "networks": {}}
     for network in options.networks:
         if network in NEEDS_TRANSFORMERS and not importlib.util.find_spec("transformers"):
             console.print(f"{network}: skipped, transformers is not installed")
             continue
         record["networks"][network] = run_network(network, methods, options)
         show(console, network, record["networks"][network])
-        path = _harness.write_json(options.output or "gram", record)
+        path = harness.write_json(options.output or "gram", record)
     if record["networks"]:
         console.print(f"written to {path}")
 

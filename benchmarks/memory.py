@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import _harness
-from flatminima.gramian.engine import factored_gram, plan_for
-from flatminima.gramian.factored import log_determinant
+import harness
+from flatminima.gramian import factored_gram, log_determinant, plan_for
 from flatminima.losses import CrossEntropy
-from flatminima.network.batches import Inputs
+from flatminima.network import Inputs
 from gram import NETWORKS
 
 OVERHEAD_GIB = 1.5
@@ -82,7 +81,7 @@ def run(name: str, budget: float) -> dict[str, Any]:
     print(f"{name}: {plan}", flush=True)
     results: list[Any] = []
     started = time.perf_counter()
-    peak = _harness.peak_memory(
+    peak = harness.peak_memory(
         lambda: results.append(factored_gram(model, x, y, loss=case.loss, plan=plan, spot_check=True))
     )
     seconds = time.perf_counter() - started
@@ -111,15 +110,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--budget", type=float, help="GiB (default: each case's)")
-    options = _harness.parse(parser)
-    record: dict[str, Any] = {"environment": _harness.environment(options), "cases": {}}
+    options = harness.parse(parser)
+    record: dict[str, Any] = {"environment": harness.environment(options), "cases": {}}
     table = Table()
     for heading in ("network", "parameters", "J would take", "budget", "passes", "planned", "peak", "seconds"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
     for name in options.cases:
         budget = options.budget or CASES[name].budget
-        limits = {**_harness.limits(options), "memory_limit": process_limit(name, budget)}
-        found = record["cases"][name] = _harness.in_own_process(run, name, budget, **limits)
+        limits = {**harness.limits(options), "memory_limit": process_limit(name, budget)}
+        found = record["cases"][name] = harness.in_own_process(run, name, budget, **limits)
         if "error" in found:
             table.add_row(name, found["error"])
         else:
@@ -127,7 +126,7 @@ def main() -> None:
             rows, allowed, planned, peak = (f"{size / 2**30:.2f} GiB" for size in sizes)
             count, passes = f"{found['parameters']:,}", str(found["passes"])
             table.add_row(name, count, rows, allowed, passes, planned, peak, f"{found['seconds']:.0f}")
-        path = _harness.write_json(options.output or "memory", record)
+        path = harness.write_json(options.output or "memory", record)
     Console(width=130).print(table)
     print(f"written to {path}")
 

@@ -27,9 +27,9 @@ from pytorch_optimizer import SAM
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import _harness
+import harness
 from flatminima import FisherTraceRegularizer
-from flatminima.lab.networks.paper import build_model
+from flatminima.lab.networks import build_model
 
 Step = Callable[[], object]
 PLAIN, OFF = "plain step", "step between penalties (every > 1)"
@@ -162,17 +162,17 @@ def measure(
     steps = {name: known[name](training) for name in dict.fromkeys((PLAIN, OFF, method))}
     for step in steps.values():  # load and compile code, make pools and the optimizer's state, first
         step()
-    peak = _harness.peak_memory(steps[method], device)
-    seconds = _harness.interleaved(steps, repetitions, clock, device)
+    peak = harness.peak_memory(steps[method], device)
+    seconds = harness.interleaved(steps, repetitions, clock, device)
     result = {
-        "seconds": _harness.summary(seconds[method]),
-        "plain_seconds": _harness.summary(seconds[PLAIN]),
-        "ratio": _harness.ratios(seconds[method], seconds[PLAIN]),
+        "seconds": harness.summary(seconds[method]),
+        "plain_seconds": harness.summary(seconds[PLAIN]),
+        "ratio": harness.ratios(seconds[method], seconds[PLAIN]),
         "peak_bytes": peak,
     }
     if method not in (PLAIN, OFF, *RIVALS):
         mixed = [(on + 9 * off) / 10 for on, off in zip(seconds[method], seconds[OFF], strict=True)]
-        result["ratio_every_10"] = _harness.ratios(mixed, seconds[PLAIN])
+        result["ratio_every_10"] = harness.ratios(mixed, seconds[PLAIN])
     return result
 
 
@@ -195,9 +195,9 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    options = _harness.parse(parser)
+    options = harness.parse(parser)
     record: dict[str, Any] = {
-        "environment": _harness.environment(options, options.device),
+        "environment": harness.environment(options, options.device),
         "batch_size": options.batch_size,
         "repetitions": options.repetitions,
         "networks": {},
@@ -208,9 +208,9 @@ def main() -> None:
         rows = record["networks"][name] = {}
         for method in methods(mode):
             what = method, network, mode, options.batch_size, options.device, options.repetitions, options.clock
-            rows[method] = _harness.in_own_process(measure, *what, **_harness.limits(options))
+            rows[method] = harness.in_own_process(measure, *what, **harness.limits(options))
             show(method, rows[method])
-            _harness.write_json(options.output or "regularizer", record)
+            harness.write_json(options.output or "regularizer", record)
 
 
 if __name__ == "__main__":

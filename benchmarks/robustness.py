@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
-import _harness
-from flatminima.lab.networks.paper import build_model
-from flatminima.measures.robustness import input_jacobian_norms
+import harness
+from flatminima.lab.networks import build_model
+from flatminima.measures import input_jacobian_norms
 
 OURS = "flatminima"
 POWER_TOLERANCE, POWER_STEPS = 1e-6, 200
@@ -106,7 +106,7 @@ def check(method: str, *made: Any) -> dict[str, Any]:
     model, x = make(*made)
     METHODS[method](model, x[:2])
     results: list[Tensor] = []
-    peak = _harness.peak_memory(lambda: results.append(METHODS[method](model, x)))
+    peak = harness.peak_memory(lambda: results.append(METHODS[method](model, x)))
     expected = input_jacobian_norms(copy.deepcopy(model).double(), x.double())
     return {"peak_bytes": peak, "relative_error": ((results[0] - expected).abs() / expected).max().item()}
 
@@ -123,22 +123,22 @@ def time_all(methods: list[str], repetitions: int, clock: str, *made: Any) -> di
     calls["forward-backward"] = one_pass
     for call in calls.values():
         call()
-    return {"seconds": _harness.interleaved(calls, repetitions, clock)}
+    return {"seconds": harness.interleaved(calls, repetitions, clock)}
 
 
 def run(methods: list[str], repetitions: int, clock: str, made: tuple[Any, ...], limits: dict[str, Any]) -> dict:
     """Everything about one network and number of classes."""
-    outcomes = {method: _harness.in_own_process(check, method, *made, **limits) for method in methods}
+    outcomes = {method: harness.in_own_process(check, method, *made, **limits) for method in methods}
     working = [method for method, outcome in outcomes.items() if "error" not in outcome]
-    timed = _harness.in_own_process(time_all, working, repetitions, clock, *made, **limits)
+    timed = harness.in_own_process(time_all, working, repetitions, clock, *made, **limits)
     if "error" in timed:
         return {"methods": outcomes, "error": timed["error"]}
     seconds = timed["seconds"]
     for method in working:
         outcomes[method] |= {
-            "seconds": _harness.summary(seconds[method]),
-            "ratio": _harness.ratios(seconds[method], seconds[OURS]),
-            "passes": _harness.ratios(seconds[method], seconds["forward-backward"]),
+            "seconds": harness.summary(seconds[method]),
+            "ratio": harness.ratios(seconds[method], seconds[OURS]),
+            "passes": harness.ratios(seconds[method], seconds["forward-backward"]),
         }
     return {"methods": outcomes}
 
@@ -174,19 +174,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--sharpness", type=float, nargs="+", default=[1.0, 20.0], help="factors on the last layer")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    options = _harness.parse(parser)
+    options = harness.parse(parser)
     methods = [OURS, *(method for method in options.methods if method != OURS)]
     console = Console(width=130)
-    record: dict[str, Any] = {"environment": _harness.environment(options), "results": []}
+    record: dict[str, Any] = {"environment": harness.environment(options), "results": []}
     for classes in options.classes:
         for sharpness in options.sharpness:
             made = (options.network, classes, options.samples, sharpness)
-            result = run(methods, options.repetitions, options.clock, made, _harness.limits(options))
+            result = run(methods, options.repetitions, options.clock, made, harness.limits(options))
             title = f"{options.network}, K = {classes}, logits × {sharpness:g}, {options.samples} samples"
             show(console, title, result)
             setting = dict(zip(("network", "classes", "samples", "sharpness"), made, strict=True))
             record["results"].append(setting | result)
-            path = _harness.write_json(options.output or "robustness", record)
+            path = harness.write_json(options.output or "robustness", record)
     console.print(f"written to {path}")
 
 

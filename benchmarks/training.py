@@ -24,14 +24,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import _harness
-from flatminima.lab.data.images import ImageSet
-from flatminima.lab.networks.foreign import resolve_device
-from flatminima.lab.networks.paper import build_model
-from flatminima.lab.runs.session import Session
-from flatminima.lab.runs.sets import TrainingSets
-from flatminima.lab.runs.spec import RECIPES, RunSpec
-from flatminima.lab.runs.training import launch
+import harness
+from flatminima.lab.data import ImageSet
+from flatminima.lab.networks import build_model, resolve_device
+from flatminima.lab.runs import RECIPES, RunSpec, Session, TrainingSets, launch
 
 OURS, PLAIN = "flatminima", "plain loop"
 SIZE, PADDING = 32, 4
@@ -154,7 +150,7 @@ def times(network: str, count: int, workers: int, repetitions: int, clock: str, 
     }
     for epoch in epochs.values():  # make pools, and start workers, first
         epoch()
-    return _harness.interleaved(epochs, repetitions, clock)
+    return harness.interleaved(epochs, repetitions, clock)
 
 
 def require_same_images(data: ImageSet) -> None:
@@ -167,8 +163,8 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Seconds per epoch, and their ratio to the plain loop's, or to the plain loop's batches."""
     return {
         name: {
-            "seconds": _harness.summary(values),
-            "ratio": _harness.ratios(values, seconds[f"{PLAIN}, batches alone" if "alone" in name else PLAIN]),
+            "seconds": harness.summary(values),
+            "ratio": harness.ratios(values, seconds[f"{PLAIN}, batches alone" if "alone" in name else PLAIN]),
         }
         for name, values in seconds.items()
     }
@@ -181,19 +177,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1280, help="in an epoch (default: 1280, ten mini-batches)")
     parser.add_argument("--workers", type=int, default=0, help="processes of the plain loop's DataLoader (default: 0)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    options = _harness.parse(parser)
+    options = harness.parse(parser)
     if options.clock == "cpu" and options.workers:
         parser.error("--clock cpu does not see what worker processes take: use it with --workers 0")
     device = resolve_device(options.device)
     record: dict[str, Any] = {
-        "environment": _harness.environment(options, device.type),
+        "environment": harness.environment(options, device.type),
         "images": options.images,
         "workers": options.workers,
         "results": {},
     }
     for network in options.networks:
         arguments = (network, options.images, options.workers, options.repetitions, options.clock, device.type)
-        seconds = _harness.in_own_process(times, *arguments, **_harness.limits(options))
+        seconds = harness.in_own_process(times, *arguments, **harness.limits(options))
         result = seconds if "error" in seconds else summary(seconds)
         record["results"][network] = result
         print(f"\n{network} on {record['environment']['device']}, {options.images} images an epoch")
@@ -204,7 +200,7 @@ def main() -> None:
             ratio = row["ratio"]
             spread = f"({ratio['min']:.2f} – {ratio['max']:.2f})"
             print(f"  {name:30} {row['seconds']['median']:8.3f} s  {ratio['median']:5.2f} {spread}", flush=True)
-    print(f"written to {_harness.write_json(options.output or 'training', record)}")
+    print(f"written to {harness.write_json(options.output or 'training', record)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Which minimum generalizes better, and how to train to it: the Fisher information, for PyTorch."""
 
 from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
-from flatminima.gramian.engine import gram
+from flatminima.gramian import gram
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-from flatminima.measures.comparison import Comparison, compare
-from flatminima.measures.measuring import measure
-from flatminima.measures.results import Characterization, Estimate
-from flatminima.regularizer.regularizer import FisherTraceRegularizer
+from flatminima.measures import Characterization, Comparison, Estimate, compare, measure
+from flatminima.regularizer import FisherTraceRegularizer
 from flatminima.theory import (
     fia_criterion,
     fia_criterion_of,

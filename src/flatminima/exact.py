@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import FlatminimaError, RankDeficientError
-from flatminima.gramian.parts import trainable_parameters
+from flatminima.gramian import trainable_parameters
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
-from flatminima.network.batches import Inputs, batch_size, call_model, map_tensors, take
+from flatminima.network import Inputs, batch_size, call_model, map_tensors, take
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.network.precision import back_like, in_float64
+from flatminima.network import back_like, in_float64
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 """``loss(logits, targets)`` → one value per sample, shape (N,). Sample i's value may depend on ``logits[i]`` alone."""

@@ -16,7 +16,7 @@ import math
 import sys
 
 from flatminima.errors import FlatminimaError
-from flatminima.measures.results import Characterization
+from flatminima.measures import Characterization
 
 
 def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: int, rows_per_sample: int = 1) -> float:

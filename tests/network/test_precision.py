@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from flatminima.network.precision import _float32_switches, float32_products, true_precision
+from flatminima.network.precision import float32_products, float32_switches, true_precision
 
 
 def test_autocast_is_off_inside_and_back_on_after() -> None:
@@ -16,12 +16,12 @@ def test_autocast_is_off_inside_and_back_on_after() -> None:
 
 
 def test_every_switch_is_exact_inside_and_restored_after_an_error() -> None:
-    holder, name, _, fast = _float32_switches()[0]
+    holder, name, _, fast = float32_switches()[0]
     original = getattr(holder, name)
     try:
         setattr(holder, name, fast)
         with contextlib.suppress(KeyboardInterrupt), true_precision():
-            assert all(getattr(h, n) == e for h, n, e, _ in _float32_switches())
+            assert all(getattr(h, n) == e for h, n, e, _ in float32_switches())
             raise KeyboardInterrupt
         assert getattr(holder, name) == fast
     finally:
@@ -40,12 +40,12 @@ def test_works_whichever_way_the_user_chose_a_precision() -> None:
 
 
 def test_tf32_is_for_gpus_alone_and_undone_after() -> None:
-    before = [getattr(holder, name) for holder, name, _, _ in _float32_switches()]
+    before = [getattr(holder, name) for holder, name, _, _ in float32_switches()]
     with float32_products(tf32=True):
-        assert all(getattr(holder, name) == fast for holder, name, _, fast in _float32_switches())
+        assert all(getattr(holder, name) == fast for holder, name, _, fast in float32_switches())
         with true_precision():
-            assert all(getattr(holder, name) == exact for holder, name, exact, _ in _float32_switches())
+            assert all(getattr(holder, name) == exact for holder, name, exact, _ in float32_switches())
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
             assert torch.backends.cudnn.conv.fp32_precision == "tf32"
             assert torch.backends.mkldnn.conv.fp32_precision == "ieee"
-    assert [getattr(holder, name) for holder, name, _, _ in _float32_switches()] == before
+    assert [getattr(holder, name) for holder, name, _, _ in float32_switches()] == before

@@ -30,7 +30,7 @@ from flatminima.cli.options import (
 )
 from flatminima.cli.output import Report, say, standard_output_kept_clean
 from flatminima.errors import FlatminimaError
-from flatminima.lab.runs.spec import RECIPES
+from flatminima.lab.runs import RECIPES
 
 
 def _demo(given: list[str]) -> tuple[bool, Report]:
@@ -57,9 +57,8 @@ def _train(given: list[str]) -> tuple[bool, Report]:
         [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
     )
     with standard_output_kept_clean():
-        from flatminima.lab.networks.foreign import resolve_device
-        from flatminima.lab.runs.folder import RunFolder
-        from flatminima.lab.runs.training import train
+        from flatminima.lab.networks import resolve_device
+        from flatminima.lab.runs import RunFolder, train
 
         folder = RunFolder.of(options.root, spec)
         before = folder.status
@@ -116,9 +115,9 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
     with standard_output_kept_clean():
-        from flatminima.lab.data.sources import load_data
-        from flatminima.lab.networks.foreign import load_model
-        from flatminima.lab.runs.measuring import measure_run
+        from flatminima.lab.data import load_data
+        from flatminima.lab.networks import load_model
+        from flatminima.lab.runs import measure_run
 
         if foreign.model is None:
             if foreign.checkpoint or foreign.data:
@@ -146,7 +145,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("--model needs the training data too: add --data digits, cifar10, cifar100 or a folder")
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     with standard_output_kept_clean():
-        from flatminima.lab.runs.measuring import compare_networks, compare_runs
+        from flatminima.lab.runs import compare_networks, compare_runs
 
         if options.data is None:
             comparison = compare_runs(paths, how, **where)
@@ -167,7 +166,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
     with standard_output_kept_clean():
         from flatminima.lab import reproduce
-        from flatminima.lab.experiments.paper import EXPERIMENTS
+        from flatminima.lab.experiments import EXPERIMENTS
         from flatminima.lab.jobs import Executor, Local, Processes, Ray, available_cores
 
         known = [*EXPERIMENTS, "all"]

@@ -18,7 +18,7 @@ from flatminima.cli.options import PROGRAM, Compare, Demo, Measure, Reproduce, T
 from flatminima.cli.output import say, show_warning
 from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError
 from flatminima.lab.errors import TrainingInterrupted
-from flatminima.parallel.processes import Processes
+from flatminima.parallel import Processes
 
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended."""

@@ -16,8 +16,7 @@ import tyro
 from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.runs.measuring import Measuring
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 PROGRAM = "flatminima"
 REGULARIZERS = ("regularizer", "sam")

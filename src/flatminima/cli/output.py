@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from rich.console import RenderableType
 
 from flatminima.cli.options import PROGRAM
-from flatminima.parallel.processes import Processes
+from flatminima.parallel import Processes
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,23 @@
 """A model, a loss and samples → ξ = JJᵀ, the Gram matrix of per-sample loss gradients."""
 
-from flatminima.gramian.engine import factored_gram, gram, plan_for
-from flatminima.gramian.factored import FactoredGram
+from flatminima.gramian.engine import factored_gram, gram, plan_for, unwrapped, warn_generic
+from flatminima.gramian.factored import FactoredGram, log_determinant, numerical_rank
+from flatminima.gramian.parts import trainable_parameters, trainable_parts
+from flatminima.gramian.planning import Plan
+from flatminima.gramian.products import times_own_transpose, times_transposes
 
-__all__ = ["FactoredGram", "factored_gram", "gram", "plan_for"]
+__all__ = [
+    "FactoredGram",
+    "Plan",
+    "factored_gram",
+    "gram",
+    "log_determinant",
+    "numerical_rank",
+    "plan_for",
+    "times_own_transpose",
+    "times_transposes",
+    "trainable_parameters",
+    "trainable_parts",
+    "unwrapped",
+    "warn_generic",
+]

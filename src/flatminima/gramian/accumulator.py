@@ -16,8 +16,8 @@ from flatminima.gramian.planning import (
 from flatminima.gramian.products import times_own_transpose
 from flatminima.gramian.recording import RecordedUse
 from flatminima.losses import LogitGradient
-from flatminima.network.precision import float64_device
-from flatminima.parallel.processes import Processes
+from flatminima.network import float64_device
+from flatminima.parallel import Processes
 
 ROWS_BUDGET_BYTES = 256 * 2**20
 """Rows of J held at once. A larger parameter is taken in slices of its first dimension, ..."""

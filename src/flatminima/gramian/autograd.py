@@ -15,8 +15,8 @@ from flatminima.gramian.planning import (
     row_bytes,
 )
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient
-from flatminima.network.batches import Inputs, call_model, take
-from flatminima.parallel.processes import Processes
+from flatminima.network import Inputs, call_model, take
+from flatminima.parallel import Processes
 
 _Group = list[tuple[nn.Parameter, int, int]]
 """Slices of parameters' first dimensions: (parameter, start, stop)."""

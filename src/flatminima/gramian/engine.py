@@ -38,11 +38,20 @@ from flatminima.gramian.planning import (
 )
 from flatminima.gramian.recording import RecordedUse, Recorder
 from flatminima.losses import FactoredLoss, Loss, refuse_non_finite
-from flatminima.network.batches import Inputs, batch_size, device_of, map_tensors, take, tensors_of
-from flatminima.network.batchnorm import chunk_statistics
-from flatminima.network.modes import evaluating, frozen
-from flatminima.network.precision import in_float64, true_precision
-from flatminima.parallel.fsdp import reshard, shared
+from flatminima.network import (
+    Inputs,
+    batch_size,
+    chunk_statistics,
+    device_of,
+    evaluating,
+    frozen,
+    in_float64,
+    map_tensors,
+    take,
+    tensors_of,
+    true_precision,
+)
+from flatminima.parallel import reshard, shared
 
 
 def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy") -> Tensor:

@@ -17,8 +17,7 @@ from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.gramian.planning import (
     first_dimension,
 )
-from flatminima.parallel.fsdp import gathered_parameters, is_sharded, reshard, shard_of
-from flatminima.parallel.processes import Processes
+from flatminima.parallel import Processes, gathered_parameters, is_sharded, reshard, shard_of
 
 
 @dataclass(frozen=True)

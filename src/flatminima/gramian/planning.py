@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.batches import Inputs, call_model, tensors_of
-from flatminima.parallel.fsdp import is_sharded
+from flatminima.network import Inputs, call_model, tensors_of
+from flatminima.parallel import is_sharded
 
 FREE_SHARE = 0.5
 """The part of the free memory that is used if the user names no budget."""

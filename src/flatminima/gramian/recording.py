@@ -18,10 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flatminima.errors import FlatminimaError
 from flatminima.gramian.planning import first_dimension
-from flatminima.gramian.rules.base import ParameterUse
-from flatminima.gramian.rules.table import EXTRACTS, RULES, SPLIT
-from flatminima.network.batches import Inputs, call_model, tensors_of
-from flatminima.parallel.fsdp import fsdp_modules
+from flatminima.gramian.rules import EXTRACTS, RULES, SPLIT, ParameterUse
+from flatminima.network import Inputs, call_model, tensors_of
+from flatminima.parallel import fsdp_modules
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.batches import Inputs
-from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction
+from flatminima.network import Inputs
+from flatminima.regularizer import FisherTraceRegularizer, LossFunction
 
 _OWN_THEIR_BACKWARD = ("DEEPSPEED", "MEGATRON_LM")
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError
-from flatminima.regularizer.penalty import Penalty
-from flatminima.regularizer.regularizer import FisherTraceRegularizer
+from flatminima.regularizer import FisherTraceRegularizer, Penalty
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.regularizer.regularizer import FisherTraceRegularizer
+from flatminima.regularizer import FisherTraceRegularizer
 
 try:
     from transformers import Trainer

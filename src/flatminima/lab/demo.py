@@ -19,21 +19,24 @@ from matplotlib.axes import Axes
 from rich.console import Group
 from rich.table import Table
 
-from flatminima.lab.experiments.experiment import (
+from flatminima.lab.experiments import (
     INDICATORS,
+    MATCHED_COST,
     NORMALIZED,
+    PRESETS,
+    SHORT_NAMES,
     Experiment,
     Record,
     Setting,
+    correlation,
+    difference,
+    plain,
     run_experiment,
     select,
 )
-from flatminima.lab.experiments.paper import MATCHED_COST
-from flatminima.lab.experiments.presets import PRESETS
-from flatminima.lab.experiments.summary import SHORT_NAMES, correlation, difference, plain
 from flatminima.lab.jobs import Processes, available_cores
-from flatminima.lab.reports.figures import Picture, Theme, lines, picture, scatter, write_page, write_text
-from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.reports import Picture, Theme, lines, picture, scatter, write_page, write_text
+from flatminima.lab.runs import Measuring
 
 CONFUSION = (0, 100, 200, 300)
 SEEDS = (100, 101, 102, 103, 104)

@@ -14,18 +14,27 @@ from typing import Any
 from rich.console import Group
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data.sources import load_data
-from flatminima.lab.experiments import costs
-from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
-from flatminima.lab.experiments.paper import EXPERIMENTS, experiment
-from flatminima.lab.experiments.presets import PRESETS, PresetName
-from flatminima.lab.experiments.search import Trial, Tuning, expected, perform_trial
-from flatminima.lab.experiments.summary import summarize
+from flatminima.lab.data import load_data
+from flatminima.lab.experiments import (
+    EXPERIMENTS,
+    PRESETS,
+    Experiment,
+    PresetName,
+    Record,
+    Task,
+    Trial,
+    Tuning,
+    build_experiment,
+    costs,
+    expected,
+    look_up,
+    perform,
+    perform_trial,
+    summarize,
+)
 from flatminima.lab.jobs import Executor, Failure, Processes
-from flatminima.lab.reports.figures import Table, write_text
-from flatminima.lab.reports.live import watch
-from flatminima.lab.reports.pages import counted, duration, failed, progress, tables, write_reports
-from flatminima.lab.runs.spec import RegularizerSpec
+from flatminima.lab.reports import Table, counted, duration, failed, progress, tables, watch, write_reports, write_text
+from flatminima.lab.runs import RegularizerSpec
 
 _CHOSEN = "chosen.json"
 _REPORT_SECONDS = 60.0
@@ -71,7 +80,7 @@ class Reproduction:
     def experiment(self, name: str) -> Experiment:
         """One of them, with what the search has chosen so far."""
         chosen = _read_chosen(self.folder)
-        return experiment(name, PRESETS[self.preset], chosen=chosen, data=self.data, seeds=self.seeds)
+        return build_experiment(name, PRESETS[self.preset], chosen=chosen, data=self.data, seeds=self.seeds)
 
     def tuning(self, name: str) -> Tuning | None:
         """How an experiment is searched by trials, if it is."""

@@ -1,8 +1,10 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
 from flatminima.measures.comparison import Comparison, compare, comparison_of
+from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
 from flatminima.measures.results import MEASURES, Characterization, Estimate, Settings, Share
+from flatminima.measures.robustness import input_jacobian_norms
 
 __all__ = [
     "MEASURES",
@@ -13,5 +15,7 @@ __all__ = [
     "Share",
     "compare",
     "comparison_of",
+    "evaluate",
+    "input_jacobian_norms",
     "measure",
 ]

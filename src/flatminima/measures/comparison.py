@@ -22,7 +22,7 @@ from flatminima.measures.results import MEASURES, Characterization, Estimate, na
 from flatminima.measures.subject import Subject, ending_together
 from flatminima.measures.tables import rendered
 from flatminima.measures.trials import Trial, perform_trials
-from flatminima.network.samples import Data, samples_of
+from flatminima.network import Data, samples_of
 
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""

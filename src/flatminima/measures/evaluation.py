@@ -10,11 +10,8 @@ from torch import nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.losses import Loss, is_single_label, per_sample_loss
-from flatminima.network.batches import call_model, device_of, to_device
-from flatminima.network.modes import evaluating
-from flatminima.network.precision import true_precision
-from flatminima.network.samples import Samples
-from flatminima.parallel.fsdp import shared
+from flatminima.network import Samples, call_model, device_of, evaluating, to_device, true_precision
+from flatminima.parallel import shared
 from flatminima.progress import track
 
 EVALUATION_BATCH = 500

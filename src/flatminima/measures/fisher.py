@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.losses import CrossEntropy, LogitGradient, Loss, off_target_log_probabilities, per_sample_form
-from flatminima.network.batches import Inputs, call_model, map_tensors, take
-from flatminima.network.modes import evaluating
+from flatminima.network import Inputs, call_model, evaluating, map_tensors, take
 
 Fisher = Literal["empirical", "labels", "model"]
 """``"empirical"`` (Eq. 4): one gradient per sample, that of its loss. ``"labels"`` (Eq. 2): the gradients of all K

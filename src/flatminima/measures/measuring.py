@@ -12,7 +12,7 @@ from flatminima.measures.options import Options
 from flatminima.measures.results import Characterization
 from flatminima.measures.subject import Subject, ending_together
 from flatminima.measures.trials import perform_trials
-from flatminima.network.samples import Data, samples_of
+from flatminima.network import Data, samples_of
 
 
 def measure(

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.losses import refuse_non_finite
-from flatminima.network.batches import Inputs, call_model
-from flatminima.network.modes import evaluating, frozen
-from flatminima.network.precision import back_like, in_float64, true_precision
+from flatminima.network import Inputs, back_like, call_model, evaluating, frozen, in_float64, true_precision
 
 
 def has_input_jacobian(inputs: Inputs) -> bool:

@@ -18,18 +18,15 @@ from flatminima.errors import (
     RankDeficientError,
     SingularTrialWarning,
 )
-from flatminima.gramian.engine import factored_gram, plan_for, unwrapped, warn_generic
-from flatminima.gramian.parts import trainable_parts
+from flatminima.gramian import factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import Options
 from flatminima.measures.results import Characterization, Estimate, Settings, Share
 from flatminima.measures.robustness import has_input_jacobian, input_jacobian_norms
 from flatminima.measures.trials import Trial
-from flatminima.network.batches import Inputs, device_of, to_device
-from flatminima.network.samples import Samples, draw_subsets
-from flatminima.parallel.fsdp import processes_of, shared
-from flatminima.parallel.processes import Processes, Result
+from flatminima.network import Inputs, Samples, device_of, draw_subsets, to_device
+from flatminima.parallel import Processes, Result, processes_of, shared
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
 """A cross entropy (nats) above the first with an accuracy below the second is not called a minimum."""

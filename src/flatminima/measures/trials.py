@@ -15,8 +15,8 @@ from torch import Tensor
 from flatminima.errors import (
     RankDeficientError,
 )
-from flatminima.gramian.factored import FactoredGram, log_determinant, numerical_rank
-from flatminima.parallel.processes import Processes
+from flatminima.gramian import FactoredGram, log_determinant, numerical_rank
+from flatminima.parallel import Processes
 from flatminima.progress import track
 
 Outcome = TypeVar("Outcome")

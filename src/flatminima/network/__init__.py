@@ -1,1 +1,58 @@
 """What is done to a model and its data from outside."""
+
+from flatminima.network.batches import (
+    Inputs,
+    batch_size,
+    call_model,
+    device_of,
+    map_tensors,
+    run_model,
+    take,
+    tensors_of,
+    to_device,
+)
+from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics
+from flatminima.network.modes import (
+    Buffers,
+    eager_graphs,
+    evaluating,
+    frozen,
+    moved,
+    replaced_forward,
+    restored_generators,
+    without_autocast,
+)
+from flatminima.network.precision import back_like, float32_products, float64_device, in_float64, true_precision
+from flatminima.network.samples import Data, Samples, draw_subsets, samples_of
+
+__all__ = [
+    "BatchStatistics",
+    "Buffers",
+    "Data",
+    "Inputs",
+    "Samples",
+    "back_like",
+    "batch_size",
+    "batch_statistics",
+    "call_model",
+    "chunk_statistics",
+    "device_of",
+    "draw_subsets",
+    "eager_graphs",
+    "evaluating",
+    "float32_products",
+    "float64_device",
+    "frozen",
+    "in_float64",
+    "map_tensors",
+    "moved",
+    "replaced_forward",
+    "restored_generators",
+    "run_model",
+    "samples_of",
+    "take",
+    "tensors_of",
+    "to_device",
+    "true_precision",
+    "without_autocast",
+]

@@ -33,7 +33,7 @@ def true_precision() -> Iterator[None]:
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Products of float32 numbers in float32 or, on GPUs that have it, in TF32 (10 bits); restored afterwards."""
     with contextlib.ExitStack() as stack:
-        for holder, name, exact, fast in _float32_switches():
+        for holder, name, exact, fast in float32_switches():
             before = getattr(holder, name)
             stack.callback(setattr, holder, name, before)
             setattr(holder, name, fast if tf32 else exact)
@@ -55,7 +55,7 @@ def back_like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(other.dtype).to(other.device)
 
 
-def _float32_switches() -> list[tuple[Any, str, Any, Any]]:
+def float32_switches() -> list[tuple[Any, str, Any, Any]]:
     """(object, attribute, exact value, value for TF32) of every switch that trades float32 accuracy for speed.
 
     The CPU stays exact.

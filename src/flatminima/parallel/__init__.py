@@ -1,1 +1,28 @@
 """Several processes: what they exchange, and models whose parameters they share."""
+
+from flatminima.parallel.fsdp import (
+    fsdp_modules,
+    gathered_parameters,
+    is_sharded,
+    outermost_fsdp_modules,
+    processes_of,
+    reshard,
+    shard_of,
+    shared,
+    whole,
+)
+from flatminima.parallel.processes import Processes, Result
+
+__all__ = [
+    "Processes",
+    "Result",
+    "fsdp_modules",
+    "gathered_parameters",
+    "is_sharded",
+    "outermost_fsdp_modules",
+    "processes_of",
+    "reshard",
+    "shard_of",
+    "shared",
+    "whole",
+]

@@ -1,5 +1,16 @@
 """Training towards minima with a smaller Fisher trace (Jia & Su, Sec. 6, Algorithm 1)."""
 
-from flatminima.regularizer.regularizer import FisherTraceRegularizer, RegularizerStep
+from flatminima.regularizer.penalty import Estimator, Penalty
+from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction, MainGradient, RegularizerStep
+from flatminima.regularizer.sub_batches import Weights, scalar_loss
 
-__all__ = ["FisherTraceRegularizer", "RegularizerStep"]
+__all__ = [
+    "Estimator",
+    "FisherTraceRegularizer",
+    "LossFunction",
+    "MainGradient",
+    "Penalty",
+    "RegularizerStep",
+    "Weights",
+    "scalar_loss",
+]

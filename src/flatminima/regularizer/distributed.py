@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.modes import replaced_forward
-from flatminima.parallel.fsdp import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
+from flatminima.network import replaced_forward
+from flatminima.parallel import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
 
 
 @contextmanager

@@ -12,10 +12,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.batches import batch_size, map_tensors, take
-from flatminima.network.batchnorm import BatchStatistics, batch_statistics
-from flatminima.network.modes import Buffers, eager_graphs, restored_generators, without_autocast
-from flatminima.network.precision import true_precision
+from flatminima.network import (
+    BatchStatistics,
+    Buffers,
+    batch_size,
+    batch_statistics,
+    eager_graphs,
+    map_tensors,
+    restored_generators,
+    take,
+    true_precision,
+    without_autocast,
+)
 from flatminima.regularizer.distributed import this_process_alone
 from flatminima.regularizer.sub_batches import Closure, OneSubBatch, SubBatches, Weights, graph_of
 from flatminima.regularizer.together import LossesTogether, SubBatchesTogether

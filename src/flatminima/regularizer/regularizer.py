@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.network.batches import Inputs, device_of, run_model
-from flatminima.network.batchnorm import BatchStatistics
-from flatminima.parallel.fsdp import fsdp_modules, whole
+from flatminima.network import BatchStatistics, Inputs, device_of, run_model
+from flatminima.parallel import fsdp_modules, whole
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima.regularizer.penalty import Estimator, Penalty, PenaltyPasses
 from flatminima.regularizer.sub_batches import Closure, Weights, scalar_loss

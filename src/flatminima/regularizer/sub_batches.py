@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.batches import batch_size
-from flatminima.network.modes import Buffers, moved
+from flatminima.network import Buffers, batch_size, moved
 
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""

@@ -15,8 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vmap
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.batches import batch_size, map_tensors, tensors_of
-from flatminima.network.modes import eager_graphs
+from flatminima.network import batch_size, eager_graphs, map_tensors, tensors_of
 from flatminima.regularizer.sub_batches import (
     Closure,
     SubBatches,

@@ -9,14 +9,14 @@ from flatminima.errors import FlatminimaError
 from flatminima.lab.data.sources import load_data
 from flatminima.lab.experiments import paper
 from flatminima.lab.experiments.experiment import Experiment
-from flatminima.lab.experiments.paper import EXACT, EXPERIMENTS, MATCHED, PLAIN, REGULARIZED, SAM, experiment
+from flatminima.lab.experiments.paper import EXACT, EXPERIMENTS, MATCHED, PLAIN, REGULARIZED, SAM, build_experiment
 from flatminima.lab.experiments.presets import PRESETS, PresetName
 from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, SharpnessAwareSpec
 
 
 def built(name: str, preset: PresetName = "paper", **options: object) -> Experiment:
-    return experiment(name, PRESETS[preset], **{"chosen": {}, "data": None, "seeds": None, **options})  # type: ignore[arg-type]
+    return build_experiment(name, PRESETS[preset], **{"chosen": {}, "data": None, "seeds": None, **options})  # type: ignore[arg-type]
 
 
 RUNS = {"search": 672, "scenario-1": 30, "scenario-2": 20, "scenario-3": 20, "table-1": 175, "table-2": 30}

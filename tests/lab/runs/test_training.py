@@ -36,7 +36,7 @@ from flatminima.lab.runs.sets import load_run, load_sets
 from flatminima.lab.runs.spec import RECIPES, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
 from flatminima.lab.runs.training import launch, train
 from flatminima.measures.evaluation import evaluate
-from flatminima.network.precision import _float32_switches, float32_products
+from flatminima.network.precision import float32_products, float32_switches
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.
@@ -700,7 +700,7 @@ def test_tf32_is_used_if_and_only_if_it_is_asked_for(
     """Whatever the caller has chosen, which is left as it was; on the CPU there is none, so the bits are the same."""
 
     def switches() -> list[Any]:
-        return [getattr(holder, name) for holder, name, _, _ in _float32_switches()]
+        return [getattr(holder, name) for holder, name, _, _ in float32_switches()]
 
     seen: list[list[Any]] = []
     backward = Session._backward
@@ -715,7 +715,7 @@ def test_tf32_is_used_if_and_only_if_it_is_asked_for(
         before = switches()
         train(spec, tmp_path)
         assert switches() == before
-    exact, fast = ([switch[i] for switch in _float32_switches()] for i in (2, 3))
+    exact, fast = ([switch[i] for switch in float32_switches()] for i in (2, 3))
     assert seen == [fast if precision == "tf32" else exact] * 10
     checkpoints = [
         RunFolder.of(root, s).path / "checkpoint.safetensors" for root, s in ((tmp_path, spec), (uninterrupted, PLAIN))

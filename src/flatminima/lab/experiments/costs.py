@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from flatminima.lab.data.sources import load_data
+from flatminima.lab.data import load_data
 from flatminima.lab.experiments.experiment import Record, Task
-from flatminima.lab.networks.foreign import resolve_device
-from flatminima.lab.networks.paper import build_model
-from flatminima.lab.runs.measuring import Measuring
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec
+from flatminima.lab.networks import build_model, resolve_device
+from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec
 
 FORWARD = 1 / 3
 """A forward pass in forward-backwards: two products backward for each one forward."""

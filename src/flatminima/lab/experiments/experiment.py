@@ -12,13 +12,9 @@ from typing import Any, Literal
 from flatminima.errors import FlatminimaError, FlatminimaWarning
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.jobs import Executor, Failure, run_all
-from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.measuring import Measuring, kept_measures, measure_run
-from flatminima.lab.runs.records import RunResult
-from flatminima.lab.runs.spec import RunSpec
-from flatminima.lab.runs.training import train
+from flatminima.lab.runs import Measuring, RunFolder, RunResult, RunSpec, kept_measures, measure_run, train
 from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures.results import MEASURES, Characterization
+from flatminima.measures import MEASURES, Characterization
 
 NORMALIZED = "log_det_fisher_normalized"
 """γ̂ at normalized logits, for minima of unequal training loss."""

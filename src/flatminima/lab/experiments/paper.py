@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data.sources import load_data
+from flatminima.lab.data import load_data
 from flatminima.lab.experiments.experiment import NORMALIZED, Experiment, Setting
 from flatminima.lab.experiments.presets import Preset
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs import RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 PLAIN, REGULARIZED, EXACT, SAM, MATCHED = "plain", "+reg", "+reg, hvp", "SAM", "plain, equal cost"
 """The ways of training in Table 1; the paper has the first two."""
@@ -219,7 +219,7 @@ EXPERIMENTS = ("search", "scenario-1", "scenario-2", "scenario-3", "table-1", "t
 """Their names, in an order in which each finds what it needs."""
 
 
-def experiment(
+def build_experiment(
     name: str,
     preset: Preset,
     *,

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flatminima.lab.runs.measuring import Measuring
-from flatminima.lab.runs.spec import RECIPES, MultiStep, RegularizerSpec, RunSpec
+from flatminima.lab.runs import RECIPES, Measuring, MultiStep, RegularizerSpec, RunSpec
 
 PresetName = Literal["paper", "small", "digits"]
 

@@ -29,8 +29,7 @@ from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.experiments import costs
 from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
 from flatminima.lab.experiments.summary import summarize
-from flatminima.lab.runs.spec import RegularizerSpec
-from flatminima.lab.runs.training import Stop, train
+from flatminima.lab.runs import RegularizerSpec, Stop, train
 
 if TYPE_CHECKING:
     import optuna

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data.images import ImageSet
+from flatminima.lab.data import ImageSet
 from flatminima.lab.networks.checkpoints import load_weights
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model
-from flatminima.network.batches import call_model
-from flatminima.network.modes import evaluating
+from flatminima.network import call_model, evaluating
 
 
 def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Module:

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from flatminima.lab.experiments.experiment import Task
+from flatminima.lab.experiments import Task
 from flatminima.lab.jobs import Failure
-from flatminima.lab.runs.records import RunProgress
+from flatminima.lab.runs import RunProgress
 from flatminima.progress import PATIENCE_SECONDS
 
 Outcome = TypeVar("Outcome")

@@ -13,8 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from flatminima.lab.experiments.experiment import INDICATORS, select, value_of
-from flatminima.lab.experiments.summary import RIVALS, SHORT_NAMES
+from flatminima.lab.experiments import INDICATORS, RIVALS, SHORT_NAMES, select, value_of
 from flatminima.lab.reports.figures import Picture, Table, Theme, band, picture, write_page, write_text
 
 _SHOWN_OF_A_SEARCH = 10

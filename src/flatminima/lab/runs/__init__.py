@@ -1,1 +1,30 @@
 """One training run: its description, its folder, its training and its measures."""
+
+from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.measuring import Measuring, compare_networks, compare_runs, kept_measures, measure_run
+from flatminima.lab.runs.records import RunProgress, RunResult
+from flatminima.lab.runs.session import Session
+from flatminima.lab.runs.sets import TrainingSets
+from flatminima.lab.runs.spec import RECIPES, MultiStep, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.training import Stop, launch, train
+
+__all__ = [
+    "RECIPES",
+    "Measuring",
+    "MultiStep",
+    "RegularizerSpec",
+    "RunFolder",
+    "RunProgress",
+    "RunResult",
+    "RunSpec",
+    "Session",
+    "SharpnessAwareSpec",
+    "Stop",
+    "TrainingSets",
+    "compare_networks",
+    "compare_runs",
+    "kept_measures",
+    "launch",
+    "measure_run",
+    "train",
+]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from flatminima.parallel.processes import Processes
+from flatminima.parallel import Processes
 
 _EPOCH_END_SECONDS = 5.0  # at an epoch's end, save only if the last resume point is older than this
 

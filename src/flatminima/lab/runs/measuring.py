@@ -18,17 +18,14 @@ from torch import Tensor, nn
 
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings
-from flatminima.lab.data.images import ImageSet
-from flatminima.lab.data.sources import load_data
+from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
-from flatminima.lab.networks.foreign import load_model, resolve_device
+from flatminima.lab.networks import load_model, resolve_device
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunProgress
 from flatminima.lab.runs.sets import load_run
-from flatminima.measures.comparison import Comparison, compare, comparison_of
-from flatminima.measures.measuring import measure
-from flatminima.measures.results import Characterization
-from flatminima.network.precision import float64_device
+from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
+from flatminima.network import float64_device
 from flatminima.progress import track
 
 

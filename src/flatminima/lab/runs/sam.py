@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from flatminima.network.batches import Inputs, run_model
-from flatminima.network.modes import Buffers, moved, restored_generators
-from flatminima.regularizer.regularizer import LossFunction
-from flatminima.regularizer.sub_batches import Weights, scalar_loss
+from flatminima.network import Buffers, Inputs, moved, restored_generators, run_model
+from flatminima.regularizer import LossFunction, Weights, scalar_loss
 
 _TINY = 1e-12  # beside ‖T g‖, so that a gradient of zero moves nothing
 

@@ -10,25 +10,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import NonFiniteError
-from flatminima.lab.data.augmentation import augment
-from flatminima.lab.data.images import ImageSet
-from flatminima.lab.networks.checkpoints import assign_weights
-from flatminima.lab.networks.paper import build_model
+from flatminima.lab.data import ImageSet, augment
+from flatminima.lab.networks import assign_weights, build_model
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunResult
 from flatminima.lab.runs.sam import SharpnessAwareGradient
 from flatminima.lab.runs.sets import TrainingSets
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
-from flatminima.measures.evaluation import evaluate
-from flatminima.parallel.processes import Processes
-from flatminima.regularizer.regularizer import FisherTraceRegularizer, RegularizerStep
+from flatminima.measures import evaluate
+from flatminima.parallel import Processes
+from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data.augmentation import confuse, hold_out
-from flatminima.lab.data.images import ImageSet
-from flatminima.lab.data.sources import load_data
-from flatminima.lab.networks.checkpoints import load_weights
-from flatminima.lab.networks.paper import build_model
+from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
+from flatminima.lab.networks import build_model, load_weights
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.storage import bytes_of

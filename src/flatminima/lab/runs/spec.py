@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data.augmentation import AUGMENTATIONS
-from flatminima.lab.networks.paper import MODEL_NAMES
-from flatminima.regularizer.penalty import Estimator
-from flatminima.regularizer.regularizer import MainGradient
+from flatminima.lab.data import AUGMENTATIONS
+from flatminima.lab.networks import MODEL_NAMES
+from flatminima.regularizer import Estimator, MainGradient
 
 Precision = Literal["32-true", "bf16-mixed", "tf32"]
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -37,8 +37,11 @@ from flatminima.lab.runs.records import ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.session import Session, processes_of
 from flatminima.lab.runs.sets import TrainingSets, load_sets
 from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec
-from flatminima.network.precision import float32_products
-from flatminima.parallel.processes import Processes
+from flatminima.network import float32_products
+from flatminima.parallel import Processes
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Stop = Callable[[int, int, Callable[[], float | None]], bool]
 """Whether a run stops between two epochs, by the epochs finished, the epochs in all, and its validation error then.
@@ -118,6 +121,8 @@ def train(
 
 def launch(spec: RunSpec, accelerator: str) -> Fabric:
     """Fabric on one device; under torchrun on one for each process, which then have joined."""
+    from lightning_fabric import Fabric  # seconds to import, which finished runs need not wait for
+
     size = Processes.launched().size
     precision = "32-true" if spec.precision == "tf32" else spec.precision  # what float32 is, `_reproducible` decides
     if size == 1:

@@ -6,9 +6,15 @@ a caller can catch or silence them by name.
 
 from __future__ import annotations
 
+import difflib
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+_NOT_THE_USERS = frozenset({"flatminima", "torch", "contextlib"})
+"""Packages whose calls may lie between a user's line and a warning of ours."""
 
 
 class FlatminimaError(ValueError):
@@ -51,6 +57,38 @@ class ShuffledLoaderWarning(FlatminimaWarning):
     """A loader's own order or sampler was ignored; subsets are drawn by index from its data set."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`FlatminimaError` unless the condition holds."""
+    if not condition:
+        raise FlatminimaError(message)
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the user's line, however many calls of ours lie between it and this one."""
+    level = 1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A hint at the one of ``names`` that was probably meant, to be put behind the wrong one; or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; its type's name if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that may follow; two lines where the first only announces the second."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 @contextmanager
 def recorded_warnings() -> Iterator[list[FlatminimaWarning]]:
     """Every warning of ours, withheld from the caller; the others go on."""
@@ -80,4 +118,4 @@ def naming(name: str) -> Iterator[None]:
     with recorded_warnings() as recorded, naming_errors(name):
         yield
     for warning in recorded:
-        warnings.warn(f"{name}: {warning}", type(warning), stacklevel=4)
+        warn(f"{name}: {warning}", type(warning))

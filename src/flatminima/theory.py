@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import require
 from flatminima.measures import Characterization
 
 
@@ -47,10 +47,10 @@ def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: in
     Raises:
         FlatminimaError: if γ̂ is not finite or a count is out of range.
     """
-    _require(math.isfinite(gamma_hat), f"gamma_hat must be finite, got {gamma_hat}: was a subset's ξ singular?")
-    _require(rows_per_sample >= 1, f"rows_per_sample must be at least 1, got {rows_per_sample}")
+    require(math.isfinite(gamma_hat), f"gamma_hat must be finite, got {gamma_hat}: was a subset's ξ singular?")
+    require(rows_per_sample >= 1, f"rows_per_sample must be at least 1, got {rows_per_sample}")
     largest = num_parameters // rows_per_sample
-    _require(
+    require(
         1 <= subset_size <= largest,
         f"subset_size must lie in 1..num_parameters/rows_per_sample = {largest}, got {subset_size}",
     )
@@ -72,7 +72,7 @@ def gamma_of(characterization: Characterization) -> float:
     plain = {"loss": "cross_entropy", "batchnorm": "eval", "logit_normalization": None, "scale_invariant": False}
     for name, value in plain.items():
         found = getattr(settings, name)
-        _require(
+        require(
             found == value,
             f"measured with {name}={found!r}, so its ln det is not one of the Fisher information I(w0): "
             f"measure with {name}={value!r}",
@@ -122,8 +122,8 @@ def pac_bayes_bound(
         FlatminimaError: for an argument out of its range.
     """
     _require_minimum(log_det_fisher, num_parameters, train_loss, log_volume)
-    _require(num_samples >= 2, f"num_samples must be at least 2, got {num_samples}")
-    _require(0 < delta <= 1, f"delta must lie in (0, 1], got {delta}")
+    require(num_samples >= 2, f"num_samples must be at least 2, got {num_samples}")
+    require(0 < delta <= 1, f"delta must lie in (0, 1], got {delta}")
 
     log_a = (
         math.log(num_parameters)
@@ -187,7 +187,7 @@ def fia_criterion(
         FlatminimaError: for an argument out of its range.
     """
     _require_minimum(log_det_fisher, num_parameters, train_loss, log_volume)
-    _require(num_samples >= 1, f"num_samples must be at least 1, got {num_samples}")
+    require(num_samples >= 1, f"num_samples must be at least 1, got {num_samples}")
     negative_log_likelihood = num_samples * (train_loss + math.log(num_samples))
     return (
         negative_log_likelihood
@@ -220,12 +220,7 @@ def fia_criterion_of(characterization: Characterization, *, log_volume: float) -
 
 
 def _require_minimum(log_det_fisher: float, num_parameters: int, train_loss: float, log_volume: float) -> None:
-    _require(math.isfinite(log_det_fisher), f"log_det_fisher must be finite (full rank), got {log_det_fisher}")
-    _require(math.isfinite(log_volume), f"log_volume must be finite, got {log_volume}")
-    _require(num_parameters >= 1, f"num_parameters must be at least 1, got {num_parameters}")
-    _require(math.isfinite(train_loss) and train_loss >= 0, f"train_loss must be finite and ≥ 0, got {train_loss}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise FlatminimaError(message)
+    require(math.isfinite(log_det_fisher), f"log_det_fisher must be finite (full rank), got {log_det_fisher}")
+    require(math.isfinite(log_volume), f"log_volume must be finite, got {log_volume}")
+    require(num_parameters >= 1, f"num_parameters must be at least 1, got {num_parameters}")
+    require(math.isfinite(train_loss) and train_loss >= 0, f"train_loss must be finite and ≥ 0, got {train_loss}")

@@ -25,11 +25,10 @@ from flatminima.cli.options import (
     Reproduce,
     RunOptions,
     Train,
-    did_you_mean,
     parse,
 )
 from flatminima.cli.output import Report, say, standard_output_kept_clean
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, did_you_mean
 from flatminima.lab.runs import RECIPES
 
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from flatminima.cli.commands import COMMANDS
-from flatminima.cli.options import PROGRAM, Compare, Demo, Measure, Reproduce, Train, did_you_mean
+from flatminima.cli.options import PROGRAM, Compare, Demo, Measure, Reproduce, Train
 from flatminima.cli.output import say, show_warning
-from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError
+from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError, did_you_mean
 from flatminima.lab.errors import TrainingInterrupted
 from flatminima.parallel import Processes
 

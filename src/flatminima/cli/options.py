@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
 from collections.abc import Sequence
@@ -247,9 +246,3 @@ def _unboxed(said: str) -> str:
 def fields_of(value: Any) -> dict[str, Any]:
     """A dataclass's fields as they are (``dataclasses.asdict`` would take nested ones apart)."""
     return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-
-
-def did_you_mean(name: str, names: list[str]) -> str:
-    """A hint at the name that was probably meant, or nothing."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

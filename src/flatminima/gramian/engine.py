@@ -9,14 +9,13 @@ one sample at a time instead (:mod:`~flatminima.gramian.autograd`).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import GenericPathWarning
+from flatminima.errors import GenericPathWarning, warn
 from flatminima.gramian.accumulator import Accumulator, ChunkedRows, slice_length
 from flatminima.gramian.autograd import (
     Batch,
@@ -170,15 +169,14 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     return make_plan(n, longest, per_sample, held, budget)
 
 
-def warn_generic(names: Sequence[str], *, stacklevel: int = 3) -> None:
+def warn_generic(names: Sequence[str]) -> None:
     """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any."""
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        warnings.warn(
+        warn(
             f"{len(names)} parameters ({shown}) are used in a way no layer rule covers: "
             "their gradients were formed one sample at a time, which is exact but slower",
             GenericPathWarning,
-            stacklevel=stacklevel,
         )
 
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, one_line
 from flatminima.lab.errors import DamagedFileError
 
 _NOTE = "flatminima"  # the one metadata entry of our safetensors files: safetensors writes several in random order
@@ -109,8 +109,3 @@ def unwritable(path: Path, error: OSError) -> FlatminimaError:
 def damaged(path: Path, what: str) -> DamagedFileError:
     """What to raise where ``path`` holds something else than it should."""
     return DamagedFileError(f"{path} is damaged ({what}); restore it or make it again")
-
-
-def one_line(error: Exception) -> str:
-    """What the error says, in one line."""
-    return " ".join(str(error).split())

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors
+from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors, warn
 from flatminima.losses import LOGIT_NORMALIZATION
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import Options
@@ -182,12 +181,11 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
     if losses[high] > SIMILAR_LOSS_RATIO * losses[low] and settings.logit_normalization is None:
         n = settings.subset_size
         shift = 2 * n * math.log(losses[high] / losses[low]) if losses[low] > 0 else math.inf
-        warnings.warn(
+        warn(
             f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}): γ̂ falls with it, "
             f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss, or "
             f"with logit_normalization={LOGIT_NORMALIZATION}",
             UnequalLossWarning,
-            stacklevel=3,
         )
     return Comparison(dict(characterizations))
 

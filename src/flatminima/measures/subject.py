@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from flatminima.errors import (
     NotAMinimumWarning,
     RankDeficientError,
     SingularTrialWarning,
+    warn,
 )
 from flatminima.gramian import factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
 from flatminima.measures.evaluation import evaluate
@@ -95,7 +95,7 @@ class Subject:
     def characterize(self, done: Sequence[Trial]) -> Characterization:
         """What the trials so far say of the model; warns of what :func:`measure` does after its last trial."""
         options, loss = self.options, self.options.loss
-        warn_generic(done[0].generic_parameters, stacklevel=4)
+        warn_generic(done[0].generic_parameters)
         return _characterize(
             done,
             train_loss=self.train.loss,
@@ -149,11 +149,10 @@ class Subject:
     def _warn_unless_minimum(self) -> None:
         train = self.train
         if train.correct is not None and train.loss > MINIMUM_LOSS and train.accuracy < MINIMUM_ACCURACY:
-            warnings.warn(
+            warn(
                 f"training loss {train.loss:.3g} and accuracy {train.accuracy:.1%} are too far from a minimum for the "
                 "measures to mean what they say: train on, or read them with care",
                 NotAMinimumWarning,
-                stacklevel=4,
             )
 
 
@@ -174,10 +173,9 @@ def _characterize(trials: Sequence[Trial], **known: Any) -> Characterization:
     if len(singular) == len(trials):
         raise RankDeficientError("ξ is singular in every trial: use on_singular='raise' to see why")
     if singular:
-        warnings.warn(
+        warn(
             f"{len(singular)} of {len(trials)} trials (first: {singular[:5]}) have a singular ξ: left out of ln det ξ",
             SingularTrialWarning,
-            stacklevel=4,
         )
     robustness = [trial.robustness for trial in trials]
     return Characterization(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
-from flatminima.errors import FlatminimaError, ShuffledLoaderWarning
+from flatminima.errors import FlatminimaError, ShuffledLoaderWarning, warn
 from flatminima.network.batches import Inputs, batch_size, map_tensors, take, tensors_of
 
 Data = Any
@@ -130,11 +129,10 @@ def _from_loader(loader: DataLoader[Any]) -> Samples:
     if isinstance(dataset, IterableDataset) or loader.batch_size is None:
         return _from_stream(loader)
     if not isinstance(loader.sampler, SequentialSampler):
-        warnings.warn(
+        warn(
             f"the DataLoader's order comes from a {type(loader.sampler).__name__}: it is ignored, subsets are drawn by "
             "index from all of loader.dataset with the measure's own seed",
             ShuffledLoaderWarning,
-            stacklevel=4,
         )
     return _IndexedSamples(dataset, loader.collate_fn)
 

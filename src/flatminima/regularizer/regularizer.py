@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.errors import NonFiniteError, require
 from flatminima.network import BatchStatistics, Inputs, device_of, run_model
 from flatminima.parallel import fsdp_modules, whole
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
@@ -168,22 +168,22 @@ class FisherTraceRegularizer:
         start_step: int = 0,
         warmup_steps: int = 0,
     ) -> None:
-        _require(math.isfinite(alpha) and alpha > 0, f"alpha must be a positive number, got {alpha}")
-        _require(math.isfinite(beta) and beta >= 0, f"beta must be zero or a positive number, got {beta}")
+        require(math.isfinite(alpha) and alpha > 0, f"alpha must be a positive number, got {alpha}")
+        require(math.isfinite(beta) and beta >= 0, f"beta must be zero or a positive number, got {beta}")
         _require_integer("num_sub_batches", num_sub_batches, at_least=1)
-        _require(
+        require(
             max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}"
         )
         _require_choice("estimator", estimator, Estimator)
         _require_choice("main_gradient", main_gradient, MainGradient)
         _require_choice("batch_statistics", batch_statistics, BatchStatistics)
         _require_choice("passes", passes, Passes)
-        _require(
+        require(
             main_gradient == "whole-batch" or batch_statistics == "sub-batch",
             f"main_gradient='sub-batches' needs batch_statistics='sub-batch' (got {batch_statistics!r}): "
             "running statistics would never be updated",
         )
-        _require(
+        require(
             passes != "compiled" or estimator != "hvp",
             "passes='compiled' is not for estimator='hvp', as compiled graphs have no second derivative: "
             "choose passes='together'",
@@ -206,12 +206,12 @@ class FisherTraceRegularizer:
         self.step = 0
         self.last_step: RegularizerStep | None = None
         refuse_other_sharding(model)
-        _require(
+        require(
             passes == "one-by-one" or not fsdp_modules(model),
             f"passes={passes!r} gives every sub-batch its own weights, which fully_shard does not: "
             "choose passes='one-by-one'",
         )
-        _require(
+        require(
             passes != "compiled" or not any("_orig_mod" in module._modules for module in model.modules()),
             "passes='compiled' cannot trace what torch.compile has wrapped: compile in place (model.compile())",
         )
@@ -295,7 +295,7 @@ class FisherTraceRegularizer:
             ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
             >>> loss = FisherTraceRegularizer(model).backward_closure(closure, batch)
         """
-        _require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
+        require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
         scale = 1.0 if scaler is None else _scale_of(scaler, self.model)
         penalty = self.penalize(closure, batch)
         if penalty is not None and self.main_gradient == "sub-batches":
@@ -390,9 +390,7 @@ class FisherTraceRegularizer:
         Raises:
             FlatminimaError: if ``state`` is something else.
         """
-        _require(
-            set(state) == {"step", "clipped"}, f"not a FisherTraceRegularizer's state_dict: it has {sorted(state)}"
-        )
+        require(set(state) == {"step", "clipped"}, f"not a FisherTraceRegularizer's state_dict: it has {sorted(state)}")
         self.step, self._clipped = int(state["step"]), int(state["clipped"])
         self._seen, self.last_step = [], None
 
@@ -435,7 +433,7 @@ def _scale_of(scaler: torch.amp.GradScaler, model: nn.Module) -> Tensor:
 def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[str]:
     chosen = list(parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    _require(
+    require(
         all(id(parameter) in names for parameter in chosen),
         f"parameters must be those of the model ({type(model).__name__}), not copies or names",
     )
@@ -458,16 +456,11 @@ def _require_finite_penalty(penalty: Penalty) -> None:
 
 
 def _require_integer(name: str, value: int, *, at_least: int) -> None:
-    _require(
+    require(
         isinstance(value, int) and value >= at_least, f"{name} must be an integer of at least {at_least}, got {value}"
     )
 
 
 def _require_choice(name: str, value: str, choices: Any) -> None:
     allowed = get_args(choices)
-    _require(value in allowed, f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise FlatminimaError(message)
+    require(value in allowed, f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, require
 from flatminima.network import Buffers, batch_size, moved
 
 Closure = Callable[[Any], Tensor]
@@ -187,9 +187,3 @@ def require_differentiable(loss: Tensor) -> None:
         loss.requires_grad,
         "the loss does not depend on a trainable parameter: is gradient recording switched off?",
     )
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise :class:`FlatminimaError` unless the condition holds."""
-    if not condition:
-        raise FlatminimaError(message)

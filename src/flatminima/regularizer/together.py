@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vmap
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, first_line, require
 from flatminima.network import batch_size, eager_graphs, map_tensors, tensors_of
 from flatminima.regularizer.sub_batches import (
     Closure,
     SubBatches,
     graph_of,
-    require,
     require_differentiable,
     sub_batch_loss,
 )
@@ -185,7 +184,7 @@ def compiled_losses_together() -> LossesTogether:
             raised = re.search("raised exception (.+)", str(error))  # by the model or the loss
             raise FlatminimaError(
                 "torch.compile cannot make one graph of this model and loss "
-                f"({raised[1] if raised else _first_line(error)}): choose passes='one-by-one'"
+                f"({raised[1] if raised else first_line(error)}): choose passes='one-by-one'"
             ) from error
 
     return losses
@@ -230,12 +229,6 @@ def _in_one_pass() -> Iterator[None]:
         if isinstance(error, FlatminimaError) or not _NOT_IN_ONE_PASS.search(str(error)):
             raise
         raise FlatminimaError(
-            f"the sub-batches cannot go through this model and loss together ({_first_line(error)}): "
+            f"the sub-batches cannot go through this model and loss together ({first_line(error)}): "
             "choose passes='one-by-one'"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """What the error says, without the pages that follow; the second line where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, first_line
 from flatminima.lab.data.images import ImageSet, check_labels
 
 _HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
@@ -195,7 +195,7 @@ def _root_cause(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    return first_line(cause)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

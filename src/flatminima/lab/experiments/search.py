@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, first_line
 from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.experiments import costs
 from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
@@ -277,7 +277,7 @@ class Case:
                 storage.remove_session()
                 storage.engine.dispose()
         except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DatabaseError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise FlatminimaError(
                 f"cannot use {self._path}: {reason}; without it the search starts anew, and finished runs are kept"
             ) from None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, first_line
 from flatminima.lab.data import ImageSet
 from flatminima.lab.networks.checkpoints import load_weights
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model
@@ -66,7 +66,7 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     # An absent device is an AssertionError, a RuntimeError or a NotImplementedError, by its kind.
     except Exception as error:
-        raise FlatminimaError(f"device {name!r} cannot be used here ({_first_line(error)}): choose another") from error
+        raise FlatminimaError(f"device {name!r} cannot be used here ({first_line(error)}): choose another") from error
     return device
 
 
@@ -119,10 +119,6 @@ def _check_takes(model: nn.Module, data: ImageSet, source: str) -> None:
         raise
     except Exception as error:
         raise FlatminimaError(
-            f"model {source} does not take images of shape {tuple(image.shape[1:])} ({_first_line(error)}): "
+            f"model {source} does not take images of shape {tuple(image.shape[1:])} ({first_line(error)}): "
             "name the network and the data that belong together"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

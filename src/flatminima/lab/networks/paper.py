@@ -7,7 +7,6 @@ only. Weights are drawn from torch's global generator: seed it before :func:`bui
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, did_you_mean
 
 _DIGIT_SIZE = 8
 
@@ -36,17 +35,13 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3) -> nn
         torch.Size([2, 10])
     """
     if name not in _BUILDERS:
-        raise FlatminimaError(f"unknown model {name!r}{_did_you_mean(name)}; use one of {', '.join(MODEL_NAMES)}")
+        hint = did_you_mean(name.lower(), MODEL_NAMES)
+        raise FlatminimaError(f"unknown model {name!r}{hint}; use one of {', '.join(MODEL_NAMES)}")
     if num_classes < 1 or in_channels < 1:
         raise FlatminimaError(
             f"model {name!r} needs num_classes >= 1 and in_channels >= 1, got {num_classes} and {in_channels}"
         )
     return _BUILDERS[name](num_classes, in_channels)
-
-
-def _did_you_mean(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), MODEL_NAMES, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima import errors
-from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings
+from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
 from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
 from flatminima.lab.networks import load_model, resolve_device
@@ -125,7 +124,7 @@ def _measured(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: 
     try:
         others = _read_kept(folder)
     except DamagedFileError as error:
-        warnings.warn(f"measured again: {error}", DamagedRunWarning, stacklevel=3)
+        warn(f"measured again: {error}", DamagedRunWarning)
         others = []
     _, model, clean, _ = load_run(folder.path)
     with folder.watched() as note, recorded_warnings() as recorded:
@@ -274,7 +273,7 @@ def _read_kept(folder: RunFolder) -> list[dict[str, Any]]:
 def _as_taken(found: dict[str, Any]) -> Characterization:
     """A kept entry's measures, with the warnings that were given when they were taken."""
     for category, message in found["warnings"]:
-        warnings.warn(message, getattr(errors, category, FlatminimaWarning), stacklevel=3)
+        warn(message, getattr(errors, category, FlatminimaWarning))
     return Characterization.from_json(json.dumps(found["characterization"]))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, did_you_mean, require
 from flatminima.lab.data import AUGMENTATIONS
 from flatminima.lab.networks import MODEL_NAMES
 from flatminima.regularizer import Estimator, MainGradient
@@ -37,9 +36,9 @@ class MultiStep:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
+        require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
         increasing = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 1.0), strict=True))
-        _require(increasing, f"schedule.milestones must increase between 0 and 1, got {self.milestones}")
+        require(increasing, f"schedule.milestones must increase between 0 and 1, got {self.milestones}")
 
     def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
         """The learning rate at ``iteration`` (counted from 0) relative to the initial one."""
@@ -63,9 +62,9 @@ class Plateau:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
-        _require(self.patience >= 0, f"schedule.patience must not be negative, got {self.patience}")
-        _require(0 <= self.threshold < 1, f"schedule.threshold must be in [0, 1), got {self.threshold}")
+        require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
+        require(self.patience >= 0, f"schedule.patience must not be negative, got {self.patience}")
+        require(0 <= self.threshold < 1, f"schedule.threshold must be in [0, 1), got {self.threshold}")
 
     def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
         """The learning rate after epochs with these training losses, relative to the initial one."""
@@ -103,15 +102,15 @@ class RegularizerSpec:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.alpha > 0, f"regularizer.alpha must be positive, got {self.alpha}")
-        _require(self.beta >= 0, f"regularizer.beta must not be negative, got {self.beta}")
-        _require(self.num_sub_batches >= 1, f"regularizer.num_sub_batches must be >= 1, got {self.num_sub_batches}")
-        _require(
+        require(self.alpha > 0, f"regularizer.alpha must be positive, got {self.alpha}")
+        require(self.beta >= 0, f"regularizer.beta must not be negative, got {self.beta}")
+        require(self.num_sub_batches >= 1, f"regularizer.num_sub_batches must be >= 1, got {self.num_sub_batches}")
+        require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
             f"regularizer.max_grad_norm must be positive or None, got {self.max_grad_norm}",
         )
-        _require(self.start_epoch >= 0, f"regularizer.start_epoch must not be negative, got {self.start_epoch}")
-        _require(self.every >= 1, f"regularizer.every must be >= 1, got {self.every}")
+        require(self.start_epoch >= 0, f"regularizer.start_epoch must not be negative, got {self.start_epoch}")
+        require(self.every >= 1, f"regularizer.every must be >= 1, got {self.every}")
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,12 @@ class SharpnessAwareSpec:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self.rho > 0, f"sam.rho must be positive, got {self.rho}")
-        _require(
+        require(self.rho > 0, f"sam.rho must be positive, got {self.rho}")
+        require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
             f"sam.max_grad_norm must be positive or None, got {self.max_grad_norm}",
         )
-        _require(self.start_epoch >= 0, f"sam.start_epoch must not be negative, got {self.start_epoch}")
+        require(self.start_epoch >= 0, f"sam.start_epoch must not be negative, got {self.start_epoch}")
 
 
 @dataclass(frozen=True)
@@ -201,24 +200,24 @@ class RunSpec:
         _check_types(self)
         _require_one_of("model", self.model, MODEL_NAMES)
         _require_one_of("augmentation", self.augmentation, AUGMENTATIONS)
-        _require(self.data != "", "data must name a data set or a folder, got an empty string")
-        _require(self.train_size is None or self.train_size >= 1, f"train_size must be >= 1, got {self.train_size}")
-        _require(self.confusion >= 0, f"confusion must not be negative, got {self.confusion}")
-        _require(self.validation >= 0, f"validation must not be negative, got {self.validation}")
-        _require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
-        _require(
+        require(self.data != "", "data must name a data set or a folder, got an empty string")
+        require(self.train_size is None or self.train_size >= 1, f"train_size must be >= 1, got {self.train_size}")
+        require(self.confusion >= 0, f"confusion must not be negative, got {self.confusion}")
+        require(self.validation >= 0, f"validation must not be negative, got {self.validation}")
+        require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
+        require(
             self.epochs is not None or self.iterations is not None,
             "epochs and iterations are both None: give at least one, or the run would never end",
         )
-        _require(self.epochs is None or self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
-        _require(self.iterations is None or self.iterations >= 1, f"iterations must be >= 1, got {self.iterations}")
-        _require(self.evaluate_every >= 1, f"evaluate_every must be >= 1, got {self.evaluate_every}")
-        _require(self.lr > 0, f"lr must be positive, got {self.lr}")
-        _require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
-        _require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")
-        _require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
-        _require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        _require(0 <= self.seed < 2**63, f"seed must be in [0, 2**63), got {self.seed}")
+        require(self.epochs is None or self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
+        require(self.iterations is None or self.iterations >= 1, f"iterations must be >= 1, got {self.iterations}")
+        require(self.evaluate_every >= 1, f"evaluate_every must be >= 1, got {self.evaluate_every}")
+        require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
+        require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")
+        require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        require(0 <= self.seed < 2**63, f"seed must be in [0, 2**63), got {self.seed}")
 
     @property
     def key(self) -> str:
@@ -242,7 +241,7 @@ class RunSpec:
         Raises:
             FlatminimaError: There is not even one.
         """
-        _require(
+        require(
             num_samples >= self.batch_size,
             f"batch_size {self.batch_size} is larger than the training set of {num_samples} images; lower batch_size",
         )
@@ -270,7 +269,7 @@ class RunSpec:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise FlatminimaError(f"not a run specification: {error}") from None
-        _require(isinstance(values, dict), f"not a run specification: {text[:60]!r}")
+        require(isinstance(values, dict), f"not a run specification: {text[:60]!r}")
         for name, kinds in {
             "schedule": (MultiStep, Plateau),
             "regularizer": (RegularizerSpec, SharpnessAwareSpec),
@@ -303,7 +302,7 @@ def _build_one_of(name: str, kinds: Sequence[type[Any]], values: Mapping[str, An
 
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
     unknown = set(values) - {field.name for field in dataclasses.fields(kind)}
-    _require(
+    require(
         not unknown, f"{kind.__name__} has no field {', '.join(sorted(unknown))}; was it written by another version?"
     )
     return kind(**values)
@@ -344,15 +343,9 @@ def _as_declared(value: Any, hint: Any) -> Any:
     raise TypeError
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise FlatminimaError(message)
-
-
 def _require_one_of(what: str, value: Any, names: Sequence[str]) -> None:
-    close = difflib.get_close_matches(str(value), names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    _require(value in names, f"unknown {what} {value!r}{hint}; use one of {', '.join(names)}")
+    hint = did_you_mean(str(value), names)
+    require(value in names, f"unknown {what} {value!r}{hint}; use one of {', '.join(names)}")
 
 
 _RESNET20 = RunSpec(model="resnet20", lr=0.1, batch_size=128, momentum=0.9, weight_decay=1e-4)

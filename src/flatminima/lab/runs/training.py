@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.errors import FlatminimaError, NonFiniteError, warn
 from flatminima.lab.errors import (
     DamagedFileError,
     DamagedRunWarning,
@@ -180,7 +179,7 @@ def _reopen(folder: RunFolder, spec: RunSpec) -> RunResult | ResumePoint | None:
         folder.require_spec(spec)
         return folder.read_result() or folder.read_resume_point()
     except DamagedFileError as error:
-        warnings.warn(f"this run starts over: {error}", DamagedRunWarning, stacklevel=8)  # the line that called `train`
+        warn(f"this run starts over: {error}", DamagedRunWarning)
         folder.clear()
         return None
 
@@ -188,21 +187,19 @@ def _reopen(folder: RunFolder, spec: RunSpec) -> RunResult | ResumePoint | None:
 def _goes_on(run: Session, point: ResumePoint, folder: RunFolder) -> bool:
     """Whether the run goes on from there: not if the data have changed."""
     if point.data_digest != run.data_digest:
-        warnings.warn(
+        warn(
             f"this run starts over: the data {run.spec.source!r} have changed since {folder.path} was begun",
             DamagedRunWarning,
-            stacklevel=7,
         )
         folder.clear()
         folder.write_spec(run.spec)
         return False
     here = run.environment()
     if point.environment != here:
-        warnings.warn(
+        warn(
             f"{folder.path} was begun with {_describe(point.environment)} and goes on with {_describe(here)}: "
             "the result is valid, but not the same bits as in one sitting",
             ResumedElsewhereWarning,
-            stacklevel=7,
         )
     return True
 

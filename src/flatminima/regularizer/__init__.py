@@ -1,6 +1,7 @@
 """Training towards minima with a smaller Fisher trace (Jia & Su, Sec. 6, Algorithm 1)."""
 
-from flatminima.regularizer.penalty import Estimator, Penalty
+from flatminima.regularizer.passes import Estimator
+from flatminima.regularizer.penalty import Penalty
 from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction, MainGradient, RegularizerStep
 from flatminima.regularizer.sub_batches import Weights, scalar_loss
 

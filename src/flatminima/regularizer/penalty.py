@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +24,23 @@ from flatminima.network import (
     without_autocast,
 )
 from flatminima.regularizer.distributed import this_process_alone
-from flatminima.regularizer.sub_batches import Closure, OneSubBatch, SubBatches, Weights, graph_of
-from flatminima.regularizer.together import LossesTogether, SubBatchesTogether
-
-Estimator = Literal["finite-difference", "hvp"]
+from flatminima.regularizer.passes import Estimator, Passes
+from flatminima.regularizer.sub_batches import Closure, SubBatches, Weights, graph_of
 
 
 @dataclass(frozen=True)
-class PenaltyPasses:
-    """How the passes are done: arguments of :class:`~flatminima.FisherTraceRegularizer`, ``passes`` as a function."""
+class PenaltySettings:
+    """How the penalty is computed: arguments of :class:`~flatminima.FisherTraceRegularizer`."""
 
     alpha: float
     num_sub_batches: int
     estimator: Estimator
     batch_statistics: BatchStatistics
-    losses: LossesTogether | None  # of losses_of(passes)
+    passes: Passes
 
-    def run(self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, *, update_buffers: bool) -> Penalty:
+    def penalty(
+        self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, *, update_buffers: bool
+    ) -> Penalty:
         """R_α on ``batch``. The weights are put back; so are buffers, unless ``update_buffers`` asks for one update.
 
         Raises:
@@ -51,10 +50,7 @@ class PenaltyPasses:
         if size == 0:
             raise FlatminimaError("the batch is empty: pass at least one sample")
         rows = list(torch.randperm(size).tensor_split(min(self.num_sub_batches, size)))
-        num_sub_batches = len(rows)
-        if self.losses is not None:  # those of one size: rows are then (sub-batches, samples)
-            rows = [torch.stack(list(same)) for _, same in itertools.groupby(rows, key=len)]
-        estimate = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.estimator]
+        estimator = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.estimator]
         penalty = Penalty.zero(weights)
         with true_precision(), without_autocast(model), this_process_alone(model):
 
@@ -65,16 +61,14 @@ class PenaltyPasses:
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
                 buffers = Buffers(model)
                 means = _MeanBuffers(buffers.own) if update_buffers else None
-                for indices in rows:
+                for indices in self.passes.rounds(rows):
                     share = indices.shape[-1] / size
-                    what = closure, _in_float32(take(batch, indices)), weights, buffers
-                    sub_batches: SubBatches = (
-                        OneSubBatch(*what) if self.losses is None else SubBatchesTogether(*what, model, self.losses)
-                    )
-                    passes = estimate(sub_batches, self.alpha)
-                    penalty.add(passes, weight=1 / num_sub_batches, share=share)
+                    samples = _in_float32(take(batch, indices))
+                    sub_batches = self.passes.sub_batches(model, closure, samples, weights, buffers)
+                    estimate = estimator(sub_batches, self.alpha)
+                    penalty.add(estimate, weight=1 / len(rows), share=share)
                     if means is not None:
-                        means.add(passes.buffers, share)
+                        means.add(estimate.buffers, share)
         if means is not None:
             means.write()
         return penalty
@@ -109,15 +103,15 @@ class Penalty:
         nothing = weights.parameters[0].new_zeros(())
         return cls(nothing, nothing, [], nothing, [], [False] * len(weights.parameters), weights)
 
-    def add(self, passes: _Passes, *, weight: float, share: float) -> None:
+    def add(self, estimate: _Estimate, *, weight: float, share: float) -> None:
         """Add sub-batches, each of the ``weight`` 1/M in R_α and of the ``share`` |B_i| / |B| in the main loss."""
-        self.value = self.value + weight * passes.penalty
-        self.trace = self.trace + weight * passes.squares
-        self.gradient = _plus(self.gradient, passes.penalty_gradient, weight)
-        self.loss = self.loss + share * passes.loss
-        self.main_gradient = _plus(self.main_gradient, passes.gradient, share)
-        self.used = [any(uses) for uses in zip(self.used, passes.used, strict=True)]
-        self.num_sub_batches += passes.count
+        self.value = self.value + weight * estimate.penalty
+        self.trace = self.trace + weight * estimate.squares
+        self.gradient = _plus(self.gradient, estimate.penalty_gradient, weight)
+        self.loss = self.loss + share * estimate.loss
+        self.main_gradient = _plus(self.main_gradient, estimate.gradient, share)
+        self.used = [any(uses) for uses in zip(self.used, estimate.used, strict=True)]
+        self.num_sub_batches += estimate.count
 
     def add_gradient_to_grad(self, factor: float | Tensor) -> None:
         """Add ``factor`` ∇R_α to ``.grad``; a parameter that no loss used keeps ``.grad`` as it is, None included."""
@@ -184,8 +178,8 @@ def _plus(sums: list[Tensor], values: list[Tensor], factor: float) -> list[Tenso
 
 
 @dataclass(frozen=True)
-class _Passes:
-    """What the passes over some sub-batches give, summed over them.
+class _Estimate:
+    """What one round of passes gives, summed over its sub-batches.
 
     Attributes:
         count: how many sub-batches there are.
@@ -208,7 +202,7 @@ class _Passes:
     buffers: list[Tensor]
 
 
-def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
+def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Estimate:
     """L(B_i, w) − L(B_i, w − α g_i), and the same difference of gradients (Eq. 6)."""
     weights = sub_batches.weights
     with restored_generators(weights.parameters), sub_batches.scratch_buffers():
@@ -220,7 +214,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
         moved_loss = sub_batches.loss()
         moved_gradients = sub_batches.gradients(moved_loss)
     difference = torch._foreach_sub(here, _dense(moved_gradients, sub_batches.parameters))
-    return _Passes(
+    return _Estimate(
         count=sub_batches.count,
         loss=loss.detach(),
         gradient=sub_batches.total(here),
@@ -232,7 +226,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Passes:
     )
 
 
-def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Passes:
+def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Estimate:
     """The limit of the finite difference for small α: α‖g_i‖² and α H_i g_i, by differentiating g_i once more."""
     weights = sub_batches.weights
     with sub_batches.scratch_buffers(), eager_graphs(), sdpa_kernel(SDPBackend.MATH):
@@ -243,7 +237,7 @@ def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Passes:
     here = [value.detach() for value in _dense(gradients, sub_batches.parameters)]
     squares = get_total_norm(weights.select(here)).square()
     products = torch._foreach_mul(_dense(products, sub_batches.parameters), alpha)
-    return _Passes(
+    return _Estimate(
         count=sub_batches.count,
         loss=loss.detach(),
         gradient=sub_batches.total(here),

@@ -22,11 +22,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flatminima.errors import NonFiniteError, require
 from flatminima.network import BatchStatistics, Inputs, device_of, run_model
-from flatminima.parallel import fsdp_modules, whole
+from flatminima.parallel import whole
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
-from flatminima.regularizer.penalty import Estimator, Penalty, PenaltyPasses
+from flatminima.regularizer.passes import Estimator, PassesName, passes_for
+from flatminima.regularizer.penalty import Penalty, PenaltySettings
 from flatminima.regularizer.sub_batches import Closure, Weights, scalar_loss
-from flatminima.regularizer.together import Passes, losses_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
@@ -162,7 +162,7 @@ class FisherTraceRegularizer:
         estimator: Estimator = "finite-difference",
         main_gradient: MainGradient = "whole-batch",
         batch_statistics: BatchStatistics = "sub-batch",
-        passes: Passes = "one-by-one",
+        passes: PassesName = "one-by-one",
         parameters: Iterable[nn.Parameter] | None = None,
         every: int = 1,
         start_step: int = 0,
@@ -177,16 +177,11 @@ class FisherTraceRegularizer:
         _require_choice("estimator", estimator, Estimator)
         _require_choice("main_gradient", main_gradient, MainGradient)
         _require_choice("batch_statistics", batch_statistics, BatchStatistics)
-        _require_choice("passes", passes, Passes)
+        _require_choice("passes", passes, PassesName)
         require(
             main_gradient == "whole-batch" or batch_statistics == "sub-batch",
             f"main_gradient='sub-batches' needs batch_statistics='sub-batch' (got {batch_statistics!r}): "
             "running statistics would never be updated",
-        )
-        require(
-            passes != "compiled" or estimator != "hvp",
-            "passes='compiled' is not for estimator='hvp', as compiled graphs have no second derivative: "
-            "choose passes='together'",
         )
         _require_integer("every", every, at_least=1)
         _require_integer("start_step", start_step, at_least=0)
@@ -206,16 +201,7 @@ class FisherTraceRegularizer:
         self.step = 0
         self.last_step: RegularizerStep | None = None
         refuse_other_sharding(model)
-        require(
-            passes == "one-by-one" or not fsdp_modules(model),
-            f"passes={passes!r} gives every sub-batch its own weights, which fully_shard does not: "
-            "choose passes='one-by-one'",
-        )
-        require(
-            passes != "compiled" or not any("_orig_mod" in module._modules for module in model.modules()),
-            "passes='compiled' cannot trace what torch.compile has wrapped: compile in place (model.compile())",
-        )
-        self._losses = losses_of(passes)
+        self._passes = passes_for(passes, model, estimator)
         self._penalized = None if parameters is None else _known_parameters(model, parameters)
         self._clipped: int | Tensor = 0
         self._seen: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
@@ -335,11 +321,13 @@ class FisherTraceRegularizer:
         since = self.step - self.start_step
         if since < 0 or since % self.every:
             return None
-        passes = PenaltyPasses(self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._losses)
+        settings = PenaltySettings(
+            self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._passes
+        )
         update_buffers = self.main_gradient == "sub-batches"
         with gathered_weights(self.model):
             weights = Weights.of(self.model, self._penalized)
-            penalty = passes.run(self.model, closure, batch, weights, update_buffers=update_buffers)
+            penalty = settings.penalty(self.model, closure, batch, weights, update_buffers=update_buffers)
         _require_finite_penalty(penalty)
         self.last_step = self._observed(penalty)
         self._last_beta = self.present_beta

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,6 @@ from flatminima.regularizer.sub_batches import (
     require_differentiable,
     sub_batch_loss,
 )
-
-Passes = Literal["one-by-one", "together", "compiled"]
 
 _NOT_IN_ONE_PASS = re.compile("vmap|functorch|batching rule|sparse", re.IGNORECASE)
 
@@ -140,13 +138,6 @@ class _Forward(nn.Module):
 
 
 LossesTogether = Callable[[_Forward, list[Tensor], list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
-
-
-def losses_of(passes: Passes) -> LossesTogether | None:
-    """What computes the losses of all sub-batches of one size; None if they run one by one."""
-    if passes == "one-by-one":
-        return None
-    return losses_together if passes == "together" else compiled_losses_together()
 
 
 def losses_together(

@@ -1,0 +1,176 @@
+"""Every touch of what PyTorch does not document or has changed between versions (2.6 and newer), in one place.
+
+Each has its reason beside it, and a test in ``tests/test_torch_compat.py`` that fails when PyTorch changes it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import function
+from torch.nn.modules import batchnorm
+from torch.utils import weak
+
+# Classes.
+
+BatchNorm = batchnorm._BatchNorm
+"""The one class of all BatchNorm layers, SyncBatchNorm's too."""
+
+CustomFunctionNode = function.BackwardCFunction
+"""What a custom ``autograd.Function`` leaves in the autograd graph."""
+
+WeakIdKeyDictionary = weak.WeakIdKeyDictionary
+"""A dictionary with tensors as keys, told apart by identity and not kept alive."""
+
+# Tensors. Plain aliases, for they are on hot paths.
+
+foreach_add = torch._foreach_add
+"""Elementwise operations on lists of tensors in a few launches, as torch's own optimizers have them."""
+foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
+foreach_mul = torch._foreach_mul
+foreach_sub = torch._foreach_sub
+
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+"""How often a tensor has been written to in place: autograd's own counter."""
+
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+"""Whether autograd sees a tensor as a view of another."""
+
+# Operators that no public function calls in the same way.
+
+batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
+"""BatchNorm's backward pass alone, from statistics that are given."""
+
+convolution_backward: Any = torch.ops.aten.convolution_backward
+"""A convolution's backward pass alone, without a forward pass before it."""
+
+HAS_ONEDNN_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether :func:`onednn_linear` is there: it is Inductor's, and builds without oneDNN have none."""
+
+
+def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
+    """``inputs weightᵀ`` by oneDNN, where ``torch.nn.functional.linear`` would call BLAS."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
+    return product
+
+
+# Modules.
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dictionary in which a module holds its parameters, children's left out; it can be written to."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dictionary in which a module holds its buffers; ``named_buffers`` gives no more than a copy of it."""
+    return module._buffers
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside that which ``torch.compile(model)`` returns; any other module is returned as it is."""
+    original = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
+# torch.compile. Importing dynamo takes a second or more, so it is left to those who compile.
+
+
+def eager_stance() -> AbstractContextManager[None]:
+    """A context in which compiled models run eagerly: graphs have no second derivative, nor a rule for ``vmap``."""
+    in_use = "torch._dynamo" in sys.modules  # else nothing is compiled
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager") if in_use else nullcontext()
+    return stance
+
+
+def dynamo_error() -> type[Exception]:
+    """What ``torch.compile(..., fullgraph=True)`` raises for a function that it cannot trace."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def reason_for_no_graph(error: Exception) -> str | None:
+    """What the traced function itself has raised, if that is what a :func:`dynamo_error` reports."""
+    raised = re.search("raised exception (.+)", str(error))
+    return raised[1] if raised else None
+
+
+# What errors say that have no type of their own.
+
+
+def needs_more_than_one_sample(error: ValueError) -> bool:
+    """Whether BatchNorm has refused a batch with one value per channel."""
+    return "more than 1 value per channel" in str(error)
+
+
+def cannot_be_vectorized(error: RuntimeError | ValueError) -> bool:
+    """Whether ``torch.func.vmap`` has met an operation that it has no rule for."""
+    return re.search("vmap|functorch|batching rule|sparse", str(error), re.IGNORECASE) is not None
+
+
+def has_no_derivative(error: RuntimeError) -> bool:
+    """Whether autograd has met an operation without a derivative."""
+    return "not implemented" in str(error)
+
+
+def raises_when_differentiated(node: Any) -> bool:
+    """Whether a node of the autograd graph stands behind a function marked ``once_differentiable``."""
+    return str(node.name()).endswith("Error")
+
+
+# Precision.
+
+
+def float32_switches() -> list[tuple[Any, str, Any, Any]]:
+    """(object, attribute, exact value, value for TF32) of every switch that trades float32 accuracy for speed.
+
+    The CPU stays exact.
+
+    From 2.9 on PyTorch has one switch per backend and operator, and reading the older ones fails once a user has set
+    a newer one; before, there were two.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        operators = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        mkldnn = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
+        return [
+            *((operator, "fp32_precision", "ieee", "tf32") for operator in operators),
+            *((operator, "fp32_precision", "ieee", "ieee") for operator in mkldnn),
+        ]
+    return [(backends.cuda.matmul, "allow_tf32", False, True), (backends.cudnn, "allow_tf32", False, True)]
+
+
+# Several processes.
+
+FSDP_GATHERING_FUNCTIONS = tuple(
+    name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)
+)
+"""The functions of ``torch.distributed`` by which FSDP2 gathers weights, looked up there when it needs them: newer and
+older versions call another."""
+
+
+def process_group_store(group: Any) -> Any:
+    """The store in which a process group's processes have met."""
+    return dist.distributed_c10d._get_process_group_store(group)
+
+
+def has_reshard_switches(module: Any) -> bool:
+    """Whether an FSDP2 module can be told not to reshard after its forward pass, which older versions cannot."""
+    return hasattr(module, "set_reshard_after_forward")
+
+
+def forget_interrupted_pass(module: Any) -> None:
+    """Let an outermost FSDP2 module run again after an exception in a pass (torch 2.13 and newer can)."""
+    if hasattr(module, "reset_iter_state"):
+        with suppress(AttributeError):  # raised before the first pass
+            module.reset_iter_state()

@@ -1,0 +1,320 @@
+"""Whether PyTorch's undocumented and changing parts are still what :mod:`flatminima.torch_compat` takes them for."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import vmap
+
+from flatminima import torch_compat
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what dynamo imports
+
+TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_foreach_operations_do_the_same_as_loops() -> None:
+    here, there = [doubles(3), doubles(2, 2)], [doubles(3), doubles(2, 2)]
+    expected = {
+        "add": [a + 0.5 * b for a, b in zip(here, there, strict=True)],
+        "sub": [a - b for a, b in zip(here, there, strict=True)],
+        "mul": [a * b for a, b in zip(here, there, strict=True)],
+        "scaled": [3.0 * a for a in here],
+    }
+    found = {
+        "add": torch_compat.foreach_add(here, there, alpha=0.5),
+        "sub": torch_compat.foreach_sub(here, there),
+        "mul": torch_compat.foreach_mul(here, there),
+        "scaled": torch_compat.foreach_mul(here, 3.0),
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(list(found[name]), values, rtol=1e-15, atol=0)
+    target = [value.clone() for value in here]
+    torch_compat.foreach_add_(target, there, alpha=0.5)
+    torch.testing.assert_close(target, expected["add"], rtol=1e-15, atol=0)
+    torch_compat.foreach_copy_(target, here)
+    assert all(torch.equal(a, b) for a, b in zip(target, here, strict=True))
+
+
+def test_foreach_operations_take_factors_that_stay_on_the_device() -> None:
+    values = [doubles(3)]
+    (scaled,) = torch_compat.foreach_mul(values, torch.tensor(3.0, dtype=torch.float64))
+    torch.testing.assert_close(scaled, 3 * values[0], rtol=1e-15, atol=0)
+
+
+def test_version_counts_what_is_written_in_place() -> None:
+    x = torch.zeros(3)
+    before = torch_compat.version_of(x)
+    x + 1
+    assert torch_compat.version_of(x) == before
+    x[1:].add_(1)
+    assert torch_compat.version_of(x) == before + 1
+
+
+def test_views_are_told_from_tensors_of_their_own() -> None:
+    x = torch.zeros(3, 2)
+    assert [torch_compat.is_view(t) for t in (x, x.T, x[1:], x.clone(), x + 1)] == [False, True, True, False, False]
+
+
+def test_tensors_are_keys_by_identity_and_are_not_kept_alive() -> None:
+    x, y = torch.zeros(3), torch.zeros(3)
+    keys = torch_compat.WeakIdKeyDictionary()
+    keys[x] = True
+    assert x in keys
+    assert y not in keys
+    del x
+    assert len(keys) == 0
+
+
+def test_convolutions_backward_pass_alone_is_that_of_autograd() -> None:
+    x, weight, gradient = doubles(2, 4, 7, 6), doubles(6, 2, 3, 2).requires_grad_(), doubles(2, 6, 4, 3)
+    output = F.conv2d(x, weight, None, (2, 2), (1, 1), (1, 2), 2)
+    (expected,) = torch.autograd.grad(output, weight, gradient)
+    settings = (None, (2, 2), (1, 1), (1, 2), False, [0, 0], 2, [False, True, False])
+    _, found, _ = torch_compat.convolution_backward(gradient, x, torch.empty_like(weight), *settings)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_batch_norms_backward_pass_alone_is_that_of_autograd() -> None:
+    x, gradient, mean, variance = doubles(3, 4, 5), doubles(3, 4, 5), doubles(4), doubles(4).square()
+    weight, bias = (doubles(4).requires_grad_() for _ in range(2))
+    expected = torch.autograd.grad(F.batch_norm(x, mean, variance, weight, bias), (weight, bias), gradient)
+    settings = (None, None, False, 1e-5, [False, True, True])
+    _, *found = torch_compat.batch_norm_backward(gradient, x, None, mean, variance, *settings)
+    torch.testing.assert_close(found, list(expected), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.skipif(not torch_compat.HAS_ONEDNN_LINEAR, reason="this torch was built without oneDNN")
+def test_onednns_linear_layer_is_a_product_with_the_transpose() -> None:
+    x, weight = torch.randn(40, 70), torch.randn(50, 70)
+    expected = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(torch_compat.onednn_linear(x, weight), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_builds_with_onednn_have_its_linear_layer() -> None:
+    assert torch.backends.mkldnn.is_available() == torch_compat.HAS_ONEDNN_LINEAR
+
+
+def test_modules_look_their_tensors_up_in_the_dictionaries_given() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False))
+    assert torch_compat.own_parameters(model) == torch_compat.own_buffers(model) == {}
+    assert torch_compat.own_parameters(model[0]) == dict(model[0].named_parameters())
+    assert torch_compat.own_buffers(model[1]) == dict(model[1].named_buffers())
+    other = torch.ones(2)
+    torch_compat.own_buffers(model[1])["running_mean"] = other
+    assert model[1].running_mean is other
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
+def test_every_batch_norm_is_of_one_class(layer: Callable[[int], nn.Module]) -> None:
+    assert isinstance(layer(3), torch_compat.BatchNorm)
+    assert not isinstance(nn.InstanceNorm1d(3), torch_compat.BatchNorm)
+
+
+def test_sync_batch_norm_on_its_own_runs_as_batch_norm() -> None:
+    x, layer = doubles(4, 3), nn.SyncBatchNorm(3).double()
+    expected = nn.BatchNorm1d(3).double()(x)
+    torch.testing.assert_close(torch_compat.BatchNorm.forward(layer, x), expected, rtol=1e-14, atol=0)
+
+
+def test_compiled_models_show_the_module_inside() -> None:
+    model = nn.Sequential()  # which is false as a condition
+    assert torch_compat.uncompiled(torch.compile(model)) is model
+    assert torch_compat.uncompiled(model) is model
+
+
+def test_eager_stance_runs_compiled_models_without_their_graphs() -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            calls.append("graph")
+            return graph.forward(*args)
+
+        return run
+
+    model = torch.compile(nn.Linear(2, 2), backend=backend)
+    model(torch.zeros(1, 2))
+    assert calls == ["graph"]
+    with torch_compat.eager_stance():
+        model(torch.zeros(1, 2))
+    assert calls == ["graph"]
+    model(torch.zeros(1, 2))
+    assert calls == ["graph", "graph"]
+
+
+def test_nothing_imports_dynamo_before_a_model_is_compiled() -> None:
+    code = (
+        "import sys; from flatminima import torch_compat\n"
+        "with torch_compat.eager_stance(): pass\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("raised", [None, ValueError("of ours")])
+def test_what_cannot_be_traced_raises_dynamos_error_with_the_reason(raised: Exception | None) -> None:
+    def function(x: Tensor) -> Tensor:
+        if raised is not None:
+            raise ValueError("of ours")
+        return x if x.sum() > 0 else 2 * x
+
+    with pytest.raises(torch_compat.dynamo_error()) as caught:
+        torch.compile(function, fullgraph=True, backend="eager")(torch.ones(2))
+    reason = torch_compat.reason_for_no_graph(caught.value)
+    assert reason is None if raised is None else "of ours" in str(reason)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+class CubeOnce(Cube):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+def test_custom_functions_are_seen_in_the_graph() -> None:
+    x = doubles(3).requires_grad_()
+    kinds = [[isinstance(node, torch_compat.CustomFunctionNode) for node in nodes(y)] for y in (Cube.apply(x), x**3)]
+    assert [any(found) for found in kinds] == [True, False]
+
+
+def nodes(result: Tensor) -> list[Any]:
+    """Every node of the autograd graph of a result."""
+    found, waiting = [], [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.append(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+@pytest.mark.parametrize(("function", "expected"), [(Cube, False), (CubeOnce, True)])
+def test_gradients_that_have_none_of_their_own_are_seen_in_the_graph(function: Any, expected: bool) -> None:
+    x = doubles(3).requires_grad_()
+    (gradient,) = torch.autograd.grad(function.apply(x).square().sum(), x, create_graph=True)
+    assert any(torch_compat.raises_when_differentiated(node) for node in nodes(gradient)) == expected
+
+
+def test_the_error_of_batch_norm_on_one_sample_is_told_from_others() -> None:
+    with pytest.raises(ValueError, match="per channel") as caught:
+        nn.BatchNorm1d(3)(torch.zeros(1, 3))
+    assert torch_compat.needs_more_than_one_sample(caught.value)
+    assert not torch_compat.needs_more_than_one_sample(ValueError("expected 2D or 3D input (got 1D input)"))
+
+
+def test_the_error_of_an_operation_without_a_derivative_is_told_from_others() -> None:
+    x = torch.randn(2, 3, 4, 4).requires_grad_()
+    distances = torch.cdist(x.flatten(2), x.flatten(2))
+    (gradient,) = torch.autograd.grad(distances.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(gradient.sum(), x)
+    assert torch_compat.has_no_derivative(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.autograd.grad(torch.zeros(2), x)
+    assert not torch_compat.has_no_derivative(caught.value)
+
+
+@pytest.mark.parametrize("function", [lambda x: x.sum().item() * x, lambda x: x if x.sum() > 0 else 2 * x, Cube.apply])
+def test_the_errors_of_vmap_are_told_from_others(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        vmap(function)(torch.ones(3, 2))
+    assert torch_compat.cannot_be_vectorized(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        vmap(lambda x: x @ torch.ones(3))(torch.ones(3, 2))
+    assert not torch_compat.cannot_be_vectorized(caught.value)
+
+
+def test_every_precision_switch_is_there_and_takes_both_of_its_values() -> None:
+    for holder, name, exact, fast in torch_compat.float32_switches():
+        before = getattr(holder, name)
+        try:
+            for value in (exact, fast):
+                setattr(holder, name, value)
+                assert getattr(holder, name) == value
+        finally:
+            setattr(holder, name, before)
+
+
+def test_there_is_a_precision_switch_for_each_operator_from_2_9_on() -> None:
+    names = [name for _, name, _, _ in torch_compat.float32_switches()]
+    assert names == (["fp32_precision"] * 6 if TORCH >= (2, 9) else ["allow_tf32"] * 2)
+
+
+needs_distributed = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
+
+
+@needs_distributed
+def test_the_store_of_a_process_group_is_the_one_its_processes_share() -> None:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        found = torch_compat.process_group_store(dist.group.WORLD)
+        found.set("flatminima", "here")
+        assert found.get("flatminima") == b"here"
+        assert found.add("count", 2) == 2
+        assert found.delete_key("count")
+        assert isinstance(found, dist.Store)
+    finally:
+        dist.destroy_process_group()
+
+
+@needs_distributed
+def test_fsdp2_gathers_by_a_function_that_is_watched() -> None:
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    source = inspect.getsource(collectives)
+    assert collectives.dist is dist
+    assert any(f"dist.{name}(" in source for name in torch_compat.FSDP_GATHERING_FUNCTIONS)
+
+
+@needs_distributed
+def test_fsdp2_has_what_newer_versions_are_said_to_have() -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    assert hasattr(FSDPModule, "reset_iter_state") == (TORCH >= (2, 13))
+    if torch_compat.has_reshard_switches(FSDPModule):
+        assert callable(FSDPModule.set_reshard_after_forward)
+    assert torch_compat.has_reshard_switches(FSDPModule) or TORCH < (2, 9)
+
+
+def test_forgetting_a_pass_is_harmless_before_the_first_one_and_where_it_cannot_be_done() -> None:
+    class New:
+        forgotten = False
+
+        def reset_iter_state(self) -> None:
+            self.forgotten = True
+
+    class Unused:
+        def reset_iter_state(self) -> None:
+            raise AttributeError("before the first pass")
+
+    module = New()
+    for each in (module, Unused(), nn.Linear(1, 1)):
+        torch_compat.forget_interrupted_pass(each)
+    assert module.forgotten

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.parallel.processes import Processes
+from flatminima.torch_compat import forget_interrupted_pass
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -58,7 +59,7 @@ def processes_of(model: nn.Module) -> Processes:
 def shared(model: nn.Module) -> Iterator[Processes]:
     """The processes that the model's parameters are split over; see :meth:`Processes.together` for this block.
 
-    The model can be used again after an exception: FSDP2 forgets the pass it came from (torch 2.13 and newer can).
+    The model can be used again after an exception: FSDP2 forgets the pass it came from.
     """
     processes = processes_of(model)
     with processes.together():
@@ -87,9 +88,7 @@ def gathered_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _forget_pass(model: nn.Module) -> None:
     for module in outermost_fsdp_modules(model):
-        if hasattr(module, "reset_iter_state"):
-            with suppress(AttributeError):  # raised before the first pass
-                module.reset_iter_state()
+        forget_interrupted_pass(module)
 
 
 def outermost_fsdp_modules(model: nn.Module) -> list[Any]:

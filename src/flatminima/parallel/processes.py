@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError
+from flatminima.torch_compat import FSDP_GATHERING_FUNCTIONS, process_group_store
 
 Result = TypeVar("Result")
 
@@ -126,7 +127,7 @@ class _Meetings:
         self.rank, self.size = processes.rank, processes.size
         names: list[Any] = [None] * self.size
         dist.all_gather_object(names, uuid.uuid4().hex, group=processes.group)  # the store may hold old groups' keys
-        store = dist.distributed_c10d._get_process_group_store(processes.group)
+        store = process_group_store(processes.group)
         self.store: Any = dist.PrefixStore(f"flatminima/{names[0]}", store)  # type: ignore[attr-defined]
         self.held = 0  # the number of the last meeting
         self.announcing = False
@@ -179,7 +180,7 @@ class _Meetings:
 
     @contextmanager
     def _before_gathering(self, group: Any) -> Iterator[None]:
-        """A meeting before FSDP2 gathers weights, which it does by these functions, looked up when it needs them."""
+        """A meeting before FSDP2 gathers weights."""
 
         def after_meeting(function: Callable[..., Any]) -> Callable[..., Any]:
             def gather(*args: Any, **kwargs: Any) -> Any:
@@ -189,8 +190,7 @@ class _Meetings:
 
             return gather
 
-        names = ("all_gather_single", "all_gather_into_tensor")  # what newer and older versions of torch call it
-        before = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+        before = {name: getattr(dist, name) for name in FSDP_GATHERING_FUNCTIONS}
         try:
             for name, function in before.items():
                 setattr(dist, name, after_meeting(function))

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
 from flatminima.network import replaced_forward
 from flatminima.parallel import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
+from flatminima.torch_compat import BatchNorm, has_reshard_switches
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def this_process_alone(model: nn.Module) -> Iterator[None]:
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(replaced_forward(module, module.module.__call__))
             elif isinstance(module, nn.SyncBatchNorm):
-                stack.enter_context(replaced_forward(module, _BatchNorm.forward.__get__(module)))
+                stack.enter_context(replaced_forward(module, BatchNorm.forward.__get__(module)))
         yield
 
 
@@ -74,7 +74,7 @@ def refuse_other_sharding(model: nn.Module) -> None:
             f"fully_shard must hold all that is trained, also {left_out[0]}: "
             "call it on the model itself after its parts, without ignored_params"
         )
-    if not hasattr(fsdp_modules(model)[0], "set_reshard_after_forward"):
+    if not has_reshard_switches(fsdp_modules(model)[0]):
         raise FlatminimaError("training under fully_shard needs a newer torch: this has no set_reshard_after_forward")
 
 

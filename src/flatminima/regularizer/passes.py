@@ -22,6 +22,7 @@ from flatminima.regularizer.together import (
     compiled_losses_together,
     losses_together,
 )
+from flatminima.torch_compat import uncompiled
 
 Estimator = Literal["finite-difference", "hvp"]
 
@@ -106,7 +107,7 @@ class CompiledPasses(VectorizedPasses):
         )
         super().__init__(model, estimator)
         require(
-            not any("_orig_mod" in module._modules for module in model.modules()),
+            all(uncompiled(module) is module for module in model.modules()),
             "passes='compiled' cannot trace what torch.compile has wrapped: compile in place (model.compile())",
         )
         self._losses = compiled_losses_together()

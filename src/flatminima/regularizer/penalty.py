@@ -16,7 +16,6 @@ from flatminima.network import (
     Buffers,
     batch_size,
     batch_statistics,
-    eager_graphs,
     map_tensors,
     restored_generators,
     take,
@@ -26,6 +25,15 @@ from flatminima.network import (
 from flatminima.regularizer.distributed import this_process_alone
 from flatminima.regularizer.passes import Estimator, Passes
 from flatminima.regularizer.sub_batches import Closure, SubBatches, Weights, graph_of
+from flatminima.torch_compat import (
+    eager_stance,
+    foreach_add_,
+    foreach_copy_,
+    foreach_mul,
+    foreach_sub,
+    has_no_derivative,
+    raises_when_differentiated,
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Penalty:
         self._add_to_grad(self.main_gradient, factor)
 
     def _add_to_grad(self, gradient: list[Tensor], factor: float | Tensor) -> None:
-        scaled = torch._foreach_mul(gradient, factor)
+        scaled = foreach_mul(gradient, factor)
         accumulated = []
         for parameter, value, used in zip(self.weights.parameters, scaled, self.used, strict=True):
             if used and parameter.grad is None:
@@ -130,7 +138,7 @@ class Penalty:
             elif used:
                 accumulated.append((parameter.grad, value))
         if accumulated:
-            torch._foreach_add_(*map(list, zip(*accumulated, strict=True)))
+            foreach_add_(*map(list, zip(*accumulated, strict=True)))
 
 
 def _laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -160,7 +168,7 @@ class _MeanBuffers:
         with torch.no_grad():
             for own, values in zip(_floats_and_others(self._own), (self._means, self._last), strict=True):
                 if own:
-                    torch._foreach_copy_(own, values)
+                    foreach_copy_(own, values)
 
 
 def _floats_and_others(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -172,8 +180,8 @@ def _plus(sums: list[Tensor], values: list[Tensor], factor: float) -> list[Tenso
     if not values:
         return []
     if not sums:
-        return list(torch._foreach_mul(values, factor))
-    torch._foreach_add_(sums, values, alpha=factor)
+        return list(foreach_mul(values, factor))
+    foreach_add_(sums, values, alpha=factor)
     return sums
 
 
@@ -213,7 +221,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Estimate:
     with sub_batches.moved(here, -alpha), sub_batches.scratch_buffers():
         moved_loss = sub_batches.loss()
         moved_gradients = sub_batches.gradients(moved_loss)
-    difference = torch._foreach_sub(here, _dense(moved_gradients, sub_batches.parameters))
+    difference = foreach_sub(here, _dense(moved_gradients, sub_batches.parameters))
     return _Estimate(
         count=sub_batches.count,
         loss=loss.detach(),
@@ -229,14 +237,14 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Estimate:
 def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Estimate:
     """The limit of the finite difference for small α: α‖g_i‖² and α H_i g_i, by differentiating g_i once more."""
     weights = sub_batches.weights
-    with sub_batches.scratch_buffers(), eager_graphs(), sdpa_kernel(SDPBackend.MATH):
+    with sub_batches.scratch_buffers(), eager_stance(), sdpa_kernel(SDPBackend.MATH):
         loss = sub_batches.loss()
         gradients = sub_batches.gradients(loss, create_graph=True)
         products = _times_hessian(gradients, sub_batches)
         buffers = sub_batches.buffers_left()
     here = [value.detach() for value in _dense(gradients, sub_batches.parameters)]
     squares = get_total_norm(weights.select(here)).square()
-    products = torch._foreach_mul(_dense(products, sub_batches.parameters), alpha)
+    products = foreach_mul(_dense(products, sub_batches.parameters), alpha)
     return _Estimate(
         count=sub_batches.count,
         loss=loss.detach(),
@@ -263,14 +271,14 @@ def _times_hessian(gradients: tuple[Tensor | None, ...], sub_batches: SubBatches
     try:
         return torch.autograd.grad(penalized, sub_batches.parameters, direction, allow_unused=True)
     except RuntimeError as error:
-        if "not implemented" not in str(error):
+        if not has_no_derivative(error):
             raise
         raise _no_second_derivative(str(error)) from error
 
 
 def _require_second_derivatives(gradients: list[Tensor]) -> None:
     """Find functions marked once_differentiable: autograd calls what lies behind them unused, and raises nothing."""
-    if any(node.name().endswith("Error") for node in graph_of(gradients)):
+    if any(raises_when_differentiated(node) for node in graph_of(gradients)):
         raise _no_second_derivative("a function is marked once_differentiable")
 
 

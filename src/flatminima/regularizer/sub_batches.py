@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError, require
 from flatminima.network import Buffers, batch_size, moved
+from flatminima.torch_compat import needs_more_than_one_sample
 
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""
@@ -165,7 +166,7 @@ def sub_batch_loss(closure: Closure, batch: Any) -> Tensor:
     try:
         return _scalar(closure(batch))
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+        if not needs_more_than_one_sample(error):
             raise
         raise FlatminimaError(
             f"BatchNorm has no statistics on a sub-batch of {batch_size(batch)} sample(s): "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vmap
 
 from flatminima.errors import FlatminimaError, first_line, require
-from flatminima.network import batch_size, eager_graphs, map_tensors, tensors_of
+from flatminima.network import batch_size, map_tensors, tensors_of
 from flatminima.regularizer.sub_batches import (
     Closure,
     SubBatches,
@@ -23,8 +21,16 @@ from flatminima.regularizer.sub_batches import (
     require_differentiable,
     sub_batch_loss,
 )
-
-_NOT_IN_ONE_PASS = re.compile("vmap|functorch|batching rule|sparse", re.IGNORECASE)
+from flatminima.torch_compat import (
+    CustomFunctionNode,
+    cannot_be_vectorized,
+    dynamo_error,
+    eager_stance,
+    foreach_add,
+    own_buffers,
+    own_parameters,
+    reason_for_no_graph,
+)
 
 
 @dataclass
@@ -67,7 +73,7 @@ class SubBatchesTogether(SubBatches):
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         """g_i of every sub-batch, (sub-batches, ...)."""
-        if create_graph and any(isinstance(node, BackwardCFunction) for node in graph_of([loss])):
+        if create_graph and any(isinstance(node, CustomFunctionNode) for node in graph_of([loss])):
             raise FlatminimaError(  # under vmap, those marked once_differentiable have a second derivative of zero
                 "estimator='hvp' cannot tell under passes='together' whether a custom autograd.Function has second "
                 "derivatives, and the model or loss uses one: choose passes='one-by-one'"
@@ -80,7 +86,7 @@ class SubBatchesTogether(SubBatches):
         """Copies moved by step · direction in the place of :attr:`parameters`."""
         here, select = self.parameters, self.weights.select
         with torch.no_grad():
-            there = iter(torch._foreach_add(select(here), select(direction), alpha=step))
+            there = iter(foreach_add(select(here), select(direction), alpha=step))
         self.parameters = [
             next(there).requires_grad_() if penalized else parameter
             for parameter, penalized in zip(here, self.weights.penalized, strict=True)
@@ -126,7 +132,7 @@ class _Forward(nn.Module):
         self.places = {
             f"{prefix}.{name}": index[id(tensor)]
             for prefix, module in self.named_modules()
-            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            for name, tensor in (*own_parameters(module).items(), *own_buffers(module).items())
             if id(tensor) in index
         }
 
@@ -151,7 +157,7 @@ def losses_together(
         buffers: those that all of them start from; they stay as they are.
         tensors: (sub-batches, samples, ...), those of the batch.
     """
-    with eager_graphs():
+    with eager_stance():
         return _losses_together(forward, weights, buffers, tensors)
 
 
@@ -161,8 +167,7 @@ def compiled_losses_together() -> LossesTogether:
     Every size of sub-batches has a graph of its own (``vmap`` of a loss fixes the size). ``torch.compile`` keeps eight
     for each piece of code, so this makes a copy of the code: one model's graphs do not use up the limit of another's.
     """
-    from torch._dynamo.exc import TorchDynamoException  # importing it takes a second
-
+    error_type = dynamo_error()
     own = FunctionType(_losses_together.__code__.replace(), globals(), "losses_together")
     compiled: LossesTogether = torch.compile(own, fullgraph=True, dynamic=False)
 
@@ -171,11 +176,10 @@ def compiled_losses_together() -> LossesTogether:
     ) -> tuple[Tensor, list[Tensor]]:
         try:
             return compiled(forward, weights, buffers, tensors)
-        except TorchDynamoException as error:
-            raised = re.search("raised exception (.+)", str(error))  # by the model or the loss
+        except error_type as error:
             raise FlatminimaError(
                 "torch.compile cannot make one graph of this model and loss "
-                f"({raised[1] if raised else first_line(error)}): choose passes='one-by-one'"
+                f"({reason_for_no_graph(error) or first_line(error)}): choose passes='one-by-one'"
             ) from error
 
     return losses
@@ -217,7 +221,7 @@ def _in_one_pass() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, FlatminimaError) or not _NOT_IN_ONE_PASS.search(str(error)):
+        if isinstance(error, FlatminimaError) or not cannot_be_vectorized(error):
             raise
         raise FlatminimaError(
             f"the sub-batches cannot go through this model and loss together ({first_line(error)}): "

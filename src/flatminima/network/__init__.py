@@ -14,7 +14,6 @@ from flatminima.network.batches import (
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics
 from flatminima.network.modes import (
     Buffers,
-    eager_graphs,
     evaluating,
     frozen,
     moved,
@@ -38,7 +37,6 @@ __all__ = [
     "chunk_statistics",
     "device_of",
     "draw_subsets",
-    "eager_graphs",
     "evaluating",
     "float32_products",
     "float64_device",

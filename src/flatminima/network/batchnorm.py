@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatminima.errors import FlatminimaError
+from flatminima.torch_compat import BatchNorm, own_buffers
 
 BatchStatistics = Literal["sub-batch", "whole-batch", "running"]
 
@@ -25,24 +25,24 @@ def batch_statistics(model: nn.Module, forward: Callable[[], Any], policy: Batch
         forward: runs the model on the whole batch.
         policy: ``"sub-batch"``, ``"whole-batch"`` or ``"running"``, see :class:`~flatminima.FisherTraceRegularizer`.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm) and m.training}
     if policy == "sub-batch" or not layers:
         yield
         return
     statistics = _observed(layers, forward) if policy == "whole-batch" else _running(layers)
-    before = {name: dict(layer._buffers) for name, layer in layers.items()}
+    before = {name: dict(own_buffers(layer)) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.training = False
-            layer._buffers.update(statistics[name])
+            own_buffers(layer).update(statistics[name])
         yield
     finally:
         for name, layer in layers.items():
             layer.training = True
-            layer._buffers.update(before[name])
+            own_buffers(layer).update(before[name])
 
 
-def _running(layers: dict[str, _BatchNorm]) -> dict[str, dict[str, Tensor | None]]:
+def _running(layers: dict[str, BatchNorm]) -> dict[str, dict[str, Tensor | None]]:
     for name, layer in layers.items():
         if layer.running_mean is None:
             raise FlatminimaError(
@@ -51,7 +51,7 @@ def _running(layers: dict[str, _BatchNorm]) -> dict[str, dict[str, Tensor | None
     return {name: {} for name in layers}
 
 
-def _observed(layers: dict[str, _BatchNorm], forward: Callable[[], Any]) -> dict[str, dict[str, Tensor | None]]:
+def _observed(layers: dict[str, BatchNorm], forward: Callable[[], Any]) -> dict[str, dict[str, Tensor | None]]:
     """Mean and biased variance per channel of each layer's input, as BatchNorm itself uses them in training."""
     found: dict[str, dict[str, Tensor | None]] = {}
 
@@ -78,7 +78,7 @@ def _observed(layers: dict[str, _BatchNorm], forward: Callable[[], Any]) -> dict
 @contextlib.contextmanager
 def chunk_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm normalizes by the batch and leaves its running statistics alone; all else stays in eval mode."""
-    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [m for m in model.modules() if isinstance(m, BatchNorm)]
     tracking = [layer.track_running_stats for layer in layers]
     try:
         for layer in layers:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.network.batches import device_of
+from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters
 
 
 @contextlib.contextmanager
@@ -46,11 +46,11 @@ def moved(parameters: list[Tensor], direction: list[Tensor], step: float) -> Ite
     saved = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():
-            torch._foreach_add_(parameters, direction, alpha=step)
+            foreach_add_(parameters, direction, alpha=step)
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, saved)
+            foreach_copy_(parameters, saved)
 
 
 class Buffers:
@@ -61,7 +61,7 @@ class Buffers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._holders = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
+        self._holders = [(held, dict(held)) for module in model.modules() if (held := own_buffers(module))]
         places = {
             id(buffer): (buffer, held, name)
             for held, own in self._holders
@@ -91,14 +91,6 @@ class Buffers:
                 held.update(own)
 
 
-@contextmanager
-def eager_graphs() -> Iterator[None]:
-    """Run compiled models eagerly: their graphs have no second derivative, and no batching rule for ``vmap``."""
-    in_use = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it takes seconds
-    with torch.compiler.set_stance("force_eager") if in_use else nullcontext():
-        yield
-
-
 def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None]:
     """A context that puts torch's random generators (CPU and the model's devices) back on exit."""
     accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
@@ -109,7 +101,7 @@ def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
     """Undo Accelerate's autocast wrapper, and notice any other forward that switches autocast back on."""
-    innermost = (module for module in model.modules() if module._parameters and not list(module.children()))
+    innermost = (module for module in model.modules() if own_parameters(module) and not list(module.children()))
     with ExitStack() as stack:
         for module in model.modules():
             if "_original_forward" in module.__dict__:

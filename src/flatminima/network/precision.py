@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from flatminima.torch_compat import float32_switches
 
 WITHOUT_FLOAT64 = frozenset({"mps"})
 """Types of devices that have no float64."""
@@ -53,22 +54,3 @@ def in_float64(tensor: Tensor) -> Tensor:
 def back_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A float64 tensor in the type and on the device of ``other``."""
     return tensor.to(other.dtype).to(other.device)
-
-
-def float32_switches() -> list[tuple[Any, str, Any, Any]]:
-    """(object, attribute, exact value, value for TF32) of every switch that trades float32 accuracy for speed.
-
-    The CPU stays exact.
-
-    From 2.9 on PyTorch has one switch per backend and operator, and reading the older ones fails once a user has set
-    a newer one; before, there were two.
-    """
-    backends: Any = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):
-        operators = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-        mkldnn = (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn)
-        return [
-            *((operator, "fp32_precision", "ieee", "tf32") for operator in operators),
-            *((operator, "fp32_precision", "ieee", "ieee") for operator in mkldnn),
-        ]
-    return [(backends.cuda.matmul, "allow_tf32", False, True), (backends.cudnn, "allow_tf32", False, True)]

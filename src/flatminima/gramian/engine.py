@@ -51,6 +51,7 @@ from flatminima.network import (
     true_precision,
 )
 from flatminima.parallel import reshard, shared
+from flatminima.torch_compat import uncompiled
 
 
 def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy") -> Tensor:
@@ -244,5 +245,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
-    compiled = getattr(model, "_orig_mod", None)
-    return unwrapped(compiled) if isinstance(compiled, nn.Module) else model
+    inner = uncompiled(model)
+    return model if inner is model else unwrapped(inner)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatminima.torch_compat import HAS_ONEDNN_LINEAR, onednn_linear
+
 _MIN_SIDE = 32
 """A product with a shorter side than this is left to BLAS, ..."""
 
@@ -43,7 +45,7 @@ def times_transposes(left: Tensor, right: Tensor, *, out: Tensor | None = None) 
         out = left.new_empty(len(left), left.shape[1], right.shape[1])
     for a, b, target in zip(left, right.contiguous(), out, strict=True):
         # The linear layer's weight must lie row by row, or it takes a hundred times as long.
-        target.copy_(torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+        target.copy_(onednn_linear(a, b))
     return out
 
 
@@ -55,5 +57,5 @@ def _suits_onednn(left: Tensor, right: Tensor) -> bool:
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and min(m, n) >= _MIN_SIDE
         and m * n * k >= _MIN_MULTIPLICATIONS
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, and so no part of the public interface
+        and HAS_ONEDNN_LINEAR
     )

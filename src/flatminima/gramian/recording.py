@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from flatminima.errors import FlatminimaError
 from flatminima.gramian.planning import first_dimension
 from flatminima.gramian.rules import EXTRACTS, RULES, SPLIT, ParameterUse
 from flatminima.network import Inputs, call_model, tensors_of
 from flatminima.parallel import fsdp_modules
+from flatminima.torch_compat import WeakIdKeyDictionary, is_view, version_of
 
 
 @contextmanager
@@ -66,7 +66,7 @@ class RecordedUse:
 
     def arrive(self, grad: Tensor) -> None:
         """Take the gradient, unless the activation that the rule needs with it is gone."""
-        if self.use.reads is not None and self.use.reads._version != self.version:
+        if self.use.reads is not None and version_of(self.use.reads) != self.version:
             raise FlatminimaError(
                 f"the input of a layer (shape {tuple(self.use.reads.shape)}) was overwritten in place after the layer "
                 "read it: its gradient is lost; replace the in-place operation in the model's forward"
@@ -189,9 +189,9 @@ class Recorder(TorchFunctionMode):
             return None
         source, put_back = taken
         if id(source) not in self.extracts:
-            return _Extract(output, output._version, source, put_back)
+            return _Extract(output, version_of(output), source, put_back)
         outer = self.extracts[id(source)]
-        return _Extract(output, output._version, outer.parameter, lambda rows: outer.put_back(put_back(rows)))
+        return _Extract(output, version_of(output), outer.parameter, lambda rows: outer.put_back(put_back(rows)))
 
     def _follow(self, tensor: Tensor, other: Tensor) -> None:
         if tensor in self.of_samples:
@@ -221,7 +221,7 @@ class Recorder(TorchFunctionMode):
             if id(use.parameter) in touched & covered:
                 if id(use.parameter) in self.extracts:
                     use = self.extracts[id(use.parameter)].use_of_parameter(use)
-                recorded = RecordedUse(use, use.reads._version if use.reads is not None else 0)
+                recorded = RecordedUse(use, version_of(use.reads) if use.reads is not None else 0)
                 # Hooked now, not after the forward pass: a later in-place operation would make it another tensor.
                 output.register_hook(recorded.arrive)
                 self.uses[id(use.parameter)].append(recorded)
@@ -229,7 +229,7 @@ class Recorder(TorchFunctionMode):
 
     def _overwritten(self) -> set[int]:
         """Extracts that an in-place operation has made something else."""
-        return {tensor for tensor, extract in self.extracts.items() if extract.tensor._version != extract.version}
+        return {tensor for tensor, extract in self.extracts.items() if version_of(extract.tensor) != extract.version}
 
     def _owner(self, tensor: int) -> int:
         return id(self.extracts[tensor].parameter) if tensor in self.extracts else tensor
@@ -251,6 +251,6 @@ class Recorder(TorchFunctionMode):
     def _tap(self, output: Tensor) -> Tensor:
         if output.requires_grad:
             return output
-        if output._is_view():
+        if is_view(output):
             output = output.clone()  # marking a view as written would mark the tensor it shows
         return _Tap.apply(output, self.root)  # type: ignore[no-any-return, no-untyped-call]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flatminima.gramian.products import has_onednn, times_transposes
 from flatminima.gramian.rules.base import ParameterUse, bias_use, sum_positions
+from flatminima.torch_compat import convolution_backward
 
 _CACHE_BYTES = 2**22
 """What a core multiplies fastest: copies of a convolution's input that stay in its share of the cache."""
@@ -103,7 +104,7 @@ def _by_groups(input: Tensor, grad: Tensor, window: Window, groups: int) -> Tens
     chunk = _samples_in_cache(sum(t[0].numel() for t in (input, grad, rows, rows)) * rows.element_size(), rows.device)
     for x, g, target in zip(*(torch.split(t, chunk) for t in (input, grad, rows)), strict=True):
         weight = target.flatten(0, 1)  # its shape is all that is read
-        _, gradient, _ = torch.ops.aten.convolution_backward(
+        _, gradient, _ = convolution_backward(
             g.reshape(1, -1, *g.shape[2:]),
             x.reshape(1, -1, *x.shape[2:]),
             weight,

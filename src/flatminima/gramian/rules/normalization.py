@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flatminima.gramian.rules.base import ParameterUse, sum_channels, sum_positions
+from flatminima.torch_compat import batch_norm_backward
 
 
 def batch_norm(
@@ -35,9 +35,7 @@ def batch_norm(
             # Samples as further channels: then the gradients, fused sums per channel, are a row per sample.
             x, g = (values.reshape(1, samples * channels, -1) for values in (input, grad))
             mean, variance = running_mean.repeat(samples), running_var.repeat(samples)
-            _, *rows = torch.ops.aten.native_batch_norm_backward(
-                g, x, None, mean, variance, None, None, False, eps, [False, True, True]
-            )
+            _, *rows = batch_norm_backward(g, x, None, mean, variance, None, None, False, eps, [False, True, True])
             of_weight, of_bias = (sum_positions(row.view(samples, channels), n) for row in rows)
             formed[:] = [(weakref.ref(grad), of_weight, of_bias)]
         return formed[0][1:]

@@ -21,6 +21,7 @@ from flatminima.errors import FlatminimaError, RankDeficientError
 from flatminima.gramian import trainable_parameters
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
 from flatminima.network import Inputs, batch_size, call_model, map_tensors, take
+from flatminima.torch_compat import uncompiled
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -154,7 +155,7 @@ class _Reference:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, labels: Labels) -> _Reference:
-        model = getattr(model, "_orig_mod", model)
+        model = uncompiled(model)
         W = sum(p.numel() for p in trainable_parameters(model).values())
         if W > MAX_PARAMETERS:
             raise FlatminimaError(

@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from flatminima.network import Buffers, Inputs, moved, restored_generators, run_model
 from flatminima.regularizer import LossFunction, Weights, scalar_loss
+from flatminima.torch_compat import foreach_mul
 
 _TINY = 1e-12  # beside ‖T g‖, so that a gradient of zero moves nothing
 
@@ -85,6 +86,6 @@ class SharpnessAwareGradient:
         """The step e, one tensor per parameter."""
         with torch.no_grad():
             magnitudes = [parameter.abs() if self.adaptive else torch.ones_like(parameter) for parameter in parameters]
-            scaled = torch._foreach_mul(gradient, magnitudes)
+            scaled = foreach_mul(gradient, magnitudes)
             length = self.rho / (get_total_norm(scaled) + _TINY)
-            return list(torch._foreach_mul(torch._foreach_mul(scaled, magnitudes), length))
+            return list(foreach_mul(foreach_mul(scaled, magnitudes), length))

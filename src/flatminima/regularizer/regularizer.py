@@ -64,32 +64,15 @@ class RegularizerStep:
 
 
 class FisherTraceRegularizer:
-    """Algorithm 1: replaces ``loss.backward()`` in a training loop; any optimizer, weight decay stays with it.
+    """Algorithm 1 (Jia & Su, Sec. 6): takes the place of ``loss.backward()`` in a training loop, for any optimizer.
 
-    One step costs 2M sub-batch passes beside the ordinary one: about three times the arithmetic of a plain step, or two
-    times with ``main_gradient="sub-batches"``. With ``every=k`` only each k-th step pays that. On a GPU M small passes
-    can take longer than their arithmetic: ``passes="together"``.
+    One step splits its batch at random into M sub-batches, which cost 2M sub-batch passes beside the ordinary one:
+    about three times the arithmetic of a plain step, or two times with ``main_gradient="sub-batches"``.
 
-    * Sub-batches: a random equal split (torch's global generator). If M does not divide the batch, sizes differ by at
-      most one and every sub-batch still weighs 1/M, as in Eq. 6. Fewer than M samples are taken one by one.
-    * BatchNorm and any other buffer: penalty passes work on copies of the buffers, which are thrown away. Only the main
-      pass updates running statistics.
-    * Dropout: both passes of a sub-batch see the same mask; otherwise their difference would be noise. (Randomness from
-      outside torch's default generators, and state that a module keeps outside its buffers, are out of reach.)
-    * Precision: penalty passes run in float32 without autocast and TF32, whatever the main pass uses; at α = 1e-4 the
-      difference would otherwise be mostly rounding. Half-precision inputs are converted.
-    * Weights are back to the same bits after every step, also when ``loss_fn`` raises. Frozen parameters never move.
-    * Several processes: give the ``DistributedDataParallel`` model. Each process penalizes its own sub-batches without
-      any communication, and the one gradient exchange of a plain step carries the penalty too. P processes with M
-      sub-batches each do what one would do with P·M sub-batches of the joined batch (BatchNorm statistics aside).
-    * ``torch.compile(model)``: give the compiled model. The first step compiles for the sub-batches' sizes as well.
-      Penalty passes of ``"hvp"`` run eagerly, as compiled graphs have no second derivative. Compile the model, not the
-      training step: :meth:`backward` cannot be traced, and a compiled function that calls it fails.
-
-    * FSDP2 (``fully_shard`` on all that is trained): the same with sharded weights. For the penalty's passes every
-      process gathers them once, as it moves them in directions of its own, and keeps some four tensors of the unsharded
-      size (weights, their copy, g_i, ∇R_α, mean of the g_i) until it ends; the main pass then runs and reduces as ever.
-      Each penalty puts ``reshard_after_forward``, ``reshard_after_backward`` and gradient sync to FSDP2's defaults.
+    The penalty's passes run in float32, whatever the main pass uses, on copies of the buffers, and both passes of a
+    sub-batch see one dropout mask. Weights are back to the same bits after every step, also when ``loss_fn`` raises.
+    Models may be compiled, in ``DistributedDataParallel`` or under FSDP2 (``fully_shard``); compile the model, not the
+    training step. ``docs/notes/regularizer.md`` has all of this at length.
 
     Args:
         model: the network; its trainable parameters are float32 or float64.
@@ -97,32 +80,19 @@ class FisherTraceRegularizer:
         beta: β, the penalty's weight, ≥ 0. The paper searches 10 to 125.
         num_sub_batches: M ≥ 1. The paper searches 4, 8 and 16.
         max_grad_norm: τ, the global norm to which ``.grad`` is clipped, or None. The paper searches 1 to 15.
-        estimator: ``"finite-difference"`` is the paper's ∇R_α. ``"hvp"`` is its limit α · mean_i H_i g_i, exact, by
-            differentiating g_i once more. They agree where the network is smooth at the scale of α; across ReLU's kinks
-            they do not, and the difference is noise-like. Not every operation has the second derivative hvp needs.
-        main_gradient: ``"whole-batch"`` is a pass of its own over B. ``"sub-batches"`` takes the mean of the g_i,
-            weighted by their sizes, and saves that pass. It is the same gradient for a loss that is a mean over
-            independent samples. With BatchNorm it is that of "ghost" statistics, each sub-batch normalized by its own;
-            running statistics are then updated once per step with the mean of the sub-batches' statistics (within
-            sub-batches, so the variance misses that of their means). The main gradient is then float32 as well.
-        batch_statistics: what torch's BatchNorm layers in training mode normalize with in penalty passes:
-            ``"sub-batch"`` the sub-batch's own (the paper); ``"whole-batch"`` those of B at w, as constants, at the
-            price of one more forward pass; ``"running"`` the running statistics, as in evaluation mode.
-        passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two, of all sub-batches of one size at once,
-            each with its own weights (``torch.func.vmap``: batched products, grouped convolutions), for devices that
-            small passes starve; on a CPU it is slower. ``"compiled"`` has ``torch.compile`` make one graph for the
-            two, closure included, for fewer launches on a device. The first step takes a minute or more, and so does
-            the first of any other batch size, up to eight sizes. The numbers are the same but for rounding, and for
-            dropout, whose masks are others. Both need memory for five to six tensors of M times the weights' size, and
-            refuse FSDP2. ``"together"`` also refuses what ``vmap`` cannot run: control flow or
-            ``.item()`` on values (attention masks of some Hugging Face models), recurrent layers, sparse gradients,
-            checkpointed activations, and for ``"hvp"`` custom autograd functions; compiled models run eagerly in it.
-            ``"compiled"`` refuses ``"hvp"``, models wrapped by ``torch.compile`` (give the model itself, compiled in
-            place or not), and what cannot be traced whole: control flow on values, recurrent layers, sparse gradients,
-            BatchNorm with ``momentum=None``.
-        parameters: the parameters whose Fisher trace is penalized (default: all). Only they move by −α g_i, and only
-            they count in the trace. The penalty's gradient goes to all trainable parameters: the trace depends on all.
-        every: k ≥ 1; the penalty acts on each k-th step, with weight k β. The steps between are plain steps.
+        estimator: ``"finite-difference"`` is the paper's ∇R_α, ``"hvp"`` its limit α · mean_i H_i g_i, exact, and needs
+            second derivatives of all operations. Across ReLU's kinks the two differ.
+        main_gradient: ``"whole-batch"`` is a pass of its own over B. ``"sub-batches"``, the mean of the g_i, saves it,
+            for losses that are means over independent samples; it is float32, and BatchNorm normalizes sub-batches.
+        batch_statistics: what BatchNorm in training mode normalizes with in penalty passes: ``"sub-batch"`` the
+            sub-batch's own statistics (the paper), ``"whole-batch"`` those of B at w, for one more forward pass,
+            ``"running"`` the running ones.
+        passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two by ``torch.func.vmap``, for devices that
+            small passes starve, and ``"compiled"`` has ``torch.compile`` make one graph of these. Both need memory for
+            some six tensors of M times the weights' size; what they cannot run they refuse.
+        parameters: the parameters whose Fisher trace is penalized (default: all). The penalty's gradient goes to all
+            trainable ones.
+        every: k ≥ 1; the penalty acts on every k-th step, with weight k β. The steps between are plain steps.
         start_step: the first step on which the penalty acts.
         warmup_steps: over how many steps from ``start_step`` on the weight rises linearly to β; 0 for none.
 
@@ -132,8 +102,7 @@ class FisherTraceRegularizer:
 
     Raises:
         FlatminimaError: for a value outside its range, a model without trainable parameters, half-precision or complex
-            parameters, or a model in DataParallel, FSDP1, or in part under FSDP2; for ``passes`` other than
-            ``"one-by-one"`` under FSDP2 at all, and for ``"compiled"`` if it is wrapped by ``torch.compile``.
+            parameters, a model in DataParallel, FSDP1, or in part under FSDP2, or one that does not go with ``passes``.
 
     Example:
         >>> import torch
@@ -204,7 +173,7 @@ class FisherTraceRegularizer:
         self._passes = passes_for(passes, model, estimator)
         self._penalized = None if parameters is None else _known_parameters(model, parameters)
         self._clipped: int | Tensor = 0
-        self._seen: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
+        self._micro_batches: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
         self._last_beta = 0.0
         Weights.of(model, self._penalized)
 
@@ -221,8 +190,7 @@ class FisherTraceRegularizer:
         """Add ∇[L + βR_α] to ``.grad``, as ``loss.backward()`` adds ∇L, then clip ``.grad``.
 
         Gradient accumulation: with K micro-batches per optimizer step, call this for each with ``weight=1/K``, and with
-        ``last=False`` for all but the last. Every micro-batch is split into M sub-batches; with ``num_sub_batches=1``
-        the micro-batches are the sub-batches.
+        ``last=False`` for all but the last. Every micro-batch is split into M sub-batches.
 
         Args:
             loss_fn: ``loss_fn(model_output, targets)`` → scalar, a mean over the samples.
@@ -239,7 +207,7 @@ class FisherTraceRegularizer:
         Raises:
             NonFiniteError: if a loss is NaN or infinite; ``.grad`` is then left as it was.
             FlatminimaError: if tensors disagree about B, ``loss_fn`` does not return a differentiable scalar, or model
-                and loss cannot run with ``passes="together"``.
+                and loss do not go with ``passes``.
         """
 
         def closure(batch: tuple[Inputs, Any]) -> Tensor:
@@ -300,7 +268,7 @@ class FisherTraceRegularizer:
                     penalty.add_gradient_to_grad(self.present_beta * weight * scale)
                 (main * (weight * scale)).backward()  # type: ignore[no-untyped-call]
         if penalty is not None and self.last_step is not None:
-            self._seen.append((weight, self.last_step))
+            self._micro_batches.append((weight, self.last_step))
         if last:
             self._end_step(scale)
         return loss
@@ -329,7 +297,7 @@ class FisherTraceRegularizer:
             weights = Weights.of(self.model, self._penalized)
             penalty = settings.penalty(self.model, closure, batch, weights, update_buffers=update_buffers)
         _require_finite_penalty(penalty)
-        self.last_step = self._observed(penalty)
+        self.last_step = self._step_of(penalty)
         self._last_beta = self.present_beta
         return penalty
 
@@ -380,9 +348,9 @@ class FisherTraceRegularizer:
         """
         require(set(state) == {"step", "clipped"}, f"not a FisherTraceRegularizer's state_dict: it has {sorted(state)}")
         self.step, self._clipped = int(state["step"]), int(state["clipped"])
-        self._seen, self.last_step = [], None
+        self._micro_batches, self.last_step = [], None
 
-    def _observed(self, penalty: Penalty) -> RegularizerStep:
+    def _step_of(self, penalty: Penalty) -> RegularizerStep:
         gradient_error = 0.0 if self.estimator == "hvp" else _GRADIENT_ERROR * torch.finfo(penalty.trace.dtype).eps
         return RegularizerStep(
             trace=penalty.trace,
@@ -399,16 +367,16 @@ class FisherTraceRegularizer:
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
             self._clipped = self._clipped + (grad_norm > self.max_grad_norm)
-        if self._seen:
-            self.last_step = _averaged(self._seen, grad_norm)
-        self._seen = []
+        if self._micro_batches:
+            self.last_step = _average(self._micro_batches, grad_norm)
+        self._micro_batches = []
         self.step += 1
 
 
-def _averaged(seen: list[tuple[float, RegularizerStep]], grad_norm: Tensor) -> RegularizerStep:
-    total = sum(weight for weight, _ in seen)
+def _average(micro_batches: list[tuple[float, RegularizerStep]], grad_norm: Tensor) -> RegularizerStep:
+    total = sum(weight for weight, _ in micro_batches)
     names = [field.name for field in fields(RegularizerStep) if field.name != "grad_norm"]
-    means = {name: sum(weight / total * getattr(step, name) for weight, step in seen) for name in names}
+    means = {name: sum(weight / total * getattr(step, name) for weight, step in micro_batches) for name in names}
     return RegularizerStep(**means, grad_norm=grad_norm)
 
 

@@ -64,11 +64,11 @@ def test_same_gradient_as_by_hand(tmp_path: Path, precision: dict[str, bool]) ->
     tolerance = {"rtol": 0.05, "atol": 2e-3} if precision else {"rtol": 1e-4, "atol": 1e-6}
     for name, gradient in gradients_of(by_hand).items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, **tolerance)
-    penalty = trainer._regularizer.diagnostics()["penalty"]
+    penalty = trainer.regularizer.diagnostics()["penalty"]
     assert penalty > 0
     trainer.state.global_step = 1  # every=2: no penalty, and no new diagnostics
     trainer.training_step(wrapped, {"input_ids": tokens[0], "labels": tokens[0]})
-    assert trainer._regularizer.diagnostics()["penalty"] == penalty
+    assert trainer.regularizer.diagnostics()["penalty"] == penalty
 
 
 def test_refuses_what_the_trainer_owns(tmp_path: Path) -> None:

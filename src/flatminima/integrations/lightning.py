@@ -112,9 +112,9 @@ def _without_side_effects(module: LightningModule) -> Iterator[None]:
 def _state(metric: Metric) -> dict[str, Any]:
     """A metric's attributes; tensors and lists, which it may change in place, are copied."""
 
-    def kept(value: Any) -> Any:
+    def copy_of(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.clone()
         return list(value) if isinstance(value, list) else value
 
-    return {name: kept(value) for name, value in metric.__dict__.items()}
+    return {name: copy_of(value) for name, value in metric.__dict__.items()}

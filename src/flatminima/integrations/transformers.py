@@ -32,6 +32,9 @@ class FisherTraceMixin:
         *args: the Trainer's.
         **kwargs: the Trainer's.
 
+    Attributes:
+        regularizer: the :class:`flatminima.FisherTraceRegularizer`, another one once the Trainer has wrapped the model.
+
     Raises:
         FlatminimaError: for arguments out of range, DeepSpeed, FSDP1 or DataParallel.
     """
@@ -42,25 +45,25 @@ class FisherTraceMixin:
                 raise FlatminimaError(f"{name} is not the regularizer's here: the Trainer owns the main backward pass")
         super().__init__(*args, **kwargs)
         self._regularizer_options = regularizer
-        self._regularizer = FisherTraceRegularizer(self.model, **regularizer)  # type: ignore[attr-defined]
+        self.regularizer = FisherTraceRegularizer(self.model, **regularizer)  # type: ignore[attr-defined]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's, after the penalty has been added to ``.grad``."""
         trainer: Any = self
         if trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
             raise FlatminimaError("DeepSpeed and FSDP1 are not supported: use DistributedDataParallel or FSDP2")
-        if self._regularizer.model is not model:  # the Trainer wraps it for several processes
-            self._regularizer = FisherTraceRegularizer(model, **self._regularizer_options)
+        if self.regularizer.model is not model:  # the Trainer wraps it for several processes
+            self.regularizer = FisherTraceRegularizer(model, **self._regularizer_options)
         model.train()
-        self._regularizer.step = trainer.state.global_step
-        penalty = self._regularizer.penalize(
+        self.regularizer.step = trainer.state.global_step
+        penalty = self.regularizer.penalize(
             lambda batch: trainer.compute_loss(model, batch), trainer._prepare_inputs(inputs)
         )
         if penalty is not None:
             scaler = trainer.accelerator.scaler
             scale: Any = 1.0 if scaler is None else scaler.scale(torch.ones_like(penalty.value))
             penalty.add_gradient_to_grad(
-                self._regularizer.present_beta / trainer.current_gradient_accumulation_steps * scale
+                self.regularizer.present_beta / trainer.current_gradient_accumulation_steps * scale
             )
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         return loss
@@ -68,7 +71,7 @@ class FisherTraceMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's; training logs also hold the regularizer's diagnostics."""
         if "loss" in logs:
-            logs = {**logs, **self._regularizer.diagnostics()}
+            logs = {**logs, **self.regularizer.diagnostics()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 

@@ -178,24 +178,28 @@ def test_hvp_of_a_loss_linear_in_the_weights_is_zero() -> None:
     assert penalty.trace > 0
 
 
-def test_hvp_says_when_a_second_derivative_is_missing() -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_hvp_says_when_a_second_derivative_is_missing(last: bool) -> None:
+    """Also where the loss ends with it: no gradient with a history comes to it by itself then."""
+
     class OnceDifferentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
             ctx.save_for_backward(x)
-            return x.square()
+            return x.square().mean() if last else x.square()
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            return 2 * ctx.saved_tensors[0] * gradient
+            (x,) = ctx.saved_tensors
+            return 2 * x * gradient / (x.numel() if last else 1)
 
     with pytest.raises(FlatminimaError, match=r"second derivatives.*choose estimator='finite-difference'"):
         penalty_gradient(
             mlp(),
             torch.randn(8, 6),
             torch.zeros(8),
-            lambda o, _: OnceDifferentiable.apply(o).square().mean(),
+            lambda o, _: OnceDifferentiable.apply(o) if last else OnceDifferentiable.apply(o).square().mean(),
             estimator="hvp",
         )
 

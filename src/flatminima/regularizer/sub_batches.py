@@ -93,7 +93,9 @@ class SubBatches(ABC):
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         """g_i of every sub-batch in the form of :attr:`parameters`; None for a parameter that the loss does not use."""
-        return torch.autograd.grad(loss, self.parameters, create_graph=create_graph, allow_unused=True)
+        # A function marked once_differentiable shows that it is one where the gradient that comes to it has a history.
+        seed = torch.ones_like(loss, requires_grad=create_graph)
+        return torch.autograd.grad(loss, self.parameters, seed, create_graph=create_graph, allow_unused=True)
 
     @abstractmethod
     def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:

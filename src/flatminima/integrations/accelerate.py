@@ -10,7 +10,7 @@ from flatminima.errors import FlatminimaError
 from flatminima.network import Inputs
 from flatminima.regularizer import FisherTraceRegularizer, LossFunction
 
-_OWN_THEIR_BACKWARD = ("DEEPSPEED", "MEGATRON_LM")
+_ENGINES_WITH_THEIR_OWN_BACKWARD = ("DEEPSPEED", "MEGATRON_LM")
 
 
 def backward(
@@ -41,7 +41,7 @@ def backward(
         FlatminimaError: as there, and for DeepSpeed, Megatron-LM and FSDP1.
     """
     engine = accelerator.distributed_type.value
-    if engine in _OWN_THEIR_BACKWARD:
+    if engine in _ENGINES_WITH_THEIR_OWN_BACKWARD:
         raise FlatminimaError(f"{engine} is not supported: use DistributedDataParallel or FSDP2")
     if engine == "FSDP" and not accelerator.is_fsdp2:
         raise FlatminimaError("FSDP1 is not supported: pass FullyShardedDataParallelPlugin(fsdp_version=2)")

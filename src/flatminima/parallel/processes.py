@@ -129,19 +129,19 @@ class _Meetings:
         dist.all_gather_object(names, uuid.uuid4().hex, group=processes.group)  # the store may hold old groups' keys
         store = process_group_store(processes.group)
         self.store: Any = dist.PrefixStore(f"flatminima/{names[0]}", store)  # type: ignore[attr-defined]
-        self.held = 0  # the number of the last meeting
+        self.number = 0  # the number of the last meeting
         self.announcing = False
         self.failure_known = False
 
     def meet(self) -> None:
         """Wait for all processes; raise what one failed with, if it did instead of coming."""
-        self.held += 1
+        self.number += 1
         try:
-            if self.store.add(f"{self.held}/present", 1) == self.size:
-                self.store.set(f"{self.held}/failure", pickle.dumps(None))
+            if self.store.add(f"{self.number}/present", 1) == self.size:
+                self.store.set(f"{self.number}/failure", pickle.dumps(None))
                 for key in ("present", "failure"):  # all have left the last meeting
-                    self.store.delete_key(f"{self.held - 1}/{key}")
-            failure = pickle.loads(self.store.get(f"{self.held}/failure"))
+                    self.store.delete_key(f"{self.number - 1}/{key}")
+            failure = pickle.loads(self.store.get(f"{self.number}/failure"))
         except dist.DistStoreError as error:
             raise FlatminimaError(
                 "another process has not come to the exchange within the process group's timeout: see whether it was "
@@ -162,24 +162,24 @@ class _Meetings:
             return
         self.announcing, self.failure_known = True, False
         try:
-            with self._before_gathering(group):
+            with self._meeting_before_gathers(group):
                 yield
         except BaseException as error:
             if not self.failure_known:
-                self.held += 1
+                self.number += 1
                 with suppress(dist.DistError):  # the store may have gone down with another process
-                    self.store.set(f"{self.held}/failure", pickle.dumps(self._as_heard(error)))
+                    self.store.set(f"{self.number}/failure", pickle.dumps(self._for_others(error)))
             raise
         finally:
             self.announcing = False
 
-    def _as_heard(self, error: BaseException) -> FlatminimaError:
+    def _for_others(self, error: BaseException) -> FlatminimaError:
         if isinstance(error, FlatminimaError):
             return type(error)(f"process {self.rank}: {error}")
         return FlatminimaError(f"process {self.rank} of {self.size} failed: {type(error).__name__}: {error}")
 
     @contextmanager
-    def _before_gathering(self, group: Any) -> Iterator[None]:
+    def _meeting_before_gathers(self, group: Any) -> Iterator[None]:
         """A meeting before FSDP2 gathers weights."""
 
         def after_meeting(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -171,11 +171,11 @@ class FisherTraceRegularizer:
         self.last_step: RegularizerStep | None = None
         refuse_other_sharding(model)
         self._passes = passes_for(passes, model, estimator)
-        self._penalized = None if parameters is None else _known_parameters(model, parameters)
-        self._clipped: int | Tensor = 0
+        self._penalized_names = None if parameters is None else _known_parameters(model, parameters)
+        self._clipped_steps: int | Tensor = 0
         self._micro_batches: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
         self._last_beta = 0.0
-        Weights.of(model, self._penalized)
+        Weights.of(model, self._penalized_names)
 
     def backward(
         self,
@@ -294,7 +294,7 @@ class FisherTraceRegularizer:
         )
         update_buffers = self.main_gradient == "sub-batches"
         with gathered_weights(self.model):
-            weights = Weights.of(self.model, self._penalized)
+            weights = Weights.of(self.model, self._penalized_names)
             penalty = settings.penalty(self.model, closure, batch, weights, update_buffers=update_buffers)
         _require_finite_penalty(penalty)
         self.last_step = self._step_of(penalty)
@@ -333,12 +333,12 @@ class FisherTraceRegularizer:
             "rounding_share": min(1.0, rounding / penalty_norm) if penalty_norm else float(rounding > 0),
         }
         if step.grad_norm is not None:
-            found |= {"grad_norm": float(step.grad_norm), "clip_rate": float(self._clipped) / self.step}
+            found |= {"grad_norm": float(step.grad_norm), "clip_rate": float(self._clipped_steps) / self.step}
         return found
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs beside the weights, the optimizer and torch's generator: the counters."""
-        return {"step": self.step, "clipped": int(self._clipped)}
+        return {"step": self.step, "clipped": int(self._clipped_steps)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from :meth:`state_dict`.
@@ -347,7 +347,7 @@ class FisherTraceRegularizer:
             FlatminimaError: if ``state`` is something else.
         """
         require(set(state) == {"step", "clipped"}, f"not a FisherTraceRegularizer's state_dict: it has {sorted(state)}")
-        self.step, self._clipped = int(state["step"]), int(state["clipped"])
+        self.step, self._clipped_steps = int(state["step"]), int(state["clipped"])
         self._micro_batches, self.last_step = [], None
 
     def _step_of(self, penalty: Penalty) -> RegularizerStep:
@@ -366,7 +366,7 @@ class FisherTraceRegularizer:
         grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None])) / scale
         if self.max_grad_norm is not None:
             clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
-            self._clipped = self._clipped + (grad_norm > self.max_grad_norm)
+            self._clipped_steps = self._clipped_steps + (grad_norm > self.max_grad_norm)
         if self._micro_batches:
             self.last_step = _average(self._micro_batches, grad_norm)
         self._micro_batches = []

@@ -3,6 +3,7 @@
 from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
+from flatminima.measures.options import MeasureOptions, PlainOptions
 from flatminima.measures.results import MEASURES, Characterization, Estimate, Settings, Share
 from flatminima.measures.robustness import input_jacobian_norms
 
@@ -11,6 +12,8 @@ __all__ = [
     "Characterization",
     "Comparison",
     "Estimate",
+    "MeasureOptions",
+    "PlainOptions",
     "Settings",
     "Share",
     "compare",

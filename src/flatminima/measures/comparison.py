@@ -8,15 +8,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from torch import nn
 
 from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors, warn
-from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures.measuring import measure
-from flatminima.measures.options import Options
+from flatminima.losses import LOGIT_NORMALIZATION, Loss
+from flatminima.measures.fisher import Fisher
+from flatminima.measures.options import MeasureOptions, with_options_explained
 from flatminima.measures.results import MEASURES, Characterization, Estimate, nan_to_none
 from flatminima.measures.subject import Subject, ending_together
 from flatminima.measures.tables import rendered
@@ -104,14 +104,33 @@ class Comparison:
         return rendered(self)
 
 
-def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comparison:
+@with_options_explained
+def compare(  # noqa: D417 (the options are explained in one place)
+    models: Mapping[str, nn.Module],
+    data: Data,
+    *,
+    loss: Loss = "cross_entropy",
+    subset_size: int = 100,
+    trials: int = 100,
+    seed: int = 0,
+    fisher: Fisher = "empirical",
+    batchnorm: Literal["eval"] | int = "eval",
+    logit_normalization: float | None = None,
+    scale_invariant: bool = False,
+    max_standard_error: float | None = None,
+    robustness_samples: int | None = None,
+    on_singular: Literal["raise", "skip"] = "raise",
+    per_parameter: bool = False,
+    memory_budget: int | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> Comparison:
     """Measure several minima on the same subsets of the same data, so that they can be compared pair by pair.
 
     Args:
         models: name → trained model.
         data: the training data all were trained on, as for :func:`measure`.
-        **options: as for :func:`measure`; but ``max_standard_error`` is of γ̂'s paired differences here, which are
-            what is compared: trials, the same for all models, end when that of every pair is at most this.
+        All others: see :class:`~flatminima.measures.MeasureOptions`.
 
     Raises:
         FlatminimaError: with fewer than two models; and whatever :func:`measure` raises, naming the model.
@@ -132,28 +151,44 @@ def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comp
     """
     if len(models) < 2:
         raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
-    asked = Options(**{**(measure.__kwdefaults__ or {}), **options})
-    with ending_together(models.values(), asked):
+    options = MeasureOptions(
+        loss=loss,
+        subset_size=subset_size,
+        trials=trials,
+        seed=seed,
+        fisher=fisher,
+        batchnorm=batchnorm,
+        logit_normalization=logit_normalization,
+        scale_invariant=scale_invariant,
+        max_standard_error=max_standard_error,
+        robustness_samples=robustness_samples,
+        on_singular=on_singular,
+        per_parameter=per_parameter,
+        memory_budget=memory_budget,
+        distributed=distributed,
+        progress=progress,
+    )
+    with ending_together(models.values(), options):
         samples = samples_of(data)
         subjects = {}
         for name, model in models.items():
             with naming(name):
-                subjects[name] = Subject(model, samples, asked)
+                subjects[name] = Subject(model, samples, options)
 
         def perform(number: int) -> dict[str, Trial]:
-            trials = {}
+            performed = {}
             for name, subject in subjects.items():
                 with naming_errors(name):
-                    trials[name] = subject.perform(number)
-            return trials
+                    performed[name] = subject.perform(number)
+            return performed
 
         def enough(done: Sequence[dict[str, Trial]]) -> bool:
             return all(
-                asked.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
+                options.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
                 for a, b in itertools.combinations(models, 2)
             )
 
-        done = perform_trials(perform, asked.trials, enough, distributed=asked.distributed, progress=asked.progress)
+        done = perform_trials(perform, trials, enough, distributed=distributed, progress=progress)
         characterizations = {}
         for name, subject in subjects.items():
             with naming(name):

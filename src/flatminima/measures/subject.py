@@ -21,7 +21,7 @@ from flatminima.errors import (
 from flatminima.gramian import factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.fisher import FisherRows
-from flatminima.measures.options import Options
+from flatminima.measures.options import MeasureOptions
 from flatminima.measures.results import Characterization, Estimate, Settings, Share
 from flatminima.measures.robustness import has_input_jacobian, input_jacobian_norms
 from flatminima.measures.trials import Trial
@@ -33,7 +33,7 @@ MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
 
 
 @contextmanager
-def ending_together(models: Iterable[nn.Module], options: Options) -> Iterator[None]:
+def ending_together(models: Iterable[nn.Module], options: MeasureOptions) -> Iterator[None]:
     """:meth:`Processes.together`, for the processes that split the trials, or those that share a model's parameters."""
     with ExitStack() as stack:
         if options.distributed:
@@ -49,7 +49,7 @@ class Subject:
     Making one evaluates the training loss, and raises and warns of what :func:`measure` does before its first trial.
     """
 
-    def __init__(self, model: nn.Module, samples: Samples, options: Options) -> None:
+    def __init__(self, model: nn.Module, samples: Samples, options: MeasureOptions) -> None:
         self.model, self.samples, self.options = model, samples, options
         self.processes = processes_of(unwrapped(model))
         if self.processes.size > 1 and options.distributed:

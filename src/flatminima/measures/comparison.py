@@ -15,12 +15,13 @@ from torch import nn
 
 from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors, warn
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
+from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
 from flatminima.measures.options import MeasureOptions, with_options_explained
+from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.results import MEASURES, Characterization, Estimate, nan_to_none
-from flatminima.measures.subject import Subject, ending_together
 from flatminima.measures.tables import rendered
-from flatminima.measures.trials import Trial, perform_trials
+from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
 from flatminima.network import Data, samples_of
 
 SIMILAR_LOSS_RATIO = 1.5
@@ -168,31 +169,31 @@ def compare(  # noqa: D417 (the options are explained in one place)
         distributed=distributed,
         progress=progress,
     )
-    with ending_together(models.values(), options):
+    with processes_together(models.values(), options):
         samples = samples_of(data)
-        subjects = {}
+        prepared = {}
         for name, model in models.items():
             with naming(name):
-                subjects[name] = Subject(model, samples, options)
+                prepared[name] = prepare(model, samples, options)
 
-        def perform(number: int) -> dict[str, Trial]:
+        def perform(number: int) -> dict[str, TrialValues]:
             performed = {}
-            for name, subject in subjects.items():
+            for name in prepared:
                 with naming_errors(name):
-                    performed[name] = subject.perform(number)
+                    performed[name] = perform_trial(prepared[name], number)
             return performed
 
-        def enough(done: Sequence[dict[str, Trial]]) -> bool:
+        def precise_enough(done: Sequence[dict[str, TrialValues]]) -> bool:
             return all(
                 options.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
                 for a, b in itertools.combinations(models, 2)
             )
 
-        done = perform_trials(perform, trials, enough, distributed=distributed, progress=progress)
+        done = perform_trials(perform, trials, precise_enough, distributed=distributed, progress=progress)
         characterizations = {}
-        for name, subject in subjects.items():
+        for name in prepared:
             with naming(name):
-                characterizations[name] = subject.characterize([trial[name] for trial in done])
+                characterizations[name] = characterize(prepared[name], [trial[name] for trial in done])
     return comparison_of(characterizations)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from torch import nn
 
 from flatminima.losses import Loss
+from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
 from flatminima.measures.options import MeasureOptions, with_options_explained
+from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.results import Characterization
-from flatminima.measures.subject import Subject, ending_together
-from flatminima.measures.trials import perform_trials
+from flatminima.measures.trials import perform_trial, perform_trials
 from flatminima.network import Data, samples_of
 
 
@@ -84,13 +86,13 @@ def measure(  # noqa: D417 (the options are explained in one place)
         distributed=distributed,
         progress=progress,
     )
-    with ending_together([model], options):
-        subject = Subject(model, samples_of(data), options)
+    with processes_together([model], options):
+        prepared = prepare(model, samples_of(data), options)
         done = perform_trials(
-            subject.perform,
+            partial(perform_trial, prepared),
             trials,
-            lambda done: options.precise_enough([trial.log_det_fisher for trial in done]),
+            lambda so_far: options.precise_enough([trial.log_det_fisher for trial in so_far]),
             distributed=distributed,
             progress=progress,
         )
-        return subject.characterize(done)
+        return characterize(prepared, done)

@@ -1,4 +1,4 @@
-"""One subset's values, and the trials of all subsets, split over processes where there are several."""
+"""The trials: ξ of one subset after the other and its values, split over processes where there are several."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flatminima.errors import (
-    RankDeficientError,
-)
-from flatminima.gramian import FactoredGram, log_determinant, numerical_rank
+from flatminima.errors import RankDeficientError
+from flatminima.gramian import FactoredGram, factored_gram, log_determinant, numerical_rank
+from flatminima.measures.preparation import PreparedModel
+from flatminima.measures.robustness import has_input_jacobian, input_jacobian_norms
+from flatminima.network import Inputs
 from flatminima.parallel import Processes
 from flatminima.progress import track
 
@@ -55,7 +56,7 @@ def _nothing() -> Any:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialValues:
     """One subset's values; ``log_det_fisher`` is NaN where ξ is singular and that is to be skipped."""
 
     log_det_fisher: float
@@ -78,7 +79,7 @@ class Trial:
         number: int,
         names: Sequence[int],
         on_singular: str,
-    ) -> Trial:
+    ) -> TrialValues:
         """The values of one ξ with ``per_sample`` rows for each sample; ``names`` says whose each row is."""
         try:
             log_det = log_determinant(factored, names)
@@ -104,6 +105,43 @@ class Trial:
             generic_parameters=factored.generic_parameters,
             dtype=str(factored.dtype).removeprefix("torch."),
         )
+
+
+def perform_trial(prepared: PreparedModel, number: int) -> TrialValues:
+    """The trial on subset ``number``: what the first of the model's processes finds, the same to the last bit on all.
+
+    Raises:
+        RankDeficientError: for a singular ξ, unless that is to be skipped.
+        WrongGradientError: in the first trial, if a spot check against plain autograd fails.
+    """
+    return prepared.processes.gather(lambda: _values(prepared, number))[0]
+
+
+def _values(prepared: PreparedModel, number: int) -> TrialValues:
+    options, rows = prepared.options, prepared.rows
+    inputs, targets = prepared.batch(number)
+    factored = factored_gram(
+        prepared.model,
+        *rows.of_batch(inputs, targets),
+        loss=rows.loss,
+        logit_normalization=options.logit_normalization,
+        batchnorm=options.batchnorm,
+        scale_invariant=options.scale_invariant,
+        shares=options.per_parameter,
+        plan=prepared.plan,
+        spot_check=number == 0,
+    )
+    names = rows.names(prepared.subsets[number])
+    robustness = _mean_robustness(prepared, inputs)
+    return TrialValues.of(factored, rows.per_sample, robustness, number, names, options.on_singular)
+
+
+def _mean_robustness(prepared: PreparedModel, inputs: Inputs) -> float:
+    """The mean over the samples it was asked for; NaN where there is none."""
+    samples = prepared.robustness_samples
+    if not samples or not has_input_jacobian(inputs):
+        return math.nan
+    return input_jacobian_norms(prepared.model, inputs[:samples]).mean().item()
 
 
 def _shares(factored: FactoredGram, samples: int) -> dict[str, tuple[float, float, int]] | None:

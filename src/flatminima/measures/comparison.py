@@ -19,8 +19,8 @@ from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
 from flatminima.measures.options import MeasureOptions, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
-from flatminima.measures.results import MEASURES, Characterization, Estimate, nan_to_none
-from flatminima.measures.tables import rendered
+from flatminima.measures.results import Characterization, Estimate, jsonable
+from flatminima.measures.tables import MEASURES, comparison_table, rendered
 from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
 from flatminima.network import Data, samples_of
 
@@ -75,31 +75,10 @@ class Comparison:
             for measure in MEASURES
         }
         body = {name: dataclasses.asdict(c) for name, c in self.characterizations.items()}
-        return json.dumps(nan_to_none({"characterizations": body, "differences": differences}), allow_nan=False)
+        return json.dumps(jsonable({"characterizations": body, "differences": differences}), allow_nan=False)
 
     def __rich__(self) -> Table:
-        best = min(self.ranks(), key=self.ranks().__getitem__)
-        table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
-        table.add_column("measure")
-        for name in self.characterizations:
-            table.add_column(name, justify="right")
-        for field, label in MEASURES.items():
-            cells = [self._cell(name, best, field) for name in self.characterizations]
-            if any(cells):
-                table.add_row(label, *cells)
-        table.add_section()
-        table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in self.characterizations.values()))
-        return table
-
-    def _cell(self, name: str, best: str, measure: str) -> str:
-        estimates = self.characterizations[name].estimates()
-        if measure not in estimates:
-            return ""
-        text = f"{estimates[measure].mean:.6g}  (rank {self.ranks(measure)[name]})"
-        if name != best and measure in self.characterizations[best].estimates():
-            difference = self.difference(name, best, measure)
-            text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"
-        return text
+        return comparison_table(self)
 
     def __str__(self) -> str:
         return rendered(self)

@@ -54,8 +54,8 @@ class PreparedModel:
     @property
     def robustness_samples(self) -> int:
         """On how many samples of a subset the robustness is computed."""
-        asked, size = self.options.robustness_samples, self.options.subset_size
-        return size if asked is None else min(asked, size)
+        most, size = self.options.robustness_samples, self.options.subset_size
+        return size if most is None else min(most, size)
 
 
 def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> PreparedModel:

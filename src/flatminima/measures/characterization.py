@@ -11,7 +11,7 @@ from flatminima.errors import RankDeficientError, SingularTrialWarning, warn
 from flatminima.gramian import warn_generic
 from flatminima.measures.preparation import PreparedModel
 from flatminima.measures.results import Characterization, Estimate, Settings, Share
-from flatminima.measures.trials import TrialValues
+from flatminima.measures.trials import ShareValues, TrialValues
 from flatminima.network import device_of
 
 
@@ -77,9 +77,13 @@ def _joined_shares(trials: Sequence[TrialValues]) -> dict[str, Share] | None:
     parts = [trial.shares for trial in trials if trial.shares is not None]
     if not parts:
         return None
-    joined = {}
-    for name in parts[0]:
-        traces, log_dets, ranks = zip(*(part[name] for part in parts), strict=True)
-        log_det = None if any(map(math.isnan, log_dets)) else Estimate.of(log_dets)
-        joined[name] = Share(Estimate.of(traces), log_det, min(ranks))
-    return joined
+    return {name: _joined_share([part[name] for part in parts]) for name in parts[0]}
+
+
+def _joined_share(values: Sequence[ShareValues]) -> Share:
+    traces, log_dets, ranks = zip(*values, strict=True)
+    return Share(
+        fisher_trace=Estimate.of(traces),
+        log_det=None if any(map(math.isnan, log_dets)) else Estimate.of(log_dets),
+        rank=min(ranks),
+    )

@@ -1,4 +1,4 @@
-"""What: the exact W × W matrices of Jia & Su, Sec. 4–5, for networks small enough to have them.
+"""The exact W × W matrices of Jia & Su, Sec. 4–5, for networks small enough to have them.
 
 They are what the scalable measures approximate, and the oracle these can be checked against: the observed Fisher
 information I(w) (Eq. 2, 4), the Hessian of the training loss (Eq. 1) and γ = ln det I(w0) (Eq. 3). Everything is
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import FlatminimaError, RankDeficientError
-from flatminima.gramian import trainable_parameters
+from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
 from flatminima.network import Inputs, batch_size, call_model, map_tensors, take
-from flatminima.torch_compat import uncompiled
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -155,7 +154,7 @@ class _Reference:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, labels: Labels) -> _Reference:
-        model = uncompiled(model)
+        model = unwrapped(model)
         W = sum(p.numel() for p in trainable_parameters(model).values())
         if W > MAX_PARAMETERS:
             raise FlatminimaError(
@@ -165,7 +164,7 @@ class _Reference:
         if batch_size(inputs if isinstance(labels, str) else (inputs, labels)) == 0:
             raise FlatminimaError("no samples: pass the training set")
         model = copy.deepcopy(model).cpu().double().eval()
-        inputs = map_tensors(_in_float64, inputs)
+        inputs = map_tensors(_on_cpu, inputs)
         with torch.no_grad():
             logits = call_model(model, inputs)
         if logits.dim() != 2 or logits.shape[1] < 2:
@@ -226,7 +225,7 @@ def _distributions(labels: Labels, logits: Tensor) -> Tensor:
         if labels != "model":
             raise FlatminimaError(f"unknown labels {labels!r}: pass class indices, probabilities or 'model'")
         return logits.softmax(1)
-    labels, classes = _in_float64(labels), logits.shape[1]
+    labels, classes = _on_cpu(labels), logits.shape[1]
     if labels.dim() == 1 and not labels.is_floating_point():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
@@ -242,7 +241,8 @@ def _distributions(labels: Labels, logits: Tensor) -> Tensor:
     return labels
 
 
-def _in_float64(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """There, and in float64 unless it holds integers."""
     tensor = tensor.detach().cpu()
     return tensor.double() if tensor.is_floating_point() else tensor
 

@@ -1,4 +1,4 @@
-"""Ground: a per-sample loss and its gradient at the logits, formed in float64 and handed on in factored form.
+"""A per-sample loss and its gradient at the logits, formed in float64 and handed on in factored form.
 
 At a good minimum p_y → 1, and p_y − 1 cancels in float32: a log-determinant built on it is wrong long before it is
 −inf. So the gradient δ_i = ∂ℓ_i/∂logits_i is formed in float64, where δ_y = −Σ_{c≠y} p_c needs no subtraction, and

@@ -1,4 +1,4 @@
-"""What: from the Fisher information's log-determinant to statements about generalization (Jia & Su, Sec. 5).
+"""From the Fisher information's log-determinant to statements about generalization (Jia & Su, Sec. 5).
 
 Two log-determinants must not be confused:
 
@@ -7,7 +7,7 @@ Two log-determinants must not be confused:
 * γ̂ = (1/T) Σ_t ln det ξ_t of N' × N' Gram matrices (Eq. 5) is what :func:`flatminima.measure` reports as
   ``log_det_fisher.mean``. :func:`gamma_from_subsets` turns it into an estimate of γ, whose bias it describes.
 
-The functions ``*_of`` take both steps for a :class:`~flatminima.measures.results.Characterization`.
+The functions ``*_of`` take both steps for a :class:`~flatminima.Characterization`.
 """
 
 from __future__ import annotations

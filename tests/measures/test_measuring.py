@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import warnings
 
@@ -23,6 +24,7 @@ from flatminima.errors import (
 )
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.factored import log_determinant
+from flatminima.measures import jsonable
 from flatminima.measures.comparison import comparison_of
 from flatminima.measures.results import Characterization, Estimate
 from support.oracles import explicit_gram, explicit_jacobian
@@ -512,3 +514,13 @@ def test_minima_measured_on_different_numbers_of_trials_are_paired_as_far_as_bot
     long, short = (fm.measure(model, (x, y), subset_size=12, trials=t) for t in (5, 3))
     comparison = comparison_of({"long": long, "short": short})
     assert comparison.difference("long", "short").per_trial == (0, 0, 0)
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    values = {"a": (1.5, math.nan), "b": [{"c": math.inf, "d": True}], "e": "NaN", "f": None}
+    assert json.loads(json.dumps(jsonable(values), allow_nan=False)) == {
+        "a": [1.5, None],
+        "b": [{"c": None, "d": True}],
+        "e": "NaN",
+        "f": None,
+    }

@@ -8,19 +8,20 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from torch import nn
 
 from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors, warn
-from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures.measuring import measure
-from flatminima.measures.options import Options
-from flatminima.measures.results import MEASURES, Characterization, Estimate, nan_to_none
-from flatminima.measures.subject import Subject, ending_together
-from flatminima.measures.tables import rendered
-from flatminima.measures.trials import Trial, perform_trials
+from flatminima.losses import LOGIT_NORMALIZATION, Loss
+from flatminima.measures.characterization import characterize
+from flatminima.measures.fisher import Fisher
+from flatminima.measures.options import MeasureOptions, with_options_explained
+from flatminima.measures.preparation import prepare, processes_together
+from flatminima.measures.results import Characterization, Estimate, jsonable
+from flatminima.measures.tables import MEASURES, comparison_table, rendered
+from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
 from flatminima.network import Data, samples_of
 
 SIMILAR_LOSS_RATIO = 1.5
@@ -74,44 +75,42 @@ class Comparison:
             for measure in MEASURES
         }
         body = {name: dataclasses.asdict(c) for name, c in self.characterizations.items()}
-        return json.dumps(nan_to_none({"characterizations": body, "differences": differences}), allow_nan=False)
+        return json.dumps(jsonable({"characterizations": body, "differences": differences}), allow_nan=False)
 
     def __rich__(self) -> Table:
-        best = min(self.ranks(), key=self.ranks().__getitem__)
-        table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
-        table.add_column("measure")
-        for name in self.characterizations:
-            table.add_column(name, justify="right")
-        for field, label in MEASURES.items():
-            cells = [self._cell(name, best, field) for name in self.characterizations]
-            if any(cells):
-                table.add_row(label, *cells)
-        table.add_section()
-        table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in self.characterizations.values()))
-        return table
-
-    def _cell(self, name: str, best: str, measure: str) -> str:
-        estimates = self.characterizations[name].estimates()
-        if measure not in estimates:
-            return ""
-        text = f"{estimates[measure].mean:.6g}  (rank {self.ranks(measure)[name]})"
-        if name != best and measure in self.characterizations[best].estimates():
-            difference = self.difference(name, best, measure)
-            text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"
-        return text
+        return comparison_table(self)
 
     def __str__(self) -> str:
         return rendered(self)
 
 
-def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comparison:
+@with_options_explained
+def compare(  # noqa: D417 (the options are explained in one place)
+    models: Mapping[str, nn.Module],
+    data: Data,
+    *,
+    loss: Loss = "cross_entropy",
+    subset_size: int = 100,
+    trials: int = 100,
+    seed: int = 0,
+    fisher: Fisher = "empirical",
+    batchnorm: Literal["eval"] | int = "eval",
+    logit_normalization: float | None = None,
+    scale_invariant: bool = False,
+    max_standard_error: float | None = None,
+    robustness_samples: int | None = None,
+    on_singular: Literal["raise", "skip"] = "raise",
+    per_parameter: bool = False,
+    memory_budget: int | None = None,
+    distributed: bool = False,
+    progress: bool = True,
+) -> Comparison:
     """Measure several minima on the same subsets of the same data, so that they can be compared pair by pair.
 
     Args:
         models: name → trained model.
         data: the training data all were trained on, as for :func:`measure`.
-        **options: as for :func:`measure`; but ``max_standard_error`` is of γ̂'s paired differences here, which are
-            what is compared: trials, the same for all models, end when that of every pair is at most this.
+        All others: see :class:`~flatminima.measures.MeasureOptions`.
 
     Raises:
         FlatminimaError: with fewer than two models; and whatever :func:`measure` raises, naming the model.
@@ -132,32 +131,48 @@ def compare(models: Mapping[str, nn.Module], data: Data, **options: Any) -> Comp
     """
     if len(models) < 2:
         raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
-    asked = Options(**{**(measure.__kwdefaults__ or {}), **options})
-    with ending_together(models.values(), asked):
+    options = MeasureOptions(
+        loss=loss,
+        subset_size=subset_size,
+        trials=trials,
+        seed=seed,
+        fisher=fisher,
+        batchnorm=batchnorm,
+        logit_normalization=logit_normalization,
+        scale_invariant=scale_invariant,
+        max_standard_error=max_standard_error,
+        robustness_samples=robustness_samples,
+        on_singular=on_singular,
+        per_parameter=per_parameter,
+        memory_budget=memory_budget,
+        distributed=distributed,
+        progress=progress,
+    )
+    with processes_together(models.values(), options):
         samples = samples_of(data)
-        subjects = {}
+        prepared = {}
         for name, model in models.items():
             with naming(name):
-                subjects[name] = Subject(model, samples, asked)
+                prepared[name] = prepare(model, samples, options)
 
-        def perform(number: int) -> dict[str, Trial]:
-            trials = {}
-            for name, subject in subjects.items():
+        def perform(number: int) -> dict[str, TrialValues]:
+            performed = {}
+            for name in prepared:
                 with naming_errors(name):
-                    trials[name] = subject.perform(number)
-            return trials
+                    performed[name] = perform_trial(prepared[name], number)
+            return performed
 
-        def enough(done: Sequence[dict[str, Trial]]) -> bool:
+        def precise_enough(done: Sequence[dict[str, TrialValues]]) -> bool:
             return all(
-                asked.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
+                options.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
                 for a, b in itertools.combinations(models, 2)
             )
 
-        done = perform_trials(perform, asked.trials, enough, distributed=asked.distributed, progress=asked.progress)
+        done = perform_trials(perform, trials, precise_enough, distributed=distributed, progress=progress)
         characterizations = {}
-        for name, subject in subjects.items():
+        for name in prepared:
             with naming(name):
-                characterizations[name] = subject.characterize([trial[name] for trial in done])
+                characterizations[name] = characterize(prepared[name], [trial[name] for trial in done])
     return comparison_of(characterizations)
 
 

@@ -1,60 +1,114 @@
-"""How minima are measured: the arguments of ``measure`` and ``compare`` beside models and data."""
+"""How minima are measured: every option of ``measure`` and ``compare``, with its default, its range and its meaning.
+
+An option is explained here and nowhere else; the lab and its command line derive theirs from :class:`PlainOptions`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from flatminima.errors import (
-    FlatminimaError,
-)
+from flatminima.errors import require
 from flatminima.losses import Loss
 from flatminima.measures.fisher import Fisher
 from flatminima.measures.results import Estimate
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 MINIMUM_TRIALS = 5
 """Before so many trials a standard error is too uncertain itself to stop by."""
 
+_ATTRIBUTES = "Attributes:\n"
+_REFERENCE = "All others: see :class:`~flatminima.measures.MeasureOptions`."
+
 
 @dataclass(frozen=True)
-class Options:
-    """The arguments of :func:`measure` beside model and data, checked; they are explained there."""
+class PlainOptions:
+    """The options that are plain values: what JSON and a command line can hold.
 
-    loss: Loss
-    fisher: Fisher
-    subset_size: int
-    trials: int
-    seed: int
-    batchnorm: Literal["eval"] | int
-    logit_normalization: float | None
-    scale_invariant: bool
-    per_parameter: bool
-    max_standard_error: float | None
-    robustness_samples: int | None
-    on_singular: Literal["raise", "skip"]
-    memory_budget: int | None
-    distributed: bool
-    progress: bool
+    Attributes:
+        subset_size: Samples per subset, N' (paper: 100).
+        trials: Number of subsets, T (paper: 100); with max_standard_error the most there will be.
+        seed: Draws the subsets; the same ones for every network.
+        fisher: "empirical": one gradient per sample, that of its loss (Eq. 4; the paper's measures). Or the exact
+            Fisher information (Eq. 2), K - 1 rows of J per sample, at K - 1 times the cost: its K classes weighted by
+            the network's own probabilities ("model"), or by a label distribution that the loss smooths ("labels").
+        batchnorm: BatchNorm by its running statistics ("eval"), so that a sample's gradient is its own. Or a number n:
+            by those of chunks of n samples, as in the authors' release (10), at the cost of n backward passes; n
+            divides subset_size.
+        logit_normalization: Take the loss at logits divided by this times their norm (the authors' 0.04): for unequal
+            training losses. The training loss reported stays the plain one, and so does the robustness.
+        scale_invariant: Weight gradients by the parameters' magnitudes, J diag(|w|), so that rescaling layers changes
+            nothing (Dinh et al. 2017; Sec. 5.1).
+        max_standard_error: Stop as soon as the standard error of γ̂, or in a comparison of all its paired differences,
+            is at most this, and at least five trials are done.
+        robustness_samples: Samples per subset for the robustness, the costliest measure (None: all of them; 0: leave
+            it out).
+        on_singular: Where a subset's gradients are linearly dependent (duplicates, say): "raise" an error, or "skip"
+            it, which leaves it out of γ̂ with a warning.
+    """
+
+    subset_size: int = 100
+    trials: int = 100
+    seed: int = 0
+    fisher: Fisher = "empirical"
+    batchnorm: Literal["eval"] | int = "eval"
+    logit_normalization: float | None = None
+    scale_invariant: bool = False
+    max_standard_error: float | None = None
+    robustness_samples: int | None = None
+    on_singular: Literal["raise", "skip"] = "raise"
+
+
+@dataclass(frozen=True)
+class MeasureOptions(PlainOptions):
+    """Every option of :func:`~flatminima.measure` and :func:`~flatminima.compare`.
+
+    Attributes:
+        loss: ``"cross_entropy"``, a loss of :mod:`flatminima.losses` or ``torch.nn``, or ``loss(logits, targets)`` →
+            (N',) tensor of per-sample losses.
+        per_parameter: Also report every parameter's share of ξ, in ``Characterization.shares``.
+        memory_budget: Bytes that may be used beside the model (None: half of what is free). Where the samples or the
+            rows of J do not fit at once, ξ is formed in several passes, exactly.
+        distributed: Split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
+            the same arguments and gets the whole result, which is that of a single process, or the error of any. Not
+            for sharded models, whose processes share every trial anyway.
+        progress: Show a bar with the time left on a terminal.
+
+    Raises:
+        FlatminimaError: for a value outside its range, or options that exclude each other.
+    """
+
+    loss: Loss = "cross_entropy"
+    per_parameter: bool = False
+    memory_budget: int | None = None
+    distributed: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.batchnorm != "eval" and not isinstance(self.batchnorm, int):
-            raise FlatminimaError(
-                f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
-                "chunk"
-            )
-        if self.fisher != "empirical" and (self.batchnorm != "eval" or self.logit_normalization is not None):
-            raise FlatminimaError(
-                f"fisher={self.fisher!r} is the exact Fisher of the network in eval mode at its own logits: "
-                "leave batchnorm and logit_normalization out, or use fisher='empirical'"
-            )
-        if self.max_standard_error is not None and not self.max_standard_error > 0:
-            raise FlatminimaError(f"max_standard_error must be positive, got {self.max_standard_error}")
-        if self.on_singular not in ("raise", "skip"):
-            raise FlatminimaError(f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'")
-        if self.robustness_samples is not None and self.robustness_samples < 0:
-            raise FlatminimaError(f"robustness_samples must be 0 or more, got {self.robustness_samples}")
+        require(
+            self.batchnorm == "eval" or isinstance(self.batchnorm, int),
+            f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
+            "chunk",
+        )
+        require(
+            self.fisher == "empirical" or (self.batchnorm == "eval" and self.logit_normalization is None),
+            f"fisher={self.fisher!r} is the exact Fisher of the network in eval mode at its own logits: "
+            "leave batchnorm and logit_normalization out, or use fisher='empirical'",
+        )
+        require(
+            self.max_standard_error is None or self.max_standard_error > 0,
+            f"max_standard_error must be positive, got {self.max_standard_error}",
+        )
+        require(
+            self.on_singular in ("raise", "skip"), f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'"
+        )
+        require(
+            self.robustness_samples is None or self.robustness_samples >= 0,
+            f"robustness_samples must be 0 or more, got {self.robustness_samples}",
+        )
 
     def precise_enough(self, values: Sequence[float]) -> bool:
         """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""
@@ -62,3 +116,12 @@ class Options:
             return False
         kept = [value for value in values if not math.isnan(value)]
         return len(kept) >= MINIMUM_TRIALS and Estimate.of(kept).standard_error <= self.max_standard_error
+
+
+def with_options_explained(function: Function) -> Function:
+    """Let ``help(function)`` explain every option, by the docstrings above, where the source refers to them."""
+    if function.__doc__:  # none under python -OO
+        texts = [(options.__doc__ or "").partition(_ATTRIBUTES)[2] for options in (PlainOptions, MeasureOptions)]
+        attributes = "\n".join(text.partition("\n\n")[0].rstrip() for text in texts)
+        function.__doc__ = function.__doc__.replace(_REFERENCE, attributes.strip())
+    return function

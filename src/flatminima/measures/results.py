@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from flatminima.errors import (
-    FlatminimaError,
-)
+from flatminima.errors import FlatminimaError
 from flatminima.measures.fisher import Fisher
-from flatminima.measures.tables import rendered
+from flatminima.measures.tables import MEASURES, characterization_table, rendered
 
 
 @dataclass(frozen=True)
@@ -107,8 +105,8 @@ class Characterization:
         return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
 
     def to_json(self) -> str:
-        """One JSON object; NaN becomes null."""
-        return json.dumps(nan_to_none(dataclasses.asdict(self)), allow_nan=False)
+        """One JSON object; NaN and infinities become null."""
+        return json.dumps(jsonable(dataclasses.asdict(self)), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Characterization:
@@ -132,20 +130,7 @@ class Characterization:
             raise FlatminimaError(f"not a characterization ({error!r}): measure the model again") from error
 
     def __rich__(self) -> Table:
-        s = self.settings
-        table = Table(title=f"Minimum with {self.num_parameters:,} parameters")
-        for heading in ("measure", "mean", "standard error"):
-            table.add_column(heading, justify="left" if heading == "measure" else "right")
-        for name, estimate in self.estimates().items():
-            table.add_row(MEASURES[name], f"{estimate.mean:.6g}", f"{estimate.standard_error:.2g}")
-        table.add_section()
-        table.add_row("training loss", f"{self.train_loss:.6g}", "")
-        if self.train_accuracy is not None:
-            table.add_row("training accuracy", f"{self.train_accuracy:.4%}", "")
-        drawn = f"{s.trials} subsets of {s.subset_size} from {self.num_samples:,} samples, seed {s.seed}"
-        fisher = "" if s.fisher == "empirical" else f", exact Fisher by {s.fisher}"
-        table.caption = f"{drawn}, BatchNorm {s.batchnorm}{fisher}"
-        return table
+        return characterization_table(self)
 
     def __str__(self) -> str:
         return rendered(self)
@@ -157,13 +142,13 @@ class Settings:
 
     Attributes:
         loss: ``"cross_entropy"``, or the callable's name.
-        fisher: which Fisher information, see :data:`~flatminima.measures.fisher.Fisher`.
+        fisher: as in :class:`~flatminima.measures.PlainOptions`.
         subset_size: N'.
-        trials: T.
-        seed: draws the subsets.
-        batchnorm: how BatchNorm normalized; ``"eval"``: by its running statistics, n: by chunks of n samples.
-        logit_normalization: κ, where the loss was taken at normalized logits.
-        scale_invariant: whether gradients were weighted by the parameters' magnitudes.
+        trials: T, as many as were done.
+        seed: as in :class:`~flatminima.measures.PlainOptions`.
+        batchnorm: as in :class:`~flatminima.measures.PlainOptions`.
+        logit_normalization: as in :class:`~flatminima.measures.PlainOptions`.
+        scale_invariant: as in :class:`~flatminima.measures.PlainOptions`.
         robustness_samples: samples per trial that the robustness was computed on.
         generic_parameters: parameters without a layer rule, differentiated one sample at a time.
         dtype: the network's floating-point type.
@@ -188,17 +173,6 @@ class Settings:
     flatminima_version: str = field(default_factory=lambda: version("flatminima"))
 
 
-MEASURES = {
-    "log_det_fisher": "γ̂ = ln det ξ",
-    "spectral_radius": "spectral radius",
-    "frobenius_norm": "Frobenius norm² (per sample)",
-    "fisher_frobenius_norm": "Frobenius norm² (Fisher)",
-    "fisher_trace": "trace of the Fisher",
-    "robustness": "robustness",
-}
-"""Every measure's field and its name in tables."""
-
-
 def _estimate_from(values: dict[str, Any]) -> Estimate:
     def number(value: float | None) -> float:
         return math.nan if value is None else value
@@ -213,12 +187,12 @@ def _share_from(values: dict[str, Any]) -> Share:
     )
 
 
-def nan_to_none(value: Any) -> Any:
-    """``value`` with NaN replaced by None throughout, as JSON has no NaN."""
-    if isinstance(value, float) and math.isnan(value):
-        return None
+def jsonable(value: Any) -> Any:
+    """``value`` as JSON can hold it: NaN and infinities None throughout, tuples lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: nan_to_none(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [nan_to_none(item) for item in value]
+        return [jsonable(item) for item in value]
     return value

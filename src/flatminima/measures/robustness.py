@@ -31,8 +31,7 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
     Raises:
         NonFiniteError: if a logit is NaN or infinite.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), true_precision(), torch.enable_grad(), frozen(trainable):
+    with evaluating(model), true_precision(), torch.enable_grad(), frozen(model.parameters()):
         x = inputs.detach().requires_grad_()
         logits = call_model(model, x)
         refuse_non_finite("logits", logits)

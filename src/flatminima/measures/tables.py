@@ -1,11 +1,75 @@
-"""Tables of results as text."""
+"""Results as tables, for terminals and as text."""
 
 from __future__ import annotations
 
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:  # results draw themselves by these functions
+    from flatminima.measures.comparison import Comparison
+    from flatminima.measures.results import Characterization
+
+MEASURES = {
+    "log_det_fisher": "γ̂ = ln det ξ",
+    "spectral_radius": "spectral radius",
+    "frobenius_norm": "Frobenius norm² (per sample)",
+    "fisher_frobenius_norm": "Frobenius norm² (Fisher)",
+    "fisher_trace": "trace of the Fisher",
+    "robustness": "robustness",
+}
+"""Every measure's field and its name in tables."""
+
+
+def characterization_table(characterization: Characterization) -> Table:
+    """Every measure with its standard error, and the training loss."""
+    settings = characterization.settings
+    table = Table(title=f"Minimum with {characterization.num_parameters:,} parameters")
+    for heading in ("measure", "mean", "standard error"):
+        table.add_column(heading, justify="left" if heading == "measure" else "right")
+    for name, estimate in characterization.estimates().items():
+        table.add_row(MEASURES[name], f"{estimate.mean:.6g}", f"{estimate.standard_error:.2g}")
+    table.add_section()
+    table.add_row("training loss", f"{characterization.train_loss:.6g}", "")
+    if characterization.train_accuracy is not None:
+        table.add_row("training accuracy", f"{characterization.train_accuracy:.4%}", "")
+    drawn = (
+        f"{settings.trials} subsets of {settings.subset_size} from {characterization.num_samples:,} samples, "
+        f"seed {settings.seed}"
+    )
+    fisher = "" if settings.fisher == "empirical" else f", exact Fisher by {settings.fisher}"
+    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}"
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Every measure of every minimum, with its rank and its difference to the best by γ̂; and the training losses."""
+    ranks = comparison.ranks()
+    best = min(ranks, key=ranks.__getitem__)
+    table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
+    table.add_column("measure")
+    for name in comparison.characterizations:
+        table.add_column(name, justify="right")
+    for measure, label in MEASURES.items():
+        cells = [_cell(comparison, name, best, measure) for name in comparison.characterizations]
+        if any(cells):
+            table.add_row(label, *cells)
+    table.add_section()
+    table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in comparison.characterizations.values()))
+    return table
+
+
+def _cell(comparison: Comparison, name: str, best: str, measure: str) -> str:
+    estimates = comparison.characterizations[name].estimates()
+    if measure not in estimates:
+        return ""
+    text = f"{estimates[measure].mean:.6g}  (rank {comparison.ranks(measure)[name]})"
+    if name != best and measure in comparison.characterizations[best].estimates():
+        difference = comparison.difference(name, best, measure)
+        text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"
+    return text
 
 
 def rendered(renderable: Any) -> str:

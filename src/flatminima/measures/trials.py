@@ -1,4 +1,4 @@
-"""One subset's values, and the trials of all subsets, split over processes where there are several."""
+"""The trials: ξ of one subset after the other and its values, split over processes where there are several."""
 
 from __future__ import annotations
 
@@ -7,19 +7,60 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from flatminima.errors import (
-    RankDeficientError,
-)
-from flatminima.gramian import FactoredGram, log_determinant, numerical_rank
+from flatminima.errors import RankDeficientError
+from flatminima.gramian import FactoredGram, factored_gram, log_determinant, numerical_rank
+from flatminima.measures.preparation import PreparedModel
+from flatminima.measures.robustness import has_input_jacobian, input_jacobian_norms
+from flatminima.network import Inputs
 from flatminima.parallel import Processes
 from flatminima.progress import track
 
 Outcome = TypeVar("Outcome")
+
+
+class ShareValues(NamedTuple):
+    """One parameter's part of one subset's ξ."""
+
+    trace: float
+    """Its part of the trace of the subset's Fisher information."""
+    log_det: float
+    """ln det of its part of ξ; NaN where that is singular."""
+    rank: int
+    """Of its part of ξ."""
+
+
+@dataclass(frozen=True)
+class TrialValues:
+    """One subset's values, each as of the same name in :class:`~flatminima.Characterization`.
+
+    Attributes:
+        log_det_fisher: ln det ξ; NaN where ξ is singular and that is to be skipped.
+        spectral_radius: the largest eigenvalue of ξ.
+        frobenius_norm: mean_i ‖F_i‖_F².
+        fisher_frobenius_norm: ‖ξ‖_F² / N'².
+        fisher_trace: tr ξ / N'.
+        robustness: the mean over the samples it is computed on; NaN where there is none.
+        spectrum: eigenvalues of ξ in descending order, on the CPU.
+        shares: of every parameter by name, where asked for.
+        generic_parameters: parameters without a layer rule.
+        dtype: the network's floating-point type.
+    """
+
+    log_det_fisher: float
+    spectral_radius: float
+    frobenius_norm: float
+    fisher_frobenius_norm: float
+    fisher_trace: float
+    robustness: float
+    spectrum: Tensor
+    shares: dict[str, ShareValues] | None
+    generic_parameters: tuple[str, ...]
+    dtype: str
 
 
 def perform_trials(
@@ -54,68 +95,74 @@ def _nothing() -> Any:
     """What a process without a trial of its own adds to a round."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One subset's values; ``log_det_fisher`` is NaN where ξ is singular and that is to be skipped."""
+def perform_trial(prepared: PreparedModel, number: int) -> TrialValues:
+    """The trial on subset ``number``: what the first of the model's processes finds, the same to the last bit on all.
 
-    log_det_fisher: float
-    spectral_radius: float
-    frobenius_norm: float
-    fisher_frobenius_norm: float
-    fisher_trace: float
-    robustness: float
-    spectrum: Tensor
-    shares: dict[str, tuple[float, float, int]] | None
-    generic_parameters: tuple[str, ...]
-    dtype: str
-
-    @classmethod
-    def of(
-        cls,
-        factored: FactoredGram,
-        per_sample: int,
-        robustness: float,
-        number: int,
-        names: Sequence[int],
-        on_singular: str,
-    ) -> Trial:
-        """The values of one ξ with ``per_sample`` rows for each sample; ``names`` says whose each row is."""
-        try:
-            log_det = log_determinant(factored, names)
-        except RankDeficientError as error:
-            if on_singular == "raise":
-                raise RankDeficientError(
-                    f"trial {number}: {error}; or pass on_singular='skip' to leave such trials out"
-                ) from None
-            log_det = math.nan
-        xi = factored.matrix()
-        spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0).cpu()
-        samples = len(xi) // per_sample
-        own = xi.view(samples, per_sample, samples, per_sample).diagonal(dim1=0, dim2=2)  # the samples' blocks
-        return cls(
-            log_det_fisher=log_det,
-            spectral_radius=spectrum[0].item(),
-            frobenius_norm=own.square().sum().item() / samples,
-            fisher_frobenius_norm=xi.square().sum().item() / samples**2,
-            fisher_trace=xi.trace().item() / samples,
-            robustness=robustness,
-            spectrum=spectrum,
-            shares=_shares(factored, samples),
-            generic_parameters=factored.generic_parameters,
-            dtype=str(factored.dtype).removeprefix("torch."),
-        )
+    Raises:
+        RankDeficientError: for a singular ξ, unless that is to be skipped.
+        WrongGradientError: in the first trial, if a spot check against plain autograd fails.
+    """
+    return prepared.processes.gather(lambda: _values(prepared, number))[0]
 
 
-def _shares(factored: FactoredGram, samples: int) -> dict[str, tuple[float, float, int]] | None:
-    if factored.shares is None:
-        return None
-    return {name: _share(factored, name, samples) for name in factored.shares}
+def _values(prepared: PreparedModel, number: int) -> TrialValues:
+    options, rows = prepared.options, prepared.rows
+    inputs, targets = prepared.batch(number)
+    factored = factored_gram(
+        prepared.model,
+        *rows.of_batch(inputs, targets),
+        loss=rows.loss,
+        logit_normalization=options.logit_normalization,
+        batchnorm=options.batchnorm,
+        scale_invariant=options.scale_invariant,
+        shares=options.per_parameter,
+        plan=prepared.plan,
+        spot_check=number == 0,
+    )
+    robustness = _mean_robustness(prepared, inputs)
+    log_det = _log_det(prepared, number, factored)
+    xi = factored.matrix()
+    spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0).cpu()
+    samples, per_sample = options.subset_size, rows.per_sample
+    own = xi.view(samples, per_sample, samples, per_sample).diagonal(dim1=0, dim2=2)  # the samples' blocks
+    shares = factored.shares
+    return TrialValues(
+        log_det_fisher=log_det,
+        spectral_radius=spectrum[0].item(),
+        frobenius_norm=own.square().sum().item() / samples,
+        fisher_frobenius_norm=xi.square().sum().item() / samples**2,
+        fisher_trace=xi.trace().item() / samples,
+        robustness=robustness,
+        spectrum=spectrum,
+        shares=None if shares is None else {name: _share(factored, unit, samples) for name, unit in shares.items()},
+        generic_parameters=factored.generic_parameters,
+        dtype=str(factored.dtype).removeprefix("torch."),
+    )
 
 
-def _share(factored: FactoredGram, name: str, samples: int) -> tuple[float, float, int]:
-    """(trace, ln det or NaN, rank) of one parameter's part of ξ."""
-    assert factored.shares is not None
-    part = dataclasses.replace(factored, unit=factored.shares[name], shares=None)
+def _mean_robustness(prepared: PreparedModel, inputs: Inputs) -> float:
+    """The mean over the samples that it is computed on; NaN where there is none."""
+    samples = prepared.robustness_samples
+    if not samples or not has_input_jacobian(inputs):
+        return math.nan
+    return input_jacobian_norms(prepared.model, inputs[:samples]).mean().item()
+
+
+def _log_det(prepared: PreparedModel, number: int, factored: FactoredGram) -> float:
+    """The logarithm of det ξ; NaN where ξ is singular and that is to be skipped."""
+    try:
+        return log_determinant(factored, prepared.rows.names(prepared.subsets[number]))
+    except RankDeficientError as error:
+        if prepared.options.on_singular == "skip":
+            return math.nan
+        raise RankDeficientError(
+            f"trial {number}: {error}; or pass on_singular='skip' to leave such trials out"
+        ) from None
+
+
+def _share(factored: FactoredGram, unit: Tensor, samples: int) -> ShareValues:
+    """Of a parameter whose part of ξ is ``unit``, but for the scale."""
+    part = dataclasses.replace(factored, unit=unit, shares=None)
     rank = numerical_rank(part)
-    log_det = log_determinant(part) if rank == len(part.unit) else math.nan
-    return part.matrix().trace().item() / samples, log_det, rank
+    log_det = log_determinant(part) if rank == len(unit) else math.nan
+    return ShareValues(part.matrix().trace().item() / samples, log_det, rank)

@@ -1,67 +1,99 @@
-"""Which mean and variance BatchNorm normalizes with, for as long as a block runs."""
+"""Which mean and variance torch's BatchNorm layers normalize with, for as long as a block runs.
+
+There are three, and both wings speak of the same ones:
+
+* the *running* statistics (``batchnorm="eval"`` in measuring, ``batch_statistics="running"`` in penalty passes);
+* those of the very samples that a pass runs on (a chunk: ``batchnorm=n``; a sub-batch: ``"sub-batch"``);
+* those of a larger batch, taken once and held constant (``"whole-batch"``).
+
+Other normalization layers, and dropout, stay as they are.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import require
 from flatminima.torch_compat import BatchNorm, own_buffers
 
 BatchStatistics = Literal["sub-batch", "whole-batch", "running"]
 
 
 @contextmanager
+def chunk_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm layers of a model in evaluation mode normalize by what they are run on; running statistics stay."""
+    layers = _layers(model)
+    with _restored(layers):
+        for layer in layers.values():
+            layer.training, layer.track_running_stats = True, False
+        yield
+
+
+@contextmanager
 def batch_statistics(model: nn.Module, forward: Callable[[], Any], policy: BatchStatistics) -> Iterator[None]:
-    """Which mean and variance torch's BatchNorm layers in training mode normalize with.
+    """What those BatchNorm layers normalize with that are in training mode.
 
     Args:
-        model: the model; other normalization layers, and BatchNorm layers in evaluation mode, stay as they are.
+        model: the model; BatchNorm layers in evaluation mode stay as they are.
         forward: runs the model on the whole batch.
         policy: ``"sub-batch"``, ``"whole-batch"`` or ``"running"``, see :class:`~flatminima.FisherTraceRegularizer`.
+
+    Raises:
+        FlatminimaError: for a layer that has no running statistics, or no one whole-batch statistic.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm) and m.training}
+    layers = {name: layer for name, layer in _layers(model).items() if layer.training}
     if policy == "sub-batch" or not layers:
         yield
         return
     statistics = _observed(layers, forward) if policy == "whole-batch" else _running(layers)
-    before = {name: dict(own_buffers(layer)) for name, layer in layers.items()}
-    try:
+    with _restored(layers):
         for name, layer in layers.items():
             layer.training = False
             own_buffers(layer).update(statistics[name])
         yield
+
+
+def _layers(model: nn.Module) -> dict[str, BatchNorm]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+
+
+@contextmanager
+def _restored(layers: Mapping[str, BatchNorm]) -> Iterator[None]:
+    """Give the layers back what they normalized with: mode, tracking of running statistics, and buffers."""
+    before = [(layer, layer.training, layer.track_running_stats, dict(own_buffers(layer))) for layer in layers.values()]
+    try:
+        yield
     finally:
-        for name, layer in layers.items():
-            layer.training = True
-            own_buffers(layer).update(before[name])
+        for layer, training, tracking, buffers in before:
+            layer.training, layer.track_running_stats = training, tracking
+            own_buffers(layer).update(buffers)
 
 
-def _running(layers: dict[str, BatchNorm]) -> dict[str, dict[str, Tensor | None]]:
+def _running(layers: Mapping[str, BatchNorm]) -> dict[str, dict[str, Tensor | None]]:
     for name, layer in layers.items():
-        if layer.running_mean is None:
-            raise FlatminimaError(
-                f"BatchNorm layer {name} keeps no running statistics: choose another batch_statistics than 'running'"
-            )
+        require(
+            layer.running_mean is not None,
+            f"BatchNorm layer {name} keeps no running statistics: choose another batch_statistics than 'running'",
+        )
     return {name: {} for name in layers}
 
 
-def _observed(layers: dict[str, BatchNorm], forward: Callable[[], Any]) -> dict[str, dict[str, Tensor | None]]:
+def _observed(layers: Mapping[str, BatchNorm], forward: Callable[[], Any]) -> dict[str, dict[str, Tensor | None]]:
     """Mean and biased variance per channel of each layer's input, as BatchNorm itself uses them in training."""
     found: dict[str, dict[str, Tensor | None]] = {}
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name in found:
-                raise FlatminimaError(
-                    f"BatchNorm layer {name} runs twice in one forward, so it has no one whole-batch statistic: "
-                    "choose batch_statistics='sub-batch' or 'running'"
-                )
+            require(
+                name not in found,
+                f"BatchNorm layer {name} runs twice in one forward, so it has no one whole-batch statistic: "
+                "choose batch_statistics='sub-batch' or 'running'",
+            )
             (x,) = inputs
             variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
             found[name] = {"running_mean": mean, "running_var": variance}
@@ -73,17 +105,3 @@ def _observed(layers: dict[str, BatchNorm], forward: Callable[[], Any]) -> dict[
             stack.callback(layer.register_forward_pre_hook(observe(name)).remove)
         forward()
     return {name: found.get(name, {}) for name in layers}
-
-
-@contextlib.contextmanager
-def chunk_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm normalizes by the batch and leaves its running statistics alone; all else stays in eval mode."""
-    layers = [m for m in model.modules() if isinstance(m, BatchNorm)]
-    tracking = [layer.track_running_stats for layer in layers]
-    try:
-        for layer in layers:
-            layer.training, layer.track_running_stats = True, False
-        yield
-    finally:
-        for layer, tracked in zip(layers, tracking, strict=True):
-            layer.training, layer.track_running_stats = False, tracked

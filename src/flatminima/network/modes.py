@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from flatminima.network.batches import device_of
 from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters
 
 
-@contextlib.contextmanager
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, with every module's own mode restored afterwards."""
     modes = {module: module.training for module in model.modules()}
@@ -27,10 +26,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextlib.contextmanager
+@contextmanager
 def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """No gradients for the parameters themselves: the backward pass then computes those of activations only."""
-    held = list(parameters)
+    """No gradients for those parameters that require them: the backward pass computes those of activations only."""
+    held = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in held:
         parameter.requires_grad_(False)
     try:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flatminima.lab.runs.measuring import Measuring, compare_networks, compare_r
 from flatminima.lab.runs.sets import load_run
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
+from flatminima.measures import PlainOptions
 
 SPEC = RunSpec(
     model="mlp", data="digits", train_size=150, augmentation="no-aug", batch_size=50, epochs=40, lr=0.05, nesterov=True
@@ -207,3 +208,8 @@ def test_measuring_in_float64_converts_the_images_batch_by_batch(paths: dict[str
     _, model, clean, _ = load_run(paths["plain"])
     assert replace(HOW, double=True).of(model, clean, device="cpu", progress=False).settings.dtype == "float64"
     assert next(model.parameters()).dtype == torch.float64
+
+
+def test_the_lab_measures_by_the_librarys_defaults() -> None:
+    defaults = asdict(PlainOptions())
+    assert {name: value for name, value in asdict(Measuring()).items() if name in defaults} == defaults

@@ -14,7 +14,7 @@ from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.jobs import Executor, Failure, run_all
 from flatminima.lab.runs import Measuring, RunFolder, RunResult, RunSpec, kept_measures, measure_run, train
 from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures import MEASURES, Characterization
+from flatminima.measures import MEASURES, Characterization, jsonable
 
 NORMALIZED = "log_det_fisher_normalized"
 """γ̂ at normalized logits, for minima of unequal training loss."""
@@ -221,11 +221,6 @@ def _record(
         means = {name: estimate.mean for name, estimate in plain.estimates().items()}
         means[NORMALIZED] = normalized.log_det_fisher.mean
         means["train_loss"] = plain.train_loss
-        record["indicators"] = {name: finite(means.get(name, math.nan)) for name in INDICATORS}
-        record["log_det_fisher_standard_error"] = finite(plain.log_det_fisher.standard_error)
+        record["indicators"] = {name: jsonable(means.get(name, math.nan)) for name in INDICATORS}
+        record["log_det_fisher_standard_error"] = jsonable(plain.log_det_fisher.standard_error)
     return record
-
-
-def finite(value: float) -> float | None:
-    """What JSON can hold: None for NaN and infinities."""
-    return value if math.isfinite(value) else None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record, finite, select, value_of
+from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record, select, value_of
 from flatminima.lab.experiments.statistics import (
     Difference,
     RankCorrelation,
@@ -15,6 +15,7 @@ from flatminima.lab.experiments.statistics import (
     paired_difference,
     rank_correlation,
 )
+from flatminima.measures import jsonable
 
 RIVALS = ("log_det_fisher", "spectral_radius", "frobenius_norm", "robustness")
 """The measures of the paper's figures."""
@@ -73,8 +74,8 @@ def _paired(records: Sequence[Record], arm: str, against: str, quantity: str) ->
 
 def plain(value: Any) -> dict[str, Any]:
     """A dataclass of numbers as JSON can hold it; NaN and infinities as None."""
-    values = dataclasses.asdict(value)
-    return {key: finite(entry) if isinstance(entry, float) else entry for key, entry in values.items()}
+    values: dict[str, Any] = jsonable(dataclasses.asdict(value))
+    return values
 
 
 def summarize(

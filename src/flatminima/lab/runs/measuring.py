@@ -23,35 +23,17 @@ from flatminima.lab.networks import load_model, resolve_device
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunProgress
 from flatminima.lab.runs.sets import load_run
-from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
+from flatminima.measures import Characterization, Comparison, PlainOptions, compare, comparison_of, measure
 from flatminima.network import float64_device
 from flatminima.progress import track
 
 
 @dataclass(frozen=True)
-class Measuring:
+class Measuring(PlainOptions):
     """How minima are measured."""
 
-    subset_size: int = 100
-    """Samples per subset, N'."""
-    trials: int = 100
-    """Number of subsets, T."""
-    seed: int = 0
-    """Draws the subsets; the same for every network."""
     fisher: Literal["empirical", "model"] = "empirical"
     """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
-    batchnorm: Literal["eval"] | int = "eval"
-    """BatchNorm by its running statistics (eval), or by those of chunks of this many samples."""
-    logit_normalization: float | None = None
-    """Divide logits by this times their norm before the loss (the authors' 0.04): for unequal training losses."""
-    scale_invariant: bool = False
-    """Weight gradients by the parameters' magnitudes, so that rescaling layers changes nothing."""
-    max_standard_error: float | None = None
-    """Stop as soon as the standard error of γ̂, or in a comparison of its paired differences, is at most this."""
-    robustness_samples: int | None = None
-    """Samples per subset for the robustness, the costliest measure (None: all of them; 0: leave it out)."""
-    on_singular: Literal["raise", "skip"] = "raise"
-    """What to do with a subset whose gradients are linearly dependent (duplicates, say)."""
     memory_gib: float | None = None
     """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
     double: bool = False

@@ -1,0 +1,117 @@
+"""What is done once for a model before its trials: checks, subsets, training loss, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from flatminima.errors import NotAMinimumWarning, require, warn
+from flatminima.gramian import Plan, plan_for, trainable_parts, unwrapped
+from flatminima.measures.evaluation import Evaluation, evaluate
+from flatminima.measures.fisher import FisherRows
+from flatminima.measures.options import MeasureOptions
+from flatminima.network import Inputs, Samples, device_of, draw_subsets, to_device
+from flatminima.parallel import Processes, processes_of, shared
+
+MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
+"""A cross entropy (nats) above the first with an accuracy below the second is not called a minimum."""
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that is ready for its trials, with what all of them need; made by :func:`prepare`.
+
+    Attributes:
+        model: the model.
+        samples: its training data.
+        options: how it is measured.
+        processes: those that its parameters are split over.
+        num_parameters: W, trainable parameters of all processes together.
+        subsets: every trial's samples, by index.
+        rows: how samples become rows of J.
+        train: loss and accuracy over all of its training data.
+        plan: how ξ is formed within the memory budget.
+    """
+
+    model: nn.Module
+    samples: Samples
+    options: MeasureOptions
+    processes: Processes
+    num_parameters: int
+    subsets: list[list[int]]
+    rows: FisherRows
+    train: Evaluation
+    plan: Plan
+
+    def batch(self, number: int) -> tuple[Inputs, Tensor]:
+        """The samples of trial ``number`` on the model's device."""
+        return _fetched(self.model, self.samples, self.subsets[number], self.processes)
+
+    @property
+    def robustness_samples(self) -> int:
+        """On how many samples of a subset the robustness is computed."""
+        most, size = self.options.robustness_samples, self.options.subset_size
+        return size if most is None else min(most, size)
+
+
+def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> PreparedModel:
+    """Check a model and its data, evaluate the training loss, and plan how ξ is formed.
+
+    Raises and warns of what :func:`~flatminima.measure` does before its first trial.
+    """
+    processes = processes_of(unwrapped(model))
+    require(
+        processes.size == 1 or not options.distributed,
+        "the processes that share a sharded model's parameters perform every trial together: "
+        "leave distributed=True out",
+    )
+    processes.require_same("numbers of samples", lambda: len(samples))
+    num_parameters = sum(part.parameter.numel() for part in trainable_parts(unwrapped(model), processes).values())
+    subsets = draw_subsets(len(samples), options.subset_size, options.trials, options.seed)
+    inputs, targets = _fetched(model, samples, subsets[0], processes)
+    rows = FisherRows.of(options.fisher, options.loss, model, inputs)
+    _refuse_more_rows_than_parameters(rows, num_parameters, options)
+    train = processes.gather(lambda: evaluate(model, samples, options.loss, progress=options.progress))[0]
+    _warn_unless_minimum(train)
+    plan = plan_for(model, rows.of_batch(inputs, targets)[0], memory_budget=options.memory_budget)
+    if options.progress and len(plan.passes) > 1:
+        Console(stderr=True).print(f"plan: {plan}", highlight=False)
+    return PreparedModel(model, samples, options, processes, num_parameters, subsets, rows, train, plan)
+
+
+@contextmanager
+def processes_together(models: Iterable[nn.Module], options: MeasureOptions) -> Iterator[None]:
+    """:meth:`Processes.together`, for the processes that split the trials, or those that share a model's parameters."""
+    with ExitStack() as stack:
+        if options.distributed:
+            stack.enter_context(Processes.all().together())
+        for model in models:
+            stack.enter_context(shared(unwrapped(model)))
+        yield
+
+
+def _fetched(model: nn.Module, samples: Samples, indices: list[int], processes: Processes) -> tuple[Inputs, Tensor]:
+    return to_device(processes.attempt(lambda: samples.fetch(indices)), device_of(model))
+
+
+def _refuse_more_rows_than_parameters(rows: FisherRows, num_parameters: int, options: MeasureOptions) -> None:
+    size, per_sample = options.subset_size, rows.per_sample
+    times = "" if per_sample == 1 else f" times {per_sample} rows per sample (fisher={options.fisher!r})"
+    require(
+        size * per_sample <= num_parameters,
+        f"subset_size={size}{times} exceeds the model's {num_parameters} trainable parameters, "
+        f"so every ξ is singular: lower subset_size to at most {num_parameters // per_sample}",
+    )
+
+
+def _warn_unless_minimum(train: Evaluation) -> None:
+    if train.correct is not None and train.loss > MINIMUM_LOSS and train.accuracy < MINIMUM_ACCURACY:
+        warn(
+            f"training loss {train.loss:.3g} and accuracy {train.accuracy:.1%} are too far from a minimum for the "
+            "measures to mean what they say: train on, or read them with care",
+            NotAMinimumWarning,
+        )

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flatminima.network import batch_statistics, chunk_statistics
+
+torch.manual_seed(0)
+WHOLE, PART = torch.randn(12, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+
+
+def network(*, training: bool) -> nn.BatchNorm1d:
+    layer = nn.BatchNorm1d(3).double()
+    layer.running_mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    layer.running_var.copy_(torch.tensor([0.5, 1.5, 2.5]))
+    return layer.train(training)
+
+
+def normalized_by(samples: Tensor | None) -> Tensor:
+    """``PART``, by the mean and variance of these samples; of none: by the running ones."""
+    if samples is None:
+        layer = network(training=False)
+        mean, variance = layer.running_mean, layer.running_var
+    else:
+        mean, variance = samples.mean(0), samples.var(0, correction=0)
+    return (PART - mean) / (variance + nn.BatchNorm1d(3).eps).sqrt()
+
+
+STATES: dict[str, tuple[Callable[[nn.Module], AbstractContextManager[None]], bool, Tensor | None]] = {
+    "chunk": (chunk_statistics, False, PART),
+    "sub-batch": (lambda m: batch_statistics(m, lambda: m(WHOLE), "sub-batch"), True, PART),
+    "whole-batch": (lambda m: batch_statistics(m, lambda: m(WHOLE), "whole-batch"), True, WHOLE),
+    "running": (lambda m: batch_statistics(m, lambda: m(WHOLE), "running"), True, None),
+    "running, in evaluation mode": (lambda m: batch_statistics(m, lambda: m(WHOLE), "whole-batch"), False, None),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_batchnorm_normalizes_by_the_statistics_named(state: str) -> None:
+    enter, training, samples = STATES[state]
+    model = network(training=training)
+    with enter(model):
+        torch.testing.assert_close(model(PART), normalized_by(samples))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_batchnorm_is_put_back_even_after_an_error(state: str) -> None:
+    enter, training, _ = STATES[state]
+    model = network(training=training)
+    buffers = dict(model.named_buffers())
+    with pytest.raises(InterruptedError), enter(model):
+        raise InterruptedError
+    assert (model.training, model.track_running_stats) == (training, True)
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+
+
+def test_chunks_leave_the_running_statistics_alone() -> None:
+    model = network(training=False)
+    with chunk_statistics(model):
+        model(PART)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), network(training=False).buffers(), strict=True))

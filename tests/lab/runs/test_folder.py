@@ -9,7 +9,6 @@ import torch
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import DamagedFileError
-from flatminima.lab.runs import folder as folder_file
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.sets import load_run
@@ -210,13 +209,10 @@ def test_the_lock_excludes_others_and_is_freed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "seen"), [(0.0, 4), (1e9, 2)])
-def test_who_watches_reads_how_far_the_run_is(
-    seconds: float, seen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(folder_file, "_WATCH_SECONDS", seconds)
+def test_who_watches_reads_how_far_the_run_is(seconds: float, seen: int, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert (folder.read_progress(), folder.progress_written()) == (None, None)
-    with folder.watched() as note:
+    with folder.watched(seconds=seconds) as note:
         for iteration in (2, 4):
             note(RunProgress("training", iteration=iteration, iterations=8, epoch=1, epochs=2))
         progress = folder.read_progress()

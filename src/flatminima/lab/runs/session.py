@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import math
 import platform
@@ -24,6 +23,7 @@ from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, Run
 from flatminima.lab.runs.sam import SharpnessAwareGradient
 from flatminima.lab.runs.sets import TrainingSets
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.storage import digest_of
 from flatminima.measures import evaluate
 from flatminima.parallel import Processes
 from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
@@ -352,7 +352,7 @@ def _regularizer(
 
 def derived_seed(seed: int, purpose: str, index: int) -> int:
     """An independent seed for each purpose and each epoch or iteration."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {index}".encode()).digest()[:8], "big") >> 1
+    return int(digest_of(f"{seed} {purpose} {index}".encode())[:16], base=16) >> 1
 
 
 def processes_of(fabric: Fabric) -> Processes:

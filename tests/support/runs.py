@@ -116,7 +116,7 @@ def reading_late() -> Iterator[None]:
 
     def late(run: Session, *args: Any, **options: Any) -> None:
         build(run, *args, **options)
-        run._reads_at_once = False
+        run.reads_at_once = False
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "__init__", late)
@@ -155,14 +155,14 @@ def wait_for_update(process: subprocess.Popen[str], folder: RunFolder, update: i
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, *, at: int, times: int) -> None:
     """Press Ctrl-C in the middle of an update."""
-    backward = Session._backward
+    backward = Session.backward
 
     def pressing(run: Session, images: torch.Tensor, labels: torch.Tensor) -> Any:
         for _ in range(times if run.iteration == at else 0):
             signal.raise_signal(signal.SIGINT)
         return backward(run, images, labels)
 
-    monkeypatch.setattr(Session, "_backward", pressing)
+    monkeypatch.setattr(Session, "backward", pressing)
 
 
 def stopped_in_the_middle(spec: RunSpec, root: Path, **options: Any) -> RunFolder:

@@ -107,13 +107,13 @@ def test_tf32_is_used_if_and_only_if_it_is_asked_for(
         return [getattr(holder, name) for holder, name, _, _ in float32_switches()]
 
     seen: list[list[Any]] = []
-    backward = Session._backward
+    backward = Session.backward
 
     def observed(run: Session, *batch: torch.Tensor) -> Any:
         seen.append(switches())
         return backward(run, *batch)
 
-    monkeypatch.setattr(Session, "_backward", observed)
+    monkeypatch.setattr(Session, "backward", observed)
     spec = replace(PLAIN, precision=precision)
     with float32_products(tf32=precision == "32-true"):
         before = switches()

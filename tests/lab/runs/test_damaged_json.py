@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from flatminima.lab.runs.measuring import Measuring, kept_measures, measure_run,
 from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec
 from flatminima.lab.runs.training import train
-from flatminima.lab.storage import write_tensors
+from flatminima.lab.storage import digest_of, write_tensors
 from flatminima.measures import Characterization
 
 FOLDERS = Path(__file__).parents[2] / "support" / "run_folders"
@@ -64,6 +66,7 @@ def test_a_folder_of_an_earlier_version_is_read(finished: RunFolder) -> None:
 def test_measures_of_an_earlier_version_are_read(finished: RunFolder) -> None:
     (entry,) = read_kept(finished)
     assert entry.asked["subset_size"] == 10
+    assert kept_measures(finished.path, KEPT, device="cpu") is None  # of another checkpoint
     assert [category for category, _ in entry.warnings] == ["NotAMinimumWarning"]
     assert Characterization.from_json(json.dumps(entry.characterization)).log_det_fisher.mean == 32.609478853624374
 
@@ -131,6 +134,10 @@ def damaged_texts(draw: st.DrawFn, text: str) -> bytes:
     return content[:start] + draw(st.binary(max_size=4)) + content[end:]
 
 
+KEPT = Measuring(subset_size=10, trials=3, double=True)
+"""How the measures were taken that the folder of an earlier version keeps."""
+
+
 def whole(name: str) -> str:
     kind = "failed" if name == "failure.json" else "finished"
     text = (FOLDERS / kind / name).read_text()
@@ -151,7 +158,12 @@ def read(folder: RunFolder, name: str) -> None:
         assert all(f"{record.train_loss:.3g}" for record in folder.read_history())
     elif name == "measures.json":
         assert all(str(entry.warnings) for entry in read_kept(folder))
-        kept_measures(folder.path, Measuring(), device="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those that it keeps
+            found = kept_measures(folder.path, KEPT, device="cpu")
+        if found is not None:
+            assert found.log_det_fisher.per_trial is not None
+            assert f"{found.train_loss:.6g} {found.log_det_fisher}"
     else:
         progress = folder.read_progress()
         if progress is not None:
@@ -176,7 +188,9 @@ def test_whatever_a_file_holds_is_read_or_refused_in_one_line(
 ) -> None:
     folder = RunFolder(tmp_path_factory.mktemp("damaged"))
     write_tensors(folder.path / "checkpoint.safetensors", {"weight": torch.ones(2)}, {})
-    (folder.path / name).write_bytes(data.draw(damaged_texts(whole(name))))
+    weights = digest_of((folder.path / "checkpoint.safetensors").read_bytes())
+    text = re.sub('"weights": "[^"]*"', f'"weights": "{weights}"', whole(name))
+    (folder.path / name).write_bytes(data.draw(damaged_texts(text)))
     error = refusal(folder, name)
     if error is not None:
         assert str(error)
@@ -211,7 +225,6 @@ def test_damaged_measures_are_measured_again(tmp_path: Path) -> None:
         for path, new in [
             ((), 3),
             (("train_loss",), "1"),
-            (("train_loss",), 10**400),
             (("settings",), []),
             (("shares",), [1]),
             (("log_det_fisher",), DEEP),

@@ -102,7 +102,7 @@ def test_no_update_waits_for_a_number(spec: RunSpec, monkeypatch: pytest.MonkeyP
             run.update()
     assert readings.count == 0
     with Readings() as readings:
-        float(run._unread[0].loss)
+        float(run.unread[0].loss)
     assert readings.count == 1
     monkeypatch.undo()
     run.read()
@@ -187,7 +187,7 @@ def test_a_crash_in_any_update_is_survived(
 ) -> None:
     """Die half-way through an update, when gradients are set and weights are not."""
     updates, limit = 0, 0
-    backward = Session._backward
+    backward = Session.backward
 
     def dying(run: Session, images: torch.Tensor, labels: torch.Tensor) -> Any:
         nonlocal updates
@@ -197,7 +197,7 @@ def test_a_crash_in_any_update_is_survived(
             raise Crash
         return computed
 
-    monkeypatch.setattr(Session, "_backward", dying)
+    monkeypatch.setattr(Session, "backward", dying)
     crashes = 0
     for die_at in (1, 2, 1, 2, 2):
         updates, limit = 0, die_at

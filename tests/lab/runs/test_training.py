@@ -79,7 +79,7 @@ def test_every_epoch_uses_other_batches_and_crops() -> None:
     for iteration in range(run.total_iterations):
         run.iteration = iteration
         run.history = [None] * (iteration // run.iterations_per_epoch)  # type: ignore[list-item]
-        batches.append(run._next_batch())
+        batches.append(run.next_batch())
     first_epoch = torch.cat([labels for _, labels in batches[:4]])
     second_epoch = torch.cat([labels for _, labels in batches[4:8]])
     assert len(first_epoch) == len(second_epoch) == 128
@@ -93,7 +93,7 @@ def test_an_epoch_takes_no_image_twice() -> None:
     taken = []
     for iteration in range(4):
         run.iteration = iteration
-        taken.append(run._next_batch()[0])
+        taken.append(run.next_batch()[0])
     everything = run.train_set.tensors()[0]
     assert sorted(image.numpy().tobytes() for image in torch.cat(taken)) == sorted(
         image.numpy().tobytes() for image in everything
@@ -263,7 +263,7 @@ def test_a_long_run_on_a_terminal_shows_a_bar(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take any stream for a terminal
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(training, "_BAR_DELAY", 0.0)
+    monkeypatch.setattr(training, "BAR_DELAY", 0.0)
     train(replace(PLAIN, iterations=None, epochs=5), tmp_path, progress=progress)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -274,6 +274,6 @@ def test_a_short_run_on_a_terminal_shows_no_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(training, "_BAR_DELAY", 1e9)
+    monkeypatch.setattr(training, "BAR_DELAY", 1e9)
     train(PLAIN, tmp_path)
     assert "epoch" not in capsys.readouterr().err

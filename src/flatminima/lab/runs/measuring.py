@@ -280,15 +280,16 @@ def read_kept(folder: RunFolder) -> list[KeptMeasures]:
     try:
         kept = parse(list[KeptMeasures], text)
         for entry in kept:
-            values = dataclasses.asdict(_characterization(entry))
-            parse(Characterization, json.dumps(values), strict=True)
+            _characterization(entry)
     except (FlatminimaError, AttributeError):
         raise DamagedFileError(f"the measures kept in {folder.path} are damaged or of another version") from None
     return kept
 
 
 def _characterization(kept: KeptMeasures) -> Characterization:
-    return Characterization.from_json(json.dumps(kept.characterization))
+    """The measures of an entry, every value of its declared type."""
+    values = dataclasses.asdict(Characterization.from_json(json.dumps(kept.characterization)))
+    return parse(Characterization, json.dumps(values), strict=True)
 
 
 def _as_taken(found: KeptMeasures) -> Characterization:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -134,8 +135,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def beside(path: Path) -> Path:
-    """Where a process writes what will become ``path``."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where a process writes what will become ``path``; each of its threads elsewhere."""
+    thread = threading.current_thread()
+    writer = f"{os.getpid()}" if thread is threading.main_thread() else f"{os.getpid()}-{thread.ident}"
+    return path.with_name(f".{path.name}.{writer}.tmp")
 
 
 def unwritable(path: Path, error: OSError) -> FlatminimaError:

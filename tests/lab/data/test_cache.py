@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data import sources as data
-from flatminima.lab.data.sources import default_cache_dir, load_data
+from flatminima.lab.data import sources
+from flatminima.lab.data.cache import default_cache_dir, read_cache
+from flatminima.lab.data.sources import load_data
 from support.images import TEST_SHARD, Folder, assert_holds, encode_all, make_folder, write_shard
 from support.messages import one_line
 
@@ -23,7 +24,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def refuse(*_: Any) -> None:
             raise AssertionError("decoded although the cache is there")
 
-        monkeypatch.setattr(data, "_decode", refuse)
+        monkeypatch.setattr(sources, "decode", refuse)
 
     return forbid
 
@@ -96,7 +97,7 @@ def test_damaged_cache_is_rebuilt(folder: Folder, cache: Path, damage: Callable[
     assert file.read_bytes() != intact
     assert_holds(folder, load_data(str(folder.path), cache_dir=cache))
     assert list(cache.iterdir()) == [file]
-    assert data._read_cache(file) is not None
+    assert read_cache(file) is not None
 
 
 def test_cache_that_cannot_be_written(folder: Folder, cache: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data.sources import load_data
+from flatminima.lab.data.cache import Decoded
+from flatminima.lab.data.sources import LOADERS, data_set, load_data
 from support.images import TEST_SHARD, Folder, assert_holds, encode, encode_all, make_folder, random_images, write_shard
 from support.messages import one_line
 
@@ -252,3 +253,23 @@ def test_cifar(cache: Path, name: str, classes: int, mean: list[float], std: lis
     assert torch.bincount(test.labels).tolist() == [10_000 // classes] * classes
     torch.testing.assert_close(train.mean, torch.tensor(mean), rtol=0, atol=6e-5)
     torch.testing.assert_close(train.std, torch.tensor(std), rtol=0, atol=6e-5)
+
+
+# --- your own ---
+
+
+def test_a_registered_data_set_is_loaded_by_its_name(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOADERS, "noise", LOADERS["digits"])  # taken away after the test
+    images, labels = random_images(6), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    @data_set("noise")
+    def noise(folder: Path) -> Decoded:
+        assert folder == cache
+        splits = {"train_images": images[:4], "train_labels": labels[:4]}
+        return Decoded({**splits, "test_images": images[4:], "test_labels": labels[4:]}, num_classes=3)
+
+    train, test = load_data("noise", cache_dir=cache)
+    assert torch.equal(torch.cat([train.images, test.images]), images)
+    assert torch.equal(torch.cat([train.labels, test.labels]), labels)
+    with pytest.raises(FlatminimaError, match="neither digits, cifar10, cifar100, noise nor an existing folder"):
+        load_data("silence")

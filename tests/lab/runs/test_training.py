@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flatminima.lab.data.augmentation import augment
 from flatminima.lab.data.sources import load_data
+from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.networks.checkpoints import load_weights
 from flatminima.lab.networks.paper import build_model
 from flatminima.lab.runs import training
@@ -124,6 +128,22 @@ def test_the_event_log_shows_the_history(spec: RunSpec, uninterrupted: Path) -> 
         for name in ("lr", "train_loss", "train_accuracy", "fisher_trace", "test_error", "validation_error")
     }
     assert events(folder) == {name: points for name, points in expected.items() if points}
+
+
+def test_the_event_log_shows_no_breaks(tmp_path: Path) -> None:
+    """Every sitting writes it anew, with the times of one sitting."""
+    for number in range(3):
+        with pytest.raises(TrainingStopped):
+            train(EVERYTHING, tmp_path, stop=lambda epoch, of, error, number=number: epoch == number)
+        time.sleep(0.3)
+    train(EVERYTHING, tmp_path)
+    folder = RunFolder.of(tmp_path, EVERYTHING)
+    (file,) = (folder.path / "tensorboard").iterdir()
+    log = EventAccumulator(str(file))
+    log.Reload()
+    times = [event.wall_time for event in log.Scalars("train_loss")]
+    seconds = [record.seconds for record in folder.read_history()]
+    assert [b - a for a, b in itertools.pairwise(times)] == pytest.approx(seconds[1:], abs=1e-5)
 
 
 def test_evaluation_is_as_often_as_asked_and_after_the_last_epoch(uninterrupted: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -253,7 +253,7 @@ def _canonical(values: dict[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def _require_one_of(what: str, value: Any, names: Sequence[str]) -> None:
+def _require_one_of(what: str, value: Any, names: Collection[str]) -> None:
     hint = did_you_mean(str(value), names)
     require(value in names, f"unknown {what} {value!r}{hint}; use one of {', '.join(names)}")
 

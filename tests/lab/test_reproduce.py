@@ -224,7 +224,7 @@ sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--w
 
 def perform_noted(task: Task) -> Record:
     """A worker's part: its process is noted, and a resume point saved after every epoch."""
-    interrupts._EPOCH_END_SECONDS = 0.0
+    interrupts.EPOCH_END_SECONDS = 0.0
     task.root.mkdir(parents=True, exist_ok=True)
     (task.root / f"worker.{os.getpid()}").touch()
     return perform(task)
@@ -363,7 +363,7 @@ def test_a_full_disk_costs_its_runs_alone_until_there_is_space_again(
     scenario: tuple[Reproduction, list[Task]], monkeypatch: pytest.MonkeyPatch, undisturbed: Any
 ) -> None:
     asked, tasks = scenario
-    monkeypatch.setattr(interrupts, "_EPOCH_END_SECONDS", 0.0)
+    monkeypatch.setattr(interrupts, "EPOCH_END_SECONDS", 0.0)
     names = "state.safetensors", "result.json", "measures.json"
     full = [task.folder.path / name for task, name in zip(tasks, names, strict=False)]
     with monkeypatch.context() as patch:

@@ -105,7 +105,7 @@ def in_each_process(rank: int, folder: Path, port: int) -> None:
     seen["again"] = train(PLAIN, folder / "shared", accelerator="cpu").test_error
 
     run = Session(PLAIN, load_sets(PLAIN), launch(PLAIN, "cpu"))
-    seen["batch"] = run._next_batch()
+    seen["batch"] = run.next_batch()
 
     patch, compile_, graphs = pytest.MonkeyPatch(), torch.compile, []
 
@@ -218,7 +218,7 @@ def test_the_result_says_how_many_processes_there_were(folder: Path) -> None:
 
 def test_each_process_takes_its_part_of_the_batch(seen: list[dict[str, Any]]) -> None:
     run = Session(PLAIN, load_sets(PLAIN), launch(PLAIN, "cpu"))
-    for whole, *parts in zip(run._next_batch(), *(found["batch"] for found in seen), strict=True):
+    for whole, *parts in zip(run.next_batch(), *(found["batch"] for found in seen), strict=True):
         assert {len(part) for part in parts} == {16}
         torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
 

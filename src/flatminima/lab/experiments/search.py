@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import json
 import math
@@ -30,6 +29,7 @@ from flatminima.lab.experiments import costs
 from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
 from flatminima.lab.experiments.summary import summarize
 from flatminima.lab.runs import RegularizerSpec, Stop, train
+from flatminima.lab.storage import digest_of
 
 if TYPE_CHECKING:
     import optuna
@@ -167,7 +167,7 @@ class Case:
     def key(self) -> str:
         """A digest of the settings: a grid of other runs is another study."""
         identities = [task.setting.spec.identity() for task in self.settings]
-        return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_of(json.dumps(identities, sort_keys=True).encode())[:12]
 
     def create(self) -> None:
         """Make the study, if it is not there."""
@@ -208,7 +208,7 @@ class Case:
         """Begin the next trial; at once and with its parameters, so that no kill leaves a half of it."""
         import optuna
 
-        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {self.name} {number}".encode()).digest()[:4], "big")
+        seed = int(digest_of(f"{self._seed} {self.name} {number}".encode())[:8], base=16)
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=STARTUP_TRIALS,
             n_ei_candidates=_CANDIDATES,

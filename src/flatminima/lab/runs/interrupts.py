@@ -11,10 +11,10 @@ from types import FrameType
 
 from flatminima.parallel import Processes
 
-_EPOCH_END_SECONDS = 5.0  # at an epoch's end, save only if the last resume point is older than this
+EPOCH_END_SECONDS = 5.0  # at an epoch's end, save only if the last resume point is older than this
 
 
-_ASKING_SECONDS = 1.0  # how often processes ask each other whether to save or to stop
+ASKING_SECONDS = 1.0  # how often processes ask each other whether to save or to stop
 
 
 class Breaks:
@@ -34,7 +34,7 @@ class Breaks:
         if iteration < self._asks_next and not epoch_ended:
             return False, False
         now = time.monotonic()
-        patience = min(self._checkpoint_seconds, _EPOCH_END_SECONDS) if epoch_ended else self._checkpoint_seconds
+        patience = min(self._checkpoint_seconds, EPOCH_END_SECONDS) if epoch_ended else self._checkpoint_seconds
         answers = self._processes.gather(
             lambda: (interrupted, now - self._saved >= patience, self._ahead(iteration, now))
         )
@@ -53,7 +53,7 @@ class Breaks:
         if self._processes.size == 1:
             return 1
         seconds = max(now - self._asked, 1e-9)
-        wanted = min(_ASKING_SECONDS, self._checkpoint_seconds)
+        wanted = min(ASKING_SECONDS, self._checkpoint_seconds)
         return max(1, int((iteration - self._asked_after) / seconds * wanted))
 
 

@@ -49,7 +49,7 @@ The error is evaluated when it is asked for, which changes nothing in the run; i
 """
 
 
-_BAR_DELAY = 2.0  # seconds a run must last before it is worth a progress bar
+BAR_DELAY = 2.0  # seconds a run must last before it is worth a progress bar
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every run's precision and device
 
@@ -310,7 +310,7 @@ class _ProgressBar:
             transient=True,
         )
         self._task = self._progress.add_task("", total=total, completed=completed)
-        self._appears_at = time.monotonic() + _BAR_DELAY if shown and console.is_terminal else math.inf
+        self._appears_at = time.monotonic() + BAR_DELAY if shown and console.is_terminal else math.inf
 
     def __enter__(self) -> _ProgressBar:
         return self

@@ -20,6 +20,7 @@ from flatminima.errors import FlatminimaWarning
 from flatminima.lab import runs
 from flatminima.lab.networks.paper import build_model
 from support.command_line import TRAIN, error_of
+from support.commands import environment
 
 
 @pytest.mark.parametrize("command", [[], ["--help"], ["help"]])
@@ -149,13 +150,12 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
 ) -> None:
     arguments = ["train", "digits", "--model", "mlp", "--epochs", "100000", "--root", str(tmp_path)]
     command = [sys.executable, "-m", "flatminima", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     deadline = time.monotonic() + 120

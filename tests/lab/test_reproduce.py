@@ -36,6 +36,7 @@ from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs import interrupts
 from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import RegularizerSpec
+from support.commands import environment
 
 TINY = replace(
     presets.PRESETS["digits"],
@@ -233,10 +234,9 @@ def perform_noted(task: Task) -> Record:
 @contextlib.contextmanager
 def command(out: Path) -> Iterator[subprocess.Popen[str]]:
     """The command as a process of its own."""
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": paths},
+        env=environment(Path(__file__).parent),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

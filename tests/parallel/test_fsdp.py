@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,12 @@ from flatminima.errors import FlatminimaError
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.planning import Piece, Plan
 from support.cases import CASES
-from support.collectives import counted_collectives
+from support.collectives import counted_collectives, free_port, run_in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
+    pytest.mark.xdist_group("fsdp"),
+]
 
 OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 3, "progress": False}
 AWKWARD = {case.name: case for case in CASES}
@@ -206,10 +208,7 @@ def errors(mesh: Any, rank: int) -> dict[str, str]:
 
 
 def run_processes(world: int, folder: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(in_each_process, (world, port, str(folder), names), nprocs=world)
+    run_in_processes(in_each_process, world, world, free_port(), str(folder), names)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

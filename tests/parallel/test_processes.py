@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -18,9 +17,12 @@ from torch import Tensor, nn
 import flatminima as fm
 from flatminima.gramian.rules.table import RULES
 from flatminima.parallel.processes import Processes
-from support.collectives import spawn
+from support.collectives import free_port, run_in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
+    pytest.mark.xdist_group("processes"),
+]
 
 OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 3, "progress": False}
 ENDS_WITHIN = 90
@@ -203,10 +205,7 @@ def in_each_process(rank: int, world: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("processes")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(in_each_process, request.param, request.param, port, str(folder), within=ENDS_WITHIN)
+    run_in_processes(in_each_process, request.param, request.param, free_port(), str(folder), within=ENDS_WITHIN)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from flatminima.lab.experiments.search import Case, Tuning, perform_trial, rungs
 from flatminima.lab.jobs import Failure, Local, Processes, run_all
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs.folder import RunFolder
+from support.commands import environment
 
 TINY = replace(
     presets.PRESETS["digits"],
@@ -206,8 +206,7 @@ def _die_at(monkeypatch: pytest.MonkeyPatch, moment: str, number: int, after: bo
 def test_a_search_is_killed_and_goes_on(whole: Path, tmp_path: Path) -> None:
     trials = 4
     script = f"import test_search; from pathlib import Path; test_search.run(Path({str(tmp_path)!r}), {trials})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment(Path(__file__).parent))
     while not list((tmp_path / "runs").glob("*/result.json")):
         assert process.poll() is None
         time.sleep(0.02)

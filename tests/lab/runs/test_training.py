@@ -1000,7 +1000,7 @@ def test_a_long_run_on_a_terminal_shows_a_bar(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take any stream for a terminal
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(training, "_BAR_DELAY", 0.0)
+    monkeypatch.setattr("flatminima.progress.PATIENCE_SECONDS", 0.0)
     train(replace(PLAIN, iterations=None, epochs=5), tmp_path, progress=progress)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -1011,6 +1011,6 @@ def test_a_short_run_on_a_terminal_shows_no_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(training, "_BAR_DELAY", 1e9)
+    monkeypatch.setattr("flatminima.progress.PATIENCE_SECONDS", 1e9)
     train(PLAIN, tmp_path)
     assert "epoch" not in capsys.readouterr().err

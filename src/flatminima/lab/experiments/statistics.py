@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 from scipy import stats
 
 Key = TypeVar("Key", bound=Hashable)
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that JSON has as null where it is not finite; null is read as NaN."""
 
 _RESAMPLES = 1000
 
@@ -20,8 +25,8 @@ _RESAMPLES = 1000
 class Spread:
     """Mean and sample standard deviation (NaN for a single value) of ``count`` values."""
 
-    mean: float
-    std: float
+    mean: Number
+    std: Number
     count: int
 
     @classmethod
@@ -42,10 +47,15 @@ class RankCorrelation:
         tau_of_settings: τ over the settings' means.
     """
 
-    tau: float
-    low: float
-    high: float
-    tau_of_settings: float
+    tau: Number
+    low: Number
+    high: Number
+    tau_of_settings: Number
+
+    @property
+    def defined(self) -> bool:
+        """Whether τ over models is a number."""
+        return not math.isnan(self.tau)
 
 
 def rank_correlation(
@@ -67,15 +77,17 @@ def rank_correlation(
     tau, tau_of_settings = float(kendall(x, y)), float(kendall(*means.T))
     if math.isnan(tau):
         return RankCorrelation(math.nan, math.nan, math.nan, tau_of_settings)
-    resampled = stats.bootstrap(
-        (x, y),
-        kendall,
-        paired=True,
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of resamples without a τ, left out below
+        resampled = stats.bootstrap(
+            (x, y),
+            kendall,
+            paired=True,
+            vectorized=True,
+            n_resamples=_RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     low, high = np.nanquantile(resampled.bootstrap_distribution, [0.025, 0.975])
     return RankCorrelation(tau, float(low), float(high), tau_of_settings)
 
@@ -110,14 +122,14 @@ class Difference:
         p_sign: p-value of the sign test, ties left out; likewise.
     """
 
-    mean: float
-    low: float
-    high: float
+    mean: Number
+    low: Number
+    high: Number
     pairs: int
     below: int
-    p_t: float
-    p_wilcoxon: float
-    p_sign: float
+    p_t: Number
+    p_wilcoxon: Number
+    p_sign: Number
 
     @property
     def clear(self) -> bool:
@@ -145,3 +157,8 @@ def paired_difference(first: Mapping[Key, float], second: Mapping[Key, float]) -
         p_wilcoxon=float(stats.wilcoxon(differences).pvalue) if below + above else math.nan,
         p_sign=float(stats.binomtest(below, below + above).pvalue) if below + above else math.nan,
     )
+
+
+def number(value: float | None, form: str) -> str:
+    """A number for people; a dash where there is none, or none that is finite."""
+    return "–" if value is None or not math.isfinite(value) else format(value, form)

@@ -11,6 +11,7 @@ from torch import nn
 
 from flatminima import cli
 from flatminima.lab import demo
+from flatminima.lab.experiments import Summary
 from flatminima.lab.networks.paper import build_model
 from flatminima.lab.reproduce import Reproduction
 from support.command_line import MEASURE, TRAIN, error_of
@@ -145,17 +146,21 @@ def test_what_other_code_prints_is_kept_out_of_standard_output(
 def test_demo_prints_the_table_and_where_the_report_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(out: Path, *, workers: int | None, progress: bool) -> dict[str, Any]:
-        return {"seconds": 1.0, "out": str(out), "workers": workers, "progress": progress}
+    def fake(out: Path, *, workers: int | None, progress: bool) -> demo.Report:
+        given.append((out, workers, progress))
+        return demo.Report([], 1.0)
+
+    given: list[Any] = []
 
     monkeypatch.setattr(demo, "demo", fake)
-    monkeypatch.setattr(demo, "table", lambda summary: "THE TABLE")
+    monkeypatch.setattr(demo, "table", lambda summaries: "THE TABLE")
     assert cli.main(["demo", "--out", str(tmp_path), "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert "THE TABLE" in out
     assert "report.html" in out
     assert cli.main(["demo", "--out", str(tmp_path), "--json", "--no-progress"]) == 0
-    assert json.loads(capsys.readouterr().out)["progress"] is False
+    assert json.loads(capsys.readouterr().out) == {"experiments": [], "seconds": 1.0}
+    assert given == [(tmp_path, 1, True), (tmp_path, None, False)]
 
 
 def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +179,7 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
 def test_reproduce_lists_failed_runs_and_its_status_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(asked: Reproduction, *, progress: bool) -> list[dict[str, Any]]:
+    def run(asked: Reproduction, *, progress: bool) -> list[Summary]:
         first, *_ = asked.experiment("scenario-1").tasks(asked.folder / "runs")
         return [asked.summary("scenario-1", {first.folder.path.name: "no such luck"})]
 

@@ -134,6 +134,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise unwritable(path, error) from None
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """:func:`write_whole`, in a folder that is made if there is none.
+
+    Raises:
+        FlatminimaError: The disk is full, or the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    write_whole(path, content)
+
+
 def beside(path: Path) -> Path:
     """Where a process writes what will become ``path``; each of its threads elsewhere."""
     thread = threading.current_thread()

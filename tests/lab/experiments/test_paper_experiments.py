@@ -29,6 +29,11 @@ def test_the_papers_experiments_have_all_their_runs(name: str) -> None:
     assert len({task.setting.spec.key for task in tasks}) == len(tasks)
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_called_as_it_is_registered(name: str) -> None:
+    assert built(name).name == name
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_preset_keeps_the_form(name: str, preset: PresetName) -> None:

@@ -17,7 +17,6 @@ from flatminima.lab.data.sources import load_data
 from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.networks.checkpoints import load_weights
 from flatminima.lab.networks.paper import build_model
-from flatminima.lab.runs import training
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.session import Session, derived_seed
 from flatminima.lab.runs.sets import load_sets
@@ -283,7 +282,7 @@ def test_a_long_run_on_a_terminal_shows_a_bar(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take any stream for a terminal
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(training, "BAR_DELAY", 0.0)
+    monkeypatch.setattr("flatminima.progress.PATIENCE_SECONDS", 0.0)
     train(replace(PLAIN, iterations=None, epochs=5), tmp_path, progress=progress)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -294,6 +293,6 @@ def test_a_short_run_on_a_terminal_shows_no_bar(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(training, "BAR_DELAY", 1e9)
+    monkeypatch.setattr("flatminima.progress.PATIENCE_SECONDS", 1e9)
     train(PLAIN, tmp_path)
     assert "epoch" not in capsys.readouterr().err

@@ -48,8 +48,8 @@ Stop = Callable[[int, int, Callable[[], float | None]], bool]
 The error is evaluated when it is asked for, which changes nothing in the run; it is None without held-out images.
 """
 
-
-BAR_DELAY = 2.0  # seconds a run must last before it is worth a progress bar
+BAR_DELAY = 2.0
+"""Seconds a run must last before it is worth a progress bar."""
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every run's precision and device
 

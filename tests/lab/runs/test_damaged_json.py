@@ -109,7 +109,7 @@ def edited(value: Any, path: tuple[Any, ...], new: Any, how: str) -> Any:
     elif how == "remove":
         del holder[path[-1]]
     elif isinstance(holder, dict):
-        holder["unknown"] = new
+        holder["un\nknown"] = new
     else:
         holder.append(new)
     return value

@@ -125,7 +125,7 @@ def _refusal(kind: Any, where: str, error: ValidationError) -> str:
     field = path[-1]
     if what.startswith(("unexpected", "missing")):
         has = "no field" if what.startswith("unexpected") else "no value for its field"
-        return f"{_name(owner)} has {has} {field}; was it written by another version?"
+        return f"{_name(owner)} has {has} {_shown(field)[1:-1]}; was it written by another version?"
     hint = get_type_hints(owner)[field]
     if what.startswith("union_tag") and isinstance(value, dict):
         names = ", ".join(option.__name__ for option in _types(hint) if option is not NoneType)

@@ -109,7 +109,7 @@ def edited(value: Any, path: tuple[Any, ...], new: Any, how: str) -> Any:
     elif how == "remove":
         del holder[path[-1]]
     elif isinstance(holder, dict):
-        holder["unknown"] = new
+        holder["un\nknown"] = new
     else:
         holder.append(new)
     return value
@@ -234,7 +234,7 @@ def test_damaged_measures_are_measured_again(tmp_path: Path) -> None:
         ]
     ]
     for text in [*edits, written(edited(kept, (0, "warnings"), [1], "replace")), *BROKEN]:
-        if text == "[]":
+        if text in ("", "[]"):
             continue  # nothing was measured
         (folder.path / "measures.json").write_text(written(text) if text in (DEEP, LONG) else text)
         with pytest.warns(DamagedRunWarning, match="measured again: .* damaged or of another version"):

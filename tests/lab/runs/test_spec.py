@@ -316,6 +316,7 @@ def test_a_bad_nested_field_is_named_in_one_line(build: Any, message: str) -> No
     ("edit", "message"),
     [
         (lambda values: values | {"optimizer": "adam"}, "RunSpec has no field optimizer"),
+        (lambda values: values | {"un\nknown": 1}, "RunSpec has no field un\\nknown"),
         (lambda values: values | {"schedule": {"kind": "Cosine"}}, "unknown schedule.kind 'Cosine'"),
         (lambda values: values | {"schedule": {"kind": "Plateau", "steps": 3}}, "Plateau has no field steps"),
         (lambda values: values | {"regularizer": {"beta": 1.0}}, "unknown regularizer.kind None"),

@@ -107,15 +107,15 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder = RunFolder(path)
     if folder.read_spec() and folder.read_result() is None:
         raise FlatminimaError(f"the run in {path} is not finished: train it to the end first")
-    found = _kept(folder, _asked(folder, how, device))
+    found = _answer(folder, _question(folder, how, device))
     if found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured
-            asked = _asked(folder, how, device)
-            found = _kept(folder, asked) or _measured(folder, how, asked, device, progress)
-    return _as_taken(found)
+            asked = _question(folder, how, device)
+            found = _answer(folder, asked) or _new_answer(folder, how, asked, device, progress)
+    return _with_warnings(found)
 
 
-def _measured(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> KeptMeasures:
+def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> KeptMeasures:
     """A new entry, kept beside the others; the caller holds the folder alone."""
     try:
         others = read_kept(folder)
@@ -135,8 +135,8 @@ def _measured(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: 
 def kept_measures(path: Path, how: Measuring, *, device: str = "auto") -> Characterization | None:
     """What :func:`measure_run` would read from a finished run's folder; None if it would have to measure."""
     folder = RunFolder(path)
-    found = _kept(folder, _asked(folder, how, device))
-    return None if found is None else _as_taken(found)
+    found = _answer(folder, _question(folder, how, device))
+    return None if found is None else _with_warnings(found)
 
 
 def compare_runs(
@@ -231,7 +231,7 @@ def _type_of(model: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in model.parameters()), torch.float32)
 
 
-def _asked(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
+def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer."""
     options = dataclasses.asdict(how)
     del options["memory_gib"]
@@ -243,7 +243,7 @@ def _asked(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     }
 
 
-def _kept(folder: RunFolder, asked: dict[str, Any]) -> KeptMeasures | None:
+def _answer(folder: RunFolder, asked: dict[str, Any]) -> KeptMeasures | None:
     """The entry that is the answer; None if there is none that can be read."""
     with contextlib.suppress(DamagedFileError):
         return next((entry for entry in read_kept(folder) if entry.asked == asked), None)
@@ -256,11 +256,8 @@ def read_kept(folder: RunFolder) -> list[KeptMeasures]:
     Raises:
         DamagedFileError: they cannot be read.
     """
-    text = folder.read_measures()
-    if text is None:
-        return []
     try:
-        kept = parse(list[KeptMeasures], text)
+        kept = parse(list[KeptMeasures], folder.read_measures() or "[]")
         for entry in kept:
             _characterization(entry)
     except (FlatminimaError, AttributeError):
@@ -274,7 +271,7 @@ def _characterization(kept: KeptMeasures) -> Characterization:
     return parse(Characterization, json.dumps(values), strict=True)
 
 
-def _as_taken(found: KeptMeasures) -> Characterization:
+def _with_warnings(found: KeptMeasures) -> Characterization:
     """A kept entry's measures, with the warnings that were given when they were taken."""
     for name, message in found.warnings:
         category = getattr(errors, name, None)

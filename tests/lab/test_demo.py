@@ -15,6 +15,8 @@ from flatminima.lab import demo
 from flatminima.lab.experiments.experiment import select
 from flatminima.lab.runs.measuring import Measuring
 
+pytestmark = pytest.mark.xdist_group("demo")  # they share one demo
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:

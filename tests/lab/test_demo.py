@@ -16,6 +16,8 @@ from flatminima.lab.experiments import INDICATORS, Summary, plain, read_summarie
 from flatminima.lab.jobs import Local
 from flatminima.lab.runs.measuring import Measuring
 
+pytestmark = pytest.mark.xdist_group("demo")  # they share one demo
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[demo.Report, Path, str]]:

@@ -38,6 +38,8 @@ from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import RegularizerSpec
 from support.commands import environment
 
+pytestmark = pytest.mark.xdist_group("reproduce")  # they share the undisturbed runs
+
 TINY = replace(
     presets.PRESETS["digits"],
     scenario=replace(presets.PRESETS["digits"].scenario, epochs=8),
@@ -206,7 +208,7 @@ def test_default_regularizer_is_the_presets(tmp_path: Path) -> None:
 # Kills, full disks, damage: the same command again, and the same numbers
 # ---------------------------------------------------------------------------------------------------------------------
 
-LONGER = replace(TINY, scenario=replace(TINY.scenario, epochs=60))
+LONGER = replace(TINY, scenario=replace(TINY.scenario, epochs=40))
 SEEDS = (0, 1)
 COMMAND = """
 import sys
@@ -307,9 +309,10 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str] | No
     while not condition():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(0.05)  # the condition reads files: asked all the time, it takes a core from the workers
 
 
+@pytest.mark.timeout(900)
 def test_killed_commands_end_in_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
 ) -> None:

@@ -26,6 +26,8 @@ from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs.folder import RunFolder
 from support.commands import environment
 
+pytestmark = pytest.mark.xdist_group("search")  # they share one whole search
+
 TINY = replace(
     presets.PRESETS["digits"],
     networks={"MLP, digits": replace(presets.PRESETS["digits"].scenario, train_size=200, epochs=4)},

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from flatminima.errors import FlatminimaError
 from flatminima.lab.experiments.analysis import summarize
 from flatminima.lab.experiments.experiment import Experiment
 from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, scenario_3, table_1
@@ -68,3 +69,25 @@ def test_networks_that_have_not_fitted_are_counted() -> None:
     records = [record_of(case, PLAIN, 0, 0.1 * k, log_det_fisher=k) for k, case in enumerate(experiment.cases)]
     records[1] = replace(records[1], train_accuracy=0.5)
     assert any("1 of 4 networks classify less than 99%" in v for v in summarize(experiment, records).verdict)
+
+
+def test_what_the_regularizer_has_kept_from_a_minimum_is_counted() -> None:
+    experiment, off = table_1(PRESETS["paper"], {}), [(REGULARIZED, 1), (PLAIN, 0)]
+    records = [
+        record_of(experiment.cases[0], arm, seed, 0.1, warnings=("the loss is too high",) if (arm, seed) in off else ())
+        for arm in (PLAIN, REGULARIZED)
+        for seed in range(3)
+    ]
+    verdict = summarize(experiment, records).verdict
+    assert any(line.startswith("1 of 3 runs of +reg end at a training loss too high") for line in verdict)
+
+
+def test_a_rival_that_orders_as_well_is_named() -> None:
+    equal, worse = (ranking(1, robustness).verdict for robustness in (1, -1))
+    assert "γ̂ is not alone here: at least as well are the minima ordered by robustness." in equal
+    assert "No rival orders the minima better here." in worse
+
+
+def test_a_contrast_of_other_arms_is_refused() -> None:
+    with pytest.raises(FlatminimaError, match="names other arms than"):
+        replace(table_1(PRESETS["paper"], {}), contrast=("+reg", "none"))

@@ -46,7 +46,7 @@ def _ranking(summary: Summary) -> list[str]:
         if name not in ("log_det_fisher", "train_loss") and rival.tau >= gamma.tau
     ]
     if as_good:
-        sentences.append(f"γ̂ is not alone here: {', '.join(as_good)} order the minima at least as well.")
+        sentences.append(f"γ̂ is not alone here: at least as well are the minima ordered by {', '.join(as_good)}.")
     else:
         sentences.append("No rival orders the minima better here.")
     loss = correlations["train_loss"]
@@ -145,8 +145,9 @@ def _not_minima(summary: Summary) -> list[str]:
     if not off:
         return []
     return [
-        f"{len(off)} of {len(ours)} runs of {ours[0].arm} end at a training loss too high to be called a minimum: only "
-        "γ̂ at normalized logits compares there."
+        f"{len(off)} of {len(ours)} runs of {ours[0].arm} end at a training loss too high to be called a minimum: "
+        "there the regularizer keeps the network from fitting its training images, and only γ̂ at normalized logits "
+        "compares."
     ]
 
 

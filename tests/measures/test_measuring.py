@@ -23,6 +23,7 @@ from flatminima.errors import (
 )
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.factored import log_determinant
+from flatminima.gramian.rules import ParameterUse, rule, temporary_rules
 from flatminima.measures.comparison import comparison_of
 from flatminima.measures.results import Characterization, Estimate
 from support.oracles import explicit_gram, explicit_jacobian
@@ -146,16 +147,20 @@ def test_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_interruption_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_restores_the_model() -> None:
     model, x, y = minimum()
     model.train()
 
-    def interrupt(*args, **kwargs):
+    def interrupted_backward_pass(n: int, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[ParameterUse]:
+        return [ParameterUse(weight, interrupt)]
+
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flatminima.gramian.accumulator._add_product", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        fm.gram(model, x, y)
+    with temporary_rules():
+        rule(nn.functional.linear)(interrupted_backward_pass)
+        with pytest.raises(KeyboardInterrupt):
+            fm.gram(model, x, y)
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
 

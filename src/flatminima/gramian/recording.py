@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from flatminima.errors import FlatminimaError
 from flatminima.gramian.planning import first_dimension
-from flatminima.gramian.rules import EXTRACTS, RULES, SPLIT, ParameterUse
+from flatminima.gramian.rules import EXTRACTS, RULES, SPLITS, ParameterUse
 from flatminima.network import Inputs, call_model, tensors_of
 from flatminima.parallel import fsdp_modules
 
@@ -151,9 +151,9 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         arguments = tensors_of((args, kwargs))
         touched = {id(tensor) for tensor in arguments if id(tensor) in self.uses or id(tensor) in self.extracts}
-        if touched and func in SPLIT:
+        if touched and func in SPLITS:
             with self:
-                output = SPLIT[func](*args, **kwargs)
+                output = SPLITS[func](*args, **kwargs)
             if output is not None:
                 return output
         of_samples = any(tensor in self.of_samples for tensor in arguments)

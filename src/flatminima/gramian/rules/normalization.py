@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatminima.gramian.rules.base import ParameterUse, sum_channels, sum_positions
+from flatminima.gramian.rules.base import ParameterUse, rule, sum_channels, sum_positions
 
 
+@rule(F.batch_norm)
 def batch_norm(
     n: int,
     input: Tensor,
@@ -50,6 +51,7 @@ def batch_norm(
     return uses
 
 
+@rule(F.group_norm)
 def group_norm(
     n: int, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> list[ParameterUse]:
@@ -59,6 +61,7 @@ def group_norm(
     )
 
 
+@rule(F.instance_norm)
 def instance_norm(
     n: int,
     input: Tensor,
@@ -78,6 +81,7 @@ def instance_norm(
     )
 
 
+@rule(F.layer_norm)
 def layer_norm(
     n: int,
     input: Tensor,
@@ -97,6 +101,7 @@ def layer_norm(
     )
 
 
+@rule(F.rms_norm)
 def rms_norm(
     n: int, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> list[ParameterUse]:

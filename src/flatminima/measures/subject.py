@@ -18,7 +18,7 @@ from flatminima.errors import (
     SingularTrialWarning,
     warn,
 )
-from flatminima.gramian import factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
+from flatminima.gramian import Checks, factored_gram, plan_for, trainable_parts, unwrapped, warn_generic
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import Options
@@ -64,6 +64,7 @@ class Subject:
         first = self._batch(0)
         self.rows = FisherRows.of(options.fisher, options.loss, model, first[0])
         self._refuse_more_rows_than_parameters()
+        self.checks = Checks()
         self.train = self._together(lambda: evaluate(model, samples, options.loss, progress=options.progress))
         self._warn_unless_minimum()
         self.plan = plan_for(model, self.rows.of_batch(*first)[0], memory_budget=options.memory_budget)
@@ -85,7 +86,7 @@ class Subject:
             scale_invariant=self.options.scale_invariant,
             shares=self.options.per_parameter,
             plan=self.plan,
-            spot_check=number == 0,
+            checks=self.checks,
         )
         names = self.rows.names(self.subsets[number])
         return Trial.of(

@@ -52,13 +52,15 @@ def looked_up(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> tuple[Tensor, PutBack] | None:
-    """``F.embedding`` of one row of indices, which are the same for all samples."""
-    if max_norm is not None or scale_grad_by_freq or input.dim() != 1:
+    """``F.embedding`` of indices that are the same for all samples."""
+    if max_norm is not None or scale_grad_by_freq:
         return None
-    trained = slice(None) if padding_idx is None else input != padding_idx % len(weight)
+    indices = input.flatten()
+    trained = slice(None) if padding_idx is None else indices != padding_idx % len(weight)
 
     def put_back(rows: Tensor) -> Tensor:
-        return rows.new_zeros(len(rows), *weight.shape).index_add(1, input[trained], rows[:, trained])
+        of_indices = rows.reshape(len(rows), *indices.shape, -1)
+        return rows.new_zeros(len(rows), *weight.shape).index_add(1, indices[trained], of_indices[:, trained])
 
     return weight, put_back
 

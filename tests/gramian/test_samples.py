@@ -198,22 +198,28 @@ class Kind:
         return model, random(self.samples, T, D), torch.randint(0, 3, (self.samples,))
 
 
-FIRST, SECOND, HEAD = (tuple(f"{name}.{part}" for part in ("weight", "bias")) for name in ("first", "second", "head"))
+FIRST, SECOND, HEAD, NORM = (
+    tuple(f"{name}.{part}" for part in ("weight", "bias")) for name in ("first", "second", "head", "norm")
+)
 ALL = (*FIRST, *SECOND, *HEAD)
 ENCODER = {"nhead": 2, "dim_feedforward": 7}
+ENCODED = (
+    *(*FIRST, *HEAD, *NORM),
+    *(f"encoder.{name}" for name, _ in nn.TransformerEncoderLayer(D, **ENCODER).named_parameters()),
+)
 
 KINDS = [
-    Kind(time_major_encoder, lambda: {"encoder": nn.TransformerEncoderLayer(D, **ENCODER)}, FIRST),
-    Kind(time_major_encoder, lambda: {"encoder": nn.TransformerEncoderLayer(D, **ENCODER)}, FIRST, samples=T),
+    Kind(time_major_encoder, lambda: {"encoder": nn.TransformerEncoderLayer(D, **ENCODER)}, ENCODED),
+    Kind(time_major_encoder, lambda: {"encoder": nn.TransformerEncoderLayer(D, **ENCODER)}, ENCODED, samples=T),
     Kind(
         routed_experts,
         lambda: {"gate": nn.Linear(D, 2), "experts": nn.ModuleList(nn.Linear(D, D) for _ in range(2))},
         (*FIRST, *HEAD),
     ),
     Kind(packed, fast=FIRST),
-    Kind(two_views, fast=HEAD),
-    Kind(views_sliced_apart, fast=HEAD),
-    Kind(frames_folded_time_first, fast=()),
+    Kind(two_views, fast=(*ALL, *NORM)),
+    Kind(views_sliced_apart, fast=("conv.weight", "conv.bias", *HEAD)),
+    Kind(frames_folded_time_first, fast=(*ALL, *NORM)),
     Kind(frames_folded_samples_first, fast=(*FIRST, *HEAD)),
     Kind(relative_positions, lambda: {"distances": nn.Embedding(T, 1)}, ALL),
     Kind(relative_positions, lambda: {"distances": nn.Embedding(T, 1)}, ALL, samples=T),

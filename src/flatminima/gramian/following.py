@@ -104,6 +104,8 @@ def _unknown(call: Call) -> Layouts:
 def _elementwise(call: Call) -> Layouts:
     if call.output is None:
         return _unknown(call)
+    if len(call.tensors) == 1 and isinstance(call.output, Tensor) and call.output.shape == call.tensors[0][0].shape:
+        return call.tensors[0][1]  # most calls
     return [call.aligned(output) for output in _outputs(call)]
 
 
@@ -112,6 +114,8 @@ def _normalization(call: Call) -> Layouts:
     tensor, layout = call.first()
     if layout is None or len(call.tensors) > 1:
         return LOST
+    if call.func in (F.batch_norm, torch.batch_norm) and call.argument(5, "training", False):
+        return LOST  # by statistics of the batch
     last = {F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm}
     if call.func in last:
         return layout if layout.dim < tensor.dim() - len(tuple(call.argument(1, "normalized_shape"))) else LOST

@@ -38,6 +38,12 @@ class Layout:
         """Whether the first dimension is the samples, each with its positions side by side: what rules take."""
         return self.dim == 0 and self.outer == 1
 
+    def in_front(self, tensor: Tensor, n: int) -> Tensor:
+        """The tensor with its samples first: (N·outer·inner, ...) where they were, (N, ...) where they were behind."""
+        shape = tensor.shape
+        parts = tensor.reshape(*shape[: self.dim], self.outer, n, self.inner, *shape[self.dim + 1 :])
+        return parts.transpose(0, 1).flatten(0, 2) if self.dim == 0 else parts.movedim(self.dim + 1, 0)
+
     def at(self, dim: int) -> Layout:
         """The same along another dimension."""
         return replace(self, dim=dim)

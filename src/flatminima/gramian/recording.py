@@ -20,7 +20,7 @@ from flatminima.errors import FlatminimaError
 from flatminima.gramian.following import follow
 from flatminima.gramian.layouts import LOST, Call, Layout
 from flatminima.gramian.planning import first_dimension
-from flatminima.gramian.rules import EXTRACTS, RULES, SPLITS, ParameterUse
+from flatminima.gramian.rules import EXTRACTS, POSITIONWISE, RULES, SPLITS, ParameterUse, Rule
 from flatminima.network import Inputs, call_model, tensors_of
 from flatminima.parallel import fsdp_modules
 
@@ -194,19 +194,20 @@ class Recorder(TorchFunctionMode):
             return None
         if self.n == 1:  # all of it is the one sample's
             return [Layout(0)] * len(tensors_of(args[:1] if output is None else output))
-        call = Call(self.n, func, args, kwargs, output, self._marked, of_samples)
+        call = Call(self.n, func, args, kwargs, output, self.layout_of, of_samples)
         layouts = follow(call)
         self.guessed |= call.guessed
         self.given_up |= call.refuted
         return layouts
 
-    def _marked(self, tensor: Any) -> Layout | None:
+    def layout_of(self, tensor: Any) -> Layout | None:
+        """Where the samples lie in a tensor of this forward pass; None if it was not computed from the inputs."""
         found = self._layouts.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
     def _layout(self, tensor: Tensor) -> Layout | None:
         """Where the samples lie in a tensor that was computed from the inputs; None for any other."""
-        if (marked := self._marked(tensor)) is not None:
+        if (marked := self.layout_of(tensor)) is not None:
             return marked
         if tensor.requires_grad and not tensor.is_leaf:
             # Only what was computed from the inputs requires a gradient here: a call that cannot be seen returned it.
@@ -306,13 +307,36 @@ class Recorder(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None or not isinstance(output, Tensor) or not torch.is_grad_enabled() or output.dim() == 0:
             return []
-        if layout is None or not layout.samples_first or output.shape[0] % self.n or kwargs.get("out") is not None:
+        if layout is None or layout.dim < 0 or kwargs.get("out") is not None:
             return []
         written_in_place = any(output is argument for argument in args)
         if written_in_place and not output.requires_grad:
             return []
         with torch.no_grad():
-            return rule(self.n, *args, **kwargs) or []
+            if layout.samples_first:
+                return rule(self.n, *args, **kwargs) or []
+            if layout.dim and not POSITIONWISE.get(func):
+                return []
+            return self._uses_moved(rule, args, kwargs, layout)
+
+    def _uses_moved(
+        self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout
+    ) -> list[ParameterUse]:
+        """A rule's uses where the samples do not come first: what it reads, and the gradients, are moved for it."""
+        if any((of := self.layout_of(t)) and of.place != layout.place for t in _tensors_among(args, kwargs)):
+            return []
+
+        def in_front(value: Any) -> Any:
+            return layout.in_front(value, self.n) if self.layout_of(value) else value
+
+        def moved(use: ParameterUse) -> ParameterUse:
+            def rows(grad: Tensor, start: int, stop: int) -> Tensor:
+                return use.rows(layout.in_front(grad, self.n), start, stop)
+
+            return ParameterUse(use.parameter, rows, use.reads)
+
+        uses = rule(self.n, *map(in_front, args), **{name: in_front(value) for name, value in kwargs.items()})
+        return [moved(use) for use in uses or []]
 
     def _tap(self, output: Tensor) -> Tensor:
         if output.requires_grad:

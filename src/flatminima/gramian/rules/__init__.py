@@ -13,9 +13,11 @@ from flatminima.gramian.rules import (  # noqa: F401 (imported so that they regi
 )
 from flatminima.gramian.rules.base import (
     EXTRACTS,
+    POSITIONWISE,
     RULES,
     SPLITS,
     ParameterUse,
+    Rule,
     bias_use,
     extract,
     positions,
@@ -28,9 +30,11 @@ from flatminima.gramian.rules.base import (
 
 __all__ = [
     "EXTRACTS",
+    "POSITIONWISE",
     "RULES",
     "SPLITS",
     "ParameterUse",
+    "Rule",
     "bias_use",
     "extract",
     "positions",

@@ -70,6 +70,9 @@ Split = Callable[..., Any]
 RULES: dict[Callable[..., Any], Rule] = {}
 """The functions whose parameters have a rule, from :func:`rule`."""
 
+POSITIONWISE: dict[Callable[..., Any], bool] = {}
+"""Whether a function with a rule does to every position of its first argument the same: see :func:`rule`."""
+
 EXTRACTS: dict[Callable[..., Any], Extraction] = {}
 """Functions that take entries out of a tensor without looking at the samples, from :func:`extract`."""
 
@@ -81,16 +84,21 @@ ExtractionT = TypeVar("ExtractionT", bound=Extraction)
 SplitT = TypeVar("SplitT", bound=Split)
 
 
-def rule(*functions: Callable[..., Any], commutative: bool = False) -> Callable[[RuleT], RuleT]:
+def rule(
+    *functions: Callable[..., Any], commutative: bool = False, positionwise: bool = False
+) -> Callable[[RuleT], RuleT]:
     """Register the decorated function as the rule for ``functions``, in place of any that they had.
 
     Args:
         functions: as calls name them: ``torch.add`` and ``torch.Tensor.add`` are two.
         commutative: the parameter may be either of the first two arguments; the rule is written for the second.
+        positionwise: the function does the same at every place of its first argument's leading dimensions, so that
+            these may be moved: the rule then also serves where the samples lie on another dimension than the first.
     """
 
     def register(decorated: RuleT) -> RuleT:
         RULES.update(dict.fromkeys(functions, _on_either_side(decorated) if commutative else decorated))
+        POSITIONWISE.update(dict.fromkeys(functions, positionwise))
         return decorated
 
     return register
@@ -122,7 +130,7 @@ def split(*functions: Callable[..., Any]) -> Callable[[SplitT], SplitT]:
 @contextmanager
 def temporary_rules() -> Iterator[None]:
     """Put all rules back at the end that there were at the beginning, whatever was registered or removed between."""
-    tables: tuple[dict[Any, Any], ...] = (RULES, EXTRACTS, SPLITS)
+    tables: tuple[dict[Any, Any], ...] = (RULES, POSITIONWISE, EXTRACTS, SPLITS)
     before = [dict(table) for table in tables]
     try:
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 from flatminima.gramian.rules.base import ParameterUse, PutBack, extract, positions, rule
 
 
-@rule(F.embedding)
+@rule(F.embedding, positionwise=True)
 def embedding(
     n: int,
     input: Tensor,

@@ -10,7 +10,7 @@ from flatminima.gramian.products import times_transposes
 from flatminima.gramian.rules.base import ParameterUse, bias_use, positions, rule
 
 
-@rule(F.linear)
+@rule(F.linear, positionwise=True)
 def linear(n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[ParameterUse]:
     """``y = x Wᵀ + b``: one outer product per position, summed over a sample's positions."""
     x = positions(input, n)
@@ -28,7 +28,7 @@ def linear(n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     ]
 
 
-@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, positionwise=True)
 def matmul(n: int, input: Tensor, other: Tensor) -> list[ParameterUse] | None:
     """``y = x W`` with a two-dimensional W of shape (in, out)."""
     if other.dim() != 2 or input.dim() < 2:

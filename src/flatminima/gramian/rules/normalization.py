@@ -81,7 +81,7 @@ def instance_norm(
     )
 
 
-@rule(F.layer_norm)
+@rule(F.layer_norm, positionwise=True)
 def layer_norm(
     n: int,
     input: Tensor,
@@ -101,7 +101,7 @@ def layer_norm(
     )
 
 
-@rule(F.rms_norm)
+@rule(F.rms_norm, positionwise=True)
 def rms_norm(
     n: int, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> list[ParameterUse]:

@@ -45,6 +45,9 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 is_view: Callable[[Tensor], bool] = Tensor._is_view
 """Whether autograd sees a tensor as a view of another."""
 
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+"""The tensor that a view shows; None for one that is no view."""
+
 # Operators that no public function calls in the same way.
 
 batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
@@ -61,6 +64,10 @@ def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     """``inputs weightᵀ`` by oneDNN, where ``torch.nn.functional.linear`` would call BLAS."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
     return product
+
+
+NN_FUNCTIONS: Any = torch._C._nn
+"""Where ``torch.nn.functional`` has some of its functions from: calls of these are seen under that name."""
 
 
 # Modules.

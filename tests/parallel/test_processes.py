@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatminima as fm
-from flatminima.gramian.rules.table import RULES
+from flatminima.gramian.rules import RULES, rule, temporary_rules
 from flatminima.parallel.processes import Processes
 from support.collectives import free_port, run_in_processes
 
@@ -87,7 +87,7 @@ def failing_rule(fails: bool, at: str) -> Any:
     """The rule for linear layers, or the forming of its rows, fails here."""
     original = RULES[F.linear]
 
-    def rule(*args: Any, **kwargs: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         if at == "rule":
             raise ValueError("no rule for this")
         uses = original(*args, **kwargs)
@@ -98,9 +98,9 @@ def failing_rule(fails: bool, at: str) -> Any:
     def no_memory(*args: Any) -> Tensor:
         raise torch.OutOfMemoryError("not enough memory")
 
-    with pytest.MonkeyPatch.context() as patch:
+    with temporary_rules():
         if fails:
-            patch.setitem(RULES, F.linear, rule)
+            rule(F.linear)(failing)
         yield
 
 

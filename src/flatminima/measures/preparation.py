@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from flatminima.errors import NotAMinimumWarning, require, warn
-from flatminima.gramian import Plan, plan_for, trainable_parts, unwrapped
+from flatminima.gramian import Checks, Plan, plan_for, trainable_parts, unwrapped
 from flatminima.measures.evaluation import Evaluation, evaluate
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
@@ -35,6 +35,7 @@ class PreparedModel:
         rows: how samples become rows of J.
         train: loss and accuracy over all of its training data.
         plan: how ξ is formed within the memory budget.
+        checks: what the trials have found out about its rows of J; the one thing here that grows.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class PreparedModel:
     rows: FisherRows
     train: Evaluation
     plan: Plan
+    checks: Checks
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
         """The samples of trial ``number`` on the model's device."""
@@ -80,7 +82,7 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
     plan = plan_for(model, rows.of_batch(inputs, targets)[0], memory_budget=options.memory_budget)
     if options.progress and len(plan.passes) > 1:
         Console(stderr=True).print(f"plan: {plan}", highlight=False)
-    return PreparedModel(model, samples, options, processes, num_parameters, subsets, rows, train, plan)
+    return PreparedModel(model, samples, options, processes, num_parameters, subsets, rows, train, plan, Checks())
 
 
 @contextmanager

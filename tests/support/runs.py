@@ -21,6 +21,7 @@ from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
 from flatminima.lab.runs.training import train
+from support.commands import environment
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.
 PLAIN = RunSpec(
@@ -140,7 +141,7 @@ except KeyboardInterrupt as interrupt:
 
 def start(spec: RunSpec, root: Path, checkpoint_seconds: float = 0.0) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", TRAIN, spec.to_json(), str(root), str(checkpoint_seconds)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_update(process: subprocess.Popen[str], folder: RunFolder, update: int) -> None:

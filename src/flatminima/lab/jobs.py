@@ -33,7 +33,7 @@ Task = TypeVar("Task")
 
 Result = TypeVar("Result")
 
-PRELOADED = ["flatminima.lab.runs.training", "lightning_fabric"]
+PRELOADED = ["flatminima.lab.experiments", "lightning_fabric"]
 """What the server has imported before it forks a worker; Fabric takes longer than all else, and every run needs it."""
 
 _GRACE_SECONDS = 20.0  # what a worker that is told to stop gets for its present update and its resume point

@@ -320,10 +320,6 @@ def test_forgetting_a_pass_is_harmless_before_the_first_one_and_where_it_cannot_
     assert module.forgotten
 
 
-def test_functions_of_nn_are_seen_where_they_come_from() -> None:
-    assert torch_compat.NN_FUNCTIONS.gelu is F.gelu
-
-
 def test_a_view_knows_the_tensor_that_it_shows() -> None:
     whole = torch.zeros(4)
     assert torch_compat.base_of(whole[1:]) is whole

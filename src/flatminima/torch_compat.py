@@ -66,10 +66,6 @@ def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-NN_FUNCTIONS: Any = torch._C._nn
-"""Where ``torch.nn.functional`` has some of its functions from: calls of these are seen under that name."""
-
-
 # Modules.
 
 

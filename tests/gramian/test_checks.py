@@ -93,9 +93,10 @@ def test_guesses_are_checked_every_time() -> None:
     assert passes[0] == passes[1] > 2
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in ("reused block", "in place", "functional", "recurrent")]
-)
+OF_ALL_SORTS = ("reused block", "in place", "functional", "recurrent")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in OF_ALL_SORTS], ids=lambda case: case.name)
 def test_the_generic_path_can_be_asked_for(case: Case) -> None:
     model, x, y = case.build()
     with warnings.catch_warnings():

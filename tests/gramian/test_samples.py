@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from flatminima.errors import GenericPathWarning
 from flatminima.gramian import Checks, factored_gram
 from support.oracles import explicit_gram
 
@@ -246,12 +244,12 @@ def name_of(kind: Kind) -> str:
     return f"{kind.forward.__name__} of {kind.samples}"
 
 
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "not checked"])
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
-def test_rows_belong_to_their_samples(kind: Kind) -> None:
+def test_rows_belong_to_their_samples(kind: Kind, checked: bool) -> None:
+    """Also without a check, which would find what was wrong and put it right; and so without its warning."""
     model, x, y = kind.build()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GenericPathWarning)
-        result = factored_gram(model, x, y)
+    result = factored_gram(model, x, y, spot_check=checked)
     expected = explicit_gram(model, x, y)
     torch.testing.assert_close(result.matrix(), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
     assert set(kind.fast).isdisjoint(result.generic_parameters)

@@ -16,7 +16,7 @@ from flatminima.gramian.planning import (
 from flatminima.gramian.products import times_own_transpose
 from flatminima.gramian.recording import RecordedUse
 from flatminima.losses import LogitGradient
-from flatminima.network import float64_device
+from flatminima.network import float64_device, in_float64
 from flatminima.parallel import Processes
 
 ROWS_BUDGET_BYTES = 256 * 2**20
@@ -96,7 +96,7 @@ class Accumulator:
             processes.add_up(part)
 
     def _add(self, parameter: nn.Parameter, product: Tensor) -> None:
-        product = product.to(self.unit)
+        product = in_float64(product).to(self.unit.device)
         self.unit += product
         form = self.forms[self._numbers[id(parameter)]]
         form[0] += self.weights @ (product @ self.weights)

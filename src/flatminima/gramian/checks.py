@@ -19,6 +19,7 @@ from flatminima.gramian.accumulator import Accumulator
 from flatminima.gramian.autograd import Batch, add_gradients, gradient_of, groups
 from flatminima.gramian.parts import Part, common_dtype
 from flatminima.losses import LogitGradient
+from flatminima.network import back_like, in_float64
 from flatminima.parallel import Processes
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
@@ -70,7 +71,7 @@ class Reference:
                 delta = self.batch.gradient_at(logits, rows)
                 if number == 0:
                     self._look_at(logits.detach(), delta, rows)
-                weights = xi.weights[rows].to(delta.direction).view(-1, *[1] * (delta.direction.dim() - 1))
+                weights = back_like(xi.weights[rows], logits).view(-1, *[1] * (logits.dim() - 1))
                 gradients = gradient_of(logits, delta.direction * weights, group)
                 totals = [total.add_(g) for total, g in zip(totals, gradients, strict=True)] if totals else gradients
                 del logits, delta, gradients
@@ -78,7 +79,7 @@ class Reference:
                 if xi.scale_invariant:
                     part = self.parts[xi.names[id(parameter)]]
                     total = total * part.values[start - part.start : stop - part.start].abs()
-                self.squares[numbers[id(parameter)]] += total.double().square().sum().to(self.squares.device)
+                self.squares[numbers[id(parameter)]] += in_float64(total).square().sum().to(self.squares.device)
 
     def _look_at(self, logits: Tensor, delta: LogitGradient, rows: slice) -> None:
         """Keep what the samples that are run alone need of the batch; refuse a loss that depends on its batch."""

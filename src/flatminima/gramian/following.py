@@ -17,13 +17,12 @@ from torch import Tensor
 from flatminima.gramian.layouts import LOST, Call, Layout, Layouts, indexed, reshaped, viewed, written
 from flatminima.gramian.rules import RULES
 from flatminima.network import tensors_of
-from flatminima.torch_compat import NN_FUNCTIONS
 
 Handler = Callable[[Call], Layouts]
 
 _HANDLERS: dict[Callable[..., Any], Handler] = {}
 
-_PLACES: tuple[Any, ...] = (torch, torch.Tensor, F, torch.special, torch.fft, torch.linalg, NN_FUNCTIONS)
+_PLACES: tuple[Any, ...] = (torch, torch.Tensor, F, torch.special, torch.fft, torch.linalg)
 
 
 def follow(call: Call) -> list[Layout] | None:
@@ -246,12 +245,12 @@ def _repeated_each(call: Call) -> Layouts:
     return Layout(layout.dim, layout.outer, inner, layout.assumed)
 
 
-def _at_one_dimension(position_of_others: Iterable[int], *, writes: bool = True) -> Handler:
+def _at_one_dimension(position_of_others: Iterable[int], *, dim_at: int = 1, writes: bool = True) -> Handler:
     """``f(x, dim, index, ...)``: what happens along ``dim`` happens at every place of the other dimensions alone."""
 
     def handler(call: Call) -> Layouts:
         tensor, layout = call.first()
-        (dim,) = _dims(call.argument(1, "dim"), tensor)
+        (dim,) = _dims(call.argument(dim_at, "dim"), tensor)
         merged = call.merged(layout for _, layout in call.tensors)
         if merged.dim != dim and merged.dim >= 0:
             lengths = {t.shape[merged.dim] for t, _ in call.tensors}
@@ -269,7 +268,8 @@ def _at_one_dimension(position_of_others: Iterable[int], *, writes: bool = True)
     return handler
 
 
-_for("gather take_along_dim")(_at_one_dimension((2,), writes=False))
+_for("gather")(_at_one_dimension((2,), writes=False))
+_for("take_along_dim")(_at_one_dimension((1,), dim_at=2, writes=False))
 _for("scatter scatter_add scatter_reduce")(_at_one_dimension((2, 3)))
 _for("index_select")(_at_one_dimension((), writes=False))
 _for("index_fill")(_at_one_dimension(()))

@@ -46,6 +46,7 @@ from flatminima.network import (
     frozen,
     in_float64,
     map_tensors,
+    sound_batchnorm,
     take,
     tensors_of,
     true_precision,
@@ -127,7 +128,7 @@ def factored_gram(
         xi = Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
         batch = Batch(model, inputs, targets, loss, logit_normalization)
         generic: dict[str, nn.Parameter] = {}
-        with evaluating(model), true_precision(), torch.enable_grad():
+        with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm():
             if isinstance(batchnorm, int):
                 with chunk_statistics(model):
                     add_with_batch_statistics(xi, batch, parts, batchnorm)

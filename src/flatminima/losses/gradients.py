@@ -21,8 +21,8 @@ from flatminima.network import back_like, in_float64
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 """``loss(logits, targets)`` → one value per sample, shape (N,). Sample i's value may depend on ``logits[i]`` alone."""
 
-CHUNK_ELEMENTS = 2**24
-"""Logits taken to float64 at once (128 MiB): a language model's logits would not fit whole."""
+CHUNK_ELEMENTS = 2**20
+"""Logits taken to float64 at once (8 MiB, some ten times over): a language model's logits would not fit whole."""
 
 _ALONE_TOLERANCE = 1e-4
 """How far a sample's loss may be from its loss alone, relative to the largest loss: a callable may work in float32."""
@@ -58,7 +58,9 @@ def gradient_of(
     """:func:`flatminima.losses.logit_gradient` of a loss whose per-sample form is known."""
     logits = logits.detach()
     refuse_non_finite("logits", logits)
-    direction, losses, log_norms = torch.empty_like(logits), [], []
+    direction = torch.empty_like(logits)
+    # All at once, as small tensors that outlive large ones would keep the allocator from giving these back.
+    losses, log_norms = in_float64(logits.new_empty(2, len(logits)))
     for rows in _chunks(logits):
         z = in_float64(logits[rows])
         y = targets[rows].to(z.device)
@@ -67,11 +69,9 @@ def gradient_of(
         else:
             part = gradient_at(form, z, y)
         direction[rows] = back_like(part.direction, logits)
-        losses.append(part.loss)
-        log_norms.append(part.log_norm)
-    joined = torch.cat(losses)
-    refuse_non_finite("losses", joined)
-    return LogitGradient(joined, direction, torch.cat(log_norms))
+        losses[rows], log_norms[rows] = part.loss, part.log_norm
+    refuse_non_finite("losses", losses)
+    return LogitGradient(losses, direction, log_norms)
 
 
 def gradient_at(loss: FactoredLoss | PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitGradient:

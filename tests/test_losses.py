@@ -11,7 +11,7 @@ from mpmath import mp
 from torch import nn
 
 from flatminima.errors import FlatminimaError, NonFiniteError
-from flatminima.losses import CrossEntropy, LogitGradient, logit_gradient
+from flatminima.losses import BinaryCrossEntropy, CrossEntropy, LogitGradient, is_single_label, logit_gradient
 
 
 def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,136 @@ def test_mean_squared_error_and_other_modules() -> None:
 def test_a_chunk_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = torch.randn(7, 5, dtype=torch.float64), torch.arange(7) % 5
     whole = logit_gradient("cross_entropy", logits, targets, logit_normalization=0.1)
-    monkeypatch.setattr("flatminima.losses._CHUNK_ELEMENTS", 10)
+    monkeypatch.setattr("flatminima.losses.gradients.CHUNK_ELEMENTS", 10)
     parts = logit_gradient("cross_entropy", logits, targets, logit_normalization=0.1)
     torch.testing.assert_close(explicit(parts), explicit(whole))
     assert torch.equal(parts.loss, whole.loss)
+
+
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        entropy = F.cross_entropy(logits, targets, reduction="none")
+        return (1 - (-entropy).exp()).square() * entropy
+
+
+class Absolute(nn.MSELoss):
+    def forward(self, prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (prediction - targets).abs().mean(1)
+
+
+class Doubled(CrossEntropy):
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 2 * plain(logits, targets)
+
+
+@pytest.mark.parametrize("loss", [Focal(), Focal(reduction="none"), Absolute(), Doubled()])
+def test_a_subclass_is_the_loss_that_it_computes(loss) -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64)
+    targets = torch.randn(4, 3, dtype=torch.float64) if isinstance(loss, Absolute) else torch.tensor([0, 2, 1, 1])
+    leaf = logits.clone().requires_grad_()
+    values = loss(leaf, targets)
+    (expected,) = torch.autograd.grad(values.sum(), leaf)
+    ours = logit_gradient(loss, logits, targets)
+    torch.testing.assert_close(ours.loss, values.detach())
+    torch.testing.assert_close(explicit(ours), expected)
+    assert not is_single_label(loss, logits)
+
+
+REDUCED = {
+    "squared error": (nn.MSELoss, (5, 4), None),
+    "squared error of pixels": (nn.MSELoss, (5, 2, 3, 3), None),
+    "binary": (nn.BCEWithLogitsLoss, (5, 4), None),
+    "cross entropy": (nn.CrossEntropyLoss, (5, 4), (5,)),
+    "cross entropy of positions": (nn.CrossEntropyLoss, (5, 4, 3, 3), (5, 3, 3)),
+    "cross entropy of as many positions as classes": (nn.CrossEntropyLoss, (5, 4, 4), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", REDUCED)
+def test_what_pytorchs_loss_gives_a_sample_alone_is_its_loss(name: str, reduction: str) -> None:
+    """PyTorch's own module on one sample at a time: it averages, or sums, over outputs and positions."""
+    kind, shape, labels = REDUCED[name]
+    torch.manual_seed(1)
+    logits, loss = torch.randn(shape, dtype=torch.float64), kind(reduction=reduction)
+    targets = torch.rand(shape, dtype=torch.float64) if labels is None else torch.randint(0, 4, labels)
+    leaf = logits.clone().requires_grad_()
+    values = torch.stack([loss(leaf[i : i + 1], targets[i : i + 1]) for i in range(5)])
+    (expected,) = torch.autograd.grad(values.sum(), leaf)
+    ours = logit_gradient(loss, logits, targets)
+    torch.testing.assert_close(ours.loss, values.detach())
+    torch.testing.assert_close(explicit(ours), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in REDUCED if name != "cross entropy"])
+def test_several_values_per_sample_that_nothing_reduces_are_refused(name: str) -> None:
+    kind, shape, labels = REDUCED[name]
+    targets = torch.rand(shape) if labels is None else torch.zeros(labels, dtype=torch.long)
+    with pytest.raises(FlatminimaError, match="values per sample"):
+        logit_gradient(kind(reduction="none"), torch.randn(shape), targets)
+
+
+def test_one_value_per_sample_needs_no_reduction() -> None:
+    logits, labels = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    ours = logit_gradient(nn.CrossEntropyLoss(reduction="none"), logits, labels)
+    assert torch.equal(explicit(ours), explicit(logit_gradient("cross_entropy", logits, labels)))
+    assert is_single_label(nn.CrossEntropyLoss(reduction="none"), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_integers_of_any_size(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    ours = logit_gradient("cross_entropy", logits, labels.to(dtype))
+    assert torch.equal(explicit(ours), explicit(logit_gradient("cross_entropy", logits, labels)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CrossEntropy(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\), got 1.5"),
+        (lambda: CrossEntropy(label_smoothing=-0.1), "label_smoothing"),
+        (lambda: CrossEntropy(positions="average"), "unknown positions='average'"),
+        (lambda: CrossEntropy(class_dimension=2), "class_dimension"),
+        (lambda: BinaryCrossEntropy(outputs="none"), "unknown outputs='none'"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused(make, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.MSELoss, r"is a class: pass an instance, MSELoss\(\)"),
+        (torch.zeros(3), r"unknown loss a tensor of shape \(3,\)"),
+        (CrossEntropy(weight=(1.0, 2.0)), "weight has 2 factors, but the model has 3 classes"),
+        (lambda z, y: plain(z.detach(), y), "does not depend on the logits"),
+        (lambda z, y: plain(z, y).tolist(), "returned list for 4 samples"),
+        (nn.L1Loss(reduction="sum"), "L1Loss sums over the batch"),
+    ],
+)
+def test_what_is_no_per_sample_loss_is_refused_in_one_line(loss, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        logit_gradient(loss, torch.randn(4, 3), torch.tensor([0, 2, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: plain(z, y) / len(z),
+        lambda z, y: plain(z, y) / plain(z, y).mean(),
+        lambda z, y: plain(z - z.mean(0), y),
+        lambda z, y: plain(z, y) / (y == 1).sum().clamp_min(1),
+    ],
+    ids=["by their number", "by their mean", "centred", "by positives"],
+)
+def test_a_loss_that_depends_on_the_rest_of_its_batch_is_refused(loss) -> None:
+    with pytest.raises(FlatminimaError, match=r"alone but .* among 4"):
+        logit_gradient(loss, torch.randn(4, 3), torch.tensor([0, 2, 1, 1]))
+
+
+def test_a_scalar_is_the_loss_of_a_single_sample() -> None:
+    logits, targets = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    ours = logit_gradient(lambda z, t: (z - t).square().sum(1).squeeze(), logits, targets)
+    torch.testing.assert_close(explicit(ours), 2 * (logits - targets))

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatminima.errors import FlatminimaError, RankDeficientError
 from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
-from flatminima.network import Inputs, batch_size, call_model, map_tensors, take
+from flatminima.network import Inputs, batch_size, call_model, map_tensors, sound_batchnorm, take
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -166,7 +166,7 @@ class _Reference:
         model = copy.deepcopy(model).cpu().double().eval()
         inputs = map_tensors(_on_cpu, inputs)
         with torch.no_grad():
-            logits = call_model(model, inputs)
+            logits = call_model(model, take(inputs, slice(None)))
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise FlatminimaError(
                 f"exact forms need logits of shape (N, K ≥ 2), the model returned {tuple(logits.shape)}"
@@ -179,7 +179,8 @@ class _Reference:
         return sum(p.numel() for p in self.parameters)
 
     def logits(self, samples: slice) -> Tensor:
-        return call_model(self.model, take(self.inputs, samples))
+        with sound_batchnorm():
+            return call_model(self.model, take(self.inputs, samples))
 
     def gradient(self, output: Tensor, weight: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
         """(W,): the gradient of ⟨weight, output⟩ over all parameters; zero for unused ones. Keeps the graph."""

@@ -48,6 +48,7 @@ from flatminima.network import (
     frozen,
     in_float64,
     map_tensors,
+    sound_batchnorm,
     take,
     tensors_of,
     true_precision,
@@ -144,7 +145,7 @@ def factored_gram(
         def empty() -> Accumulator:
             return Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
 
-        with evaluating(model), true_precision(), torch.enable_grad():
+        with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm():
             if isinstance(batchnorm, int):
                 generic: set[str] = set()
                 xi = empty()

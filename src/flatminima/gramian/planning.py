@@ -64,6 +64,11 @@ class Plan:
         """Whether all rows are formed in one pass over all samples, and multiplied out as they come."""
         return len(self.passes) == 1 and self.chunk >= self.samples
 
+    @property
+    def affordable_samples(self) -> int:
+        """How many samples' activations the budget holds while there are no rows."""
+        return max(1, self.budget * self.chunk // max(1, self.activation_bytes))
+
     def __str__(self) -> str:
         chunks = -(-self.samples // self.chunk)
         return (
@@ -136,7 +141,7 @@ def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
         # FSDP2 gives parameters memory for as long as their module runs.
         if storage.data_ptr() not in (owned() if sharded else existing):
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a result handed back as it is would hold its own graph, and so itself, for ever
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = call_model(model, inputs)

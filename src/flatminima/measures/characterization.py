@@ -57,6 +57,7 @@ def _settings(prepared: PreparedModel, trials: Sequence[TrialValues]) -> Setting
         generic_parameters=list(trials[0].generic_parameters),
         dtype=trials[0].dtype,
         device=str(device_of(prepared.model)),
+        no_robustness=prepared.no_robustness,
     )
 
 

@@ -10,12 +10,12 @@ from torch import nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.losses import Loss, is_single_label, per_sample_loss
-from flatminima.network import Samples, call_model, device_of, evaluating, to_device, true_precision
+from flatminima.network import Samples, call_model, device_of, evaluating, take, to_device, true_precision
 from flatminima.parallel import shared
 from flatminima.progress import track
 
 EVALUATION_BATCH = 500
-"""Samples per forward pass."""
+"""Samples per forward pass, at most."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,38 @@ class Evaluation:
         return self.correct
 
 
-def evaluate(model: nn.Module, samples: Samples, loss: Loss = "cross_entropy", *, progress: bool = False) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    samples: Samples,
+    loss: Loss = "cross_entropy",
+    *,
+    batch: int = EVALUATION_BATCH,
+    progress: bool = False,
+) -> Evaluation:
     """Evaluate in eval mode, in the parameters' precision; losses are formed and summed in float64.
+
+    Args:
+        model: the model.
+        samples: the data set.
+        loss: see :data:`flatminima.losses.Loss`.
+        batch: samples per forward pass.
+        progress: show a bar.
 
     Raises:
         NonFiniteError: if a logit or a loss is NaN or infinite.
         FlatminimaError: for targets or a loss of the wrong kind.
     """
-    total, correct, classified = 0.0, 0, False
+    losses = torch.empty(len(samples), dtype=torch.float64)
+    correct, classified = 0, False
     device = device_of(model)
     with shared(model) as processes, evaluating(model), torch.no_grad(), true_precision():
-        for start in track(range(0, len(samples), EVALUATION_BATCH), "training loss", progress):
-            indices = range(start, min(start + EVALUATION_BATCH, len(samples)))
+        for start in track(range(0, len(samples), batch), "training loss", progress):
+            indices = range(start, min(start + batch, len(samples)))
             inputs, targets = to_device(processes.attempt(partial(samples.fetch, indices)), device)
-            logits = call_model(model, inputs)
-            total += per_sample_loss(loss, logits, targets).sum().item()
+            logits = call_model(model, take(inputs, slice(None)))
+            losses[indices.start : indices.stop] = per_sample_loss(loss, logits, targets)
             classified = is_single_label(loss, logits)
             if classified:
                 correct += int((logits.argmax(1) == targets).sum())
-    return Evaluation(total / len(samples), correct if classified else None, len(samples))
+    mean = losses.sum().item() / len(samples)  # summed at the end: the same for batches of any size
+    return Evaluation(mean, correct if classified else None, len(samples))

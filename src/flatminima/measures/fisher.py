@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.losses import CrossEntropy, LogitGradient, Loss, off_target_log_probabilities, per_sample_form
+from flatminima.losses import CrossEntropy, LogitGradient, Loss, label_entropy, off_target_log_probabilities
 from flatminima.network import Inputs, call_model, evaluating, map_tensors, take
 
 Fisher = Literal["empirical", "labels", "model"]
@@ -55,8 +55,8 @@ class FisherRows:
             return cls(1, loss)
         with evaluating(model), torch.no_grad():
             logits = call_model(model, take(inputs, slice(0, 1)))
-        entropy = per_sample_form(loss)
-        if not isinstance(entropy, CrossEntropy) or entropy.weight is not None or logits.dim() != 2:
+        entropy = label_entropy(loss)
+        if entropy is None or entropy.weight is not None or logits.dim() != 2:
             raise FlatminimaError(
                 f"fisher={fisher!r} is defined for the cross entropy of one label per sample, logits (N, K) and no "
                 "class weights: use fisher='empirical'"

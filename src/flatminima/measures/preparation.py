@@ -6,15 +6,27 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from flatminima.errors import NotAMinimumWarning, require, warn
 from flatminima.gramian import Checks, Plan, plan_for, trainable_parts, unwrapped
-from flatminima.measures.evaluation import Evaluation, evaluate
+from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
-from flatminima.network import Inputs, Samples, device_of, draw_subsets, to_device
+from flatminima.measures.robustness import why_no_robustness
+from flatminima.network import (
+    Inputs,
+    Samples,
+    call_model,
+    device_of,
+    draw_subsets,
+    evaluating,
+    take,
+    to_device,
+    true_precision,
+)
 from flatminima.parallel import Processes, processes_of, shared
 
 MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
@@ -35,6 +47,7 @@ class PreparedModel:
         rows: how samples become rows of J.
         train: loss and accuracy over all of its training data.
         plan: how ξ is formed within the memory budget.
+        no_robustness: why the robustness is not defined for it, if it is not.
         checks: what the trials have found out about its rows of J; the one thing here that grows.
     """
 
@@ -47,6 +60,7 @@ class PreparedModel:
     rows: FisherRows
     train: Evaluation
     plan: Plan
+    no_robustness: str | None
     checks: Checks
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
@@ -77,12 +91,16 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
     inputs, targets = _fetched(model, samples, subsets[0], processes)
     rows = FisherRows.of(options.fisher, options.loss, model, inputs)
     _refuse_more_rows_than_parameters(rows, num_parameters, options)
-    train = processes.gather(lambda: evaluate(model, samples, options.loss, progress=options.progress))[0]
-    _warn_unless_minimum(train)
     plan = plan_for(model, rows.of_batch(inputs, targets)[0], memory_budget=options.memory_budget)
+    batch = min(EVALUATION_BATCH, plan.affordable_samples)
+    train = processes.gather(lambda: evaluate(model, samples, options.loss, batch=batch, progress=options.progress))[0]
+    _warn_unless_minimum(train)
+    no_robustness = why_no_robustness(inputs, targets, _logits_of_one(model, inputs))
     if options.progress and len(plan.passes) > 1:
         Console(stderr=True).print(f"plan: {plan}", highlight=False)
-    return PreparedModel(model, samples, options, processes, num_parameters, subsets, rows, train, plan, Checks())
+    return PreparedModel(
+        model, samples, options, processes, num_parameters, subsets, rows, train, plan, no_robustness, Checks()
+    )
 
 
 @contextmanager
@@ -98,6 +116,11 @@ def processes_together(models: Iterable[nn.Module], options: MeasureOptions) -> 
 
 def _fetched(model: nn.Module, samples: Samples, indices: list[int], processes: Processes) -> tuple[Inputs, Tensor]:
     return to_device(processes.attempt(lambda: samples.fetch(indices)), device_of(model))
+
+
+def _logits_of_one(model: nn.Module, inputs: Inputs) -> Tensor:
+    with evaluating(model), torch.no_grad(), true_precision():
+        return call_model(model, take(inputs, slice(0, 1)))
 
 
 def _refuse_more_rows_than_parameters(rows: FisherRows, num_parameters: int, options: MeasureOptions) -> None:

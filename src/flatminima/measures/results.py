@@ -74,7 +74,7 @@ class Characterization:
         frobenius_norm: mean_i ‖F_i‖_F² over samples (App. D; Wu et al.), exact instead of sampled.
         fisher_frobenius_norm: ‖(1/N') J_tᵀJ_t‖_F² = ‖ξ_t‖_F² / N'², of the subset's Fisher information itself.
         fisher_trace: mean_i tr F_i over samples = tr ξ_t / N' (Sec. 6).
-        robustness: mean_i ‖J_x[f_w(x_i)]‖₂² (Sokolić et al.); None where the input is not one floating-point tensor.
+        robustness: mean_i ‖J_x[f_w(x_i)]‖₂² (Sokolić et al.); None where it is not defined, or left out.
         spectrum: eigenvalues of ξ_t in descending order, averaged over trials; as many as J has rows.
         train_loss: mean loss over all of ``data``; measures compare at similar values only.
         train_accuracy: fraction of ``data`` classified right; None for losses other than the cross entropy.
@@ -155,6 +155,7 @@ class Settings:
         device: where it ran.
         torch_version: PyTorch's version.
         flatminima_version: this library's version.
+        no_robustness: why there is no robustness, where it is not defined.
     """
 
     loss: str
@@ -171,6 +172,7 @@ class Settings:
     device: str
     torch_version: str = field(default_factory=lambda: str(torch.__version__))
     flatminima_version: str = field(default_factory=lambda: version("flatminima"))
+    no_robustness: str | None = None
 
 
 def _estimate_from(values: dict[str, Any]) -> Estimate:

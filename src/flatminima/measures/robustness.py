@@ -5,13 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flatminima.errors import require
 from flatminima.losses import refuse_non_finite
-from flatminima.network import Inputs, back_like, call_model, evaluating, frozen, in_float64, true_precision
+from flatminima.network import (
+    Inputs,
+    back_like,
+    call_model,
+    evaluating,
+    frozen,
+    in_float64,
+    sound_batchnorm,
+    true_precision,
+)
 
 
-def has_input_jacobian(inputs: Inputs) -> bool:
-    """Whether the measure is defined: one floating-point tensor goes in."""
-    return isinstance(inputs, Tensor) and inputs.is_floating_point()
+def why_no_robustness(inputs: Inputs, targets: Tensor, logits: Tensor) -> str | None:
+    """Why the measure is not defined for these samples and what the model returned for them; None where it is."""
+    if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
+        return "the input is not one floating-point tensor"
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        shape = ", ".join(["N", *map(str, logits.shape[1:])])
+        return f"outputs of shape ({shape}) are no logits of one class per sample"
+    if targets.dim() != 1 or targets.is_floating_point():
+        return "the targets are not one class per sample"
+    return None
 
 
 def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -30,16 +47,25 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
 
     Raises:
         NonFiniteError: if a logit is NaN or infinite.
+        FlatminimaError: if the logits are not (N, K) with K ≥ 2.
     """
-    with evaluating(model), true_precision(), torch.enable_grad(), frozen(model.parameters()):
+    with evaluating(model), true_precision(), torch.enable_grad(), frozen(model.parameters()), sound_batchnorm():
         x = inputs.detach().requires_grad_()
-        logits = call_model(model, x)
+        logits = call_model(model, x.clone())  # a leaf cannot be written to, as some models do with their input
+        require(
+            logits.dim() == 2 and logits.shape[1] > 1,
+            f"robustness needs logits of shape (N, K ≥ 2), the model returned {tuple(logits.shape)}",
+        )
         refuse_non_finite("logits", logits)
+        if not logits.requires_grad:  # nor is any path from the input to them differentiable
+            return torch.zeros(len(logits), dtype=torch.float64)
         scales, directions = _softmax_jacobian(in_float64(logits.detach()))
         rows = []
         for k in range(directions.shape[2]):
             direction = back_like(directions[:, :, k], logits)
-            (row,) = torch.autograd.grad(logits, x, direction, retain_graph=k + 1 < directions.shape[2])
+            (row,) = torch.autograd.grad(
+                logits, x, direction, retain_graph=k + 1 < directions.shape[2], materialize_grads=True
+            )
             rows.append(row.flatten(1))
     jacobian = in_float64(torch.stack(rows, 1)) * scales[:, :, None]
     products: Tensor = torch.linalg.eigvalsh(jacobian @ jacobian.transpose(1, 2))

@@ -40,7 +40,8 @@ def characterization_table(characterization: Characterization) -> Table:
         f"seed {settings.seed}"
     )
     fisher = "" if settings.fisher == "empirical" else f", exact Fisher by {settings.fisher}"
-    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}"
+    robustness = "" if settings.no_robustness is None else f"; no robustness: {settings.no_robustness}"
+    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{robustness}"
     return table
 
 

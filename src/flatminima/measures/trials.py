@@ -15,7 +15,7 @@ from torch import Tensor
 from flatminima.errors import RankDeficientError
 from flatminima.gramian import FactoredGram, factored_gram, log_determinant, numerical_rank
 from flatminima.measures.preparation import PreparedModel
-from flatminima.measures.robustness import has_input_jacobian, input_jacobian_norms
+from flatminima.measures.robustness import input_jacobian_norms
 from flatminima.network import Inputs
 from flatminima.parallel import Processes
 from flatminima.progress import track
@@ -143,7 +143,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
 def _mean_robustness(prepared: PreparedModel, inputs: Inputs) -> float:
     """The mean over the samples that it is computed on; NaN where there is none."""
     samples = prepared.robustness_samples
-    if not samples or not has_input_jacobian(inputs):
+    if not samples or prepared.no_robustness is not None:
         return math.nan
     return input_jacobian_norms(prepared.model, inputs[:samples]).mean().item()
 

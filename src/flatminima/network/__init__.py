@@ -11,7 +11,7 @@ from flatminima.network.batches import (
     tensors_of,
     to_device,
 )
-from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics
+from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
 from flatminima.network.modes import (
     Buffers,
     evaluating,
@@ -48,6 +48,7 @@ __all__ = [
     "restored_generators",
     "run_model",
     "samples_of",
+    "sound_batchnorm",
     "take",
     "tensors_of",
     "to_device",

@@ -48,8 +48,8 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def take(inputs: Inputs, indices: Tensor | slice) -> Inputs:
-    """The samples at ``indices`` of every tensor."""
-    return map_tensors(lambda tensor: tensor[indices], inputs)
+    """The samples at ``indices`` of every tensor, in memory of their own: models may write to what they are given."""
+    return map_tensors(lambda t: t[indices].clone() if isinstance(indices, slice) else t[indices], inputs)
 
 
 def run_model(model: nn.Module, inputs: Inputs) -> Any:

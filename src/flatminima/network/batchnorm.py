@@ -6,7 +6,7 @@ There are three, and both wings speak of the same ones:
 * those of the very samples that a pass runs on (a chunk: ``batchnorm=n``; a sub-batch: ``"sub-batch"``);
 * those of a larger batch, taken once and held constant (``"whole-batch"``).
 
-Other normalization layers, and dropout, stay as they are.
+Other normalization layers, and dropout, stay as they are. And :func:`sound_batchnorm`, for passes of single samples.
 """
 
 from __future__ import annotations
@@ -16,12 +16,39 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flatminima.errors import require
 from flatminima.torch_compat import BatchNorm, own_buffers
 
 BatchStatistics = Literal["sub-batch", "whole-batch", "running"]
+
+_BATCH_NORMS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
+"""Instance normalization is a batch normalization of one sample to PyTorch."""
+
+
+@contextmanager
+def sound_batchnorm() -> Iterator[None]:
+    """Right gradients through batch normalizations of a single sample, from forward passes inside.
+
+    PyTorch's own backward pass on a CPU (2.13 and before) reads the gradient of one sample as if it had memory of its
+    own. Where it is an expanded view, as that of a mean over positions is, all it gives is wrong, without a word. So it
+    is given memory of its own here.
+    """
+    with _GradientsOfTheirOwn():
+        yield
+
+
+class _GradientsOfTheirOwn(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _BATCH_NORMS and output.shape[0] == 1 and output.requires_grad:
+            output.register_hook(Tensor.contiguous)
+        return output
 
 
 @contextmanager

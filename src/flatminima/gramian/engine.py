@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import GenericPathWarning, warn
+from flatminima.errors import GenericPathWarning, require, warn
 from flatminima.gramian.accumulator import Accumulator, ChunkedRows, slice_length
 from flatminima.gramian.autograd import (
     Batch,
@@ -46,6 +46,7 @@ from flatminima.network import (
     frozen,
     in_float64,
     map_tensors,
+    model_inputs,
     sound_batchnorm,
     take,
     tensors_of,
@@ -119,7 +120,7 @@ def factored_gram(
     """
     model = unwrapped(model)
     with shared(model) as processes:
-        inputs = map_tensors(torch.Tensor.detach, inputs)
+        inputs = model_inputs(model, map_tensors(torch.Tensor.detach, inputs), targets)
         n = batch_size((inputs, targets))
         plan = plan or plan_for(model, inputs)
         processes.require_same("samples", lambda: _sums((inputs, targets)))
@@ -244,6 +245,10 @@ def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
+    require(
+        isinstance(model, nn.Module),
+        f"a model is a torch.nn.Module, got {type(model).__name__}: build the network and load its weights first",
+    )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
     inner = uncompiled(model)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.table import Table
 from torch import nn
 
-from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors, warn
+from flatminima.errors import FlatminimaError, UnequalLossWarning, did_you_mean, naming, naming_errors, require, warn
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
@@ -58,7 +58,15 @@ class Comparison:
         return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
 
     def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
-        """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out."""
+        """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out.
+
+        Raises:
+            FlatminimaError: for a name that is no measure's.
+        """
+        require(
+            measure in MEASURES,
+            f"no measure {measure!r}{did_you_mean(measure, MEASURES)}: choose from {', '.join(MEASURES)}",
+        )
         means = {
             name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
         }
@@ -129,6 +137,9 @@ def compare(  # noqa: D417 (the options are explained in one place)
         >>> comparison.ranks()
         {'large': 1, 'small': 2}
     """
+    require(
+        isinstance(models, Mapping), f"compare needs models by name, {{'a': model, ...}}, got {type(models).__name__}"
+    )
     if len(models) < 2:
         raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
     options = MeasureOptions(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +23,8 @@ from flatminima.network import (
     device_of,
     draw_subsets,
     evaluating,
+    explained_errors,
+    model_inputs,
     take,
     to_device,
     true_precision,
@@ -84,19 +86,37 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
         "leave distributed=True out",
     )
     processes.require_same("numbers of samples", lambda: len(samples))
+    samples = SamplesOfModel(unwrapped(model), samples)
     num_parameters = sum(part.parameter.numel() for part in trainable_parts(unwrapped(model), processes).values())
     subsets = draw_subsets(len(samples), options.subset_size, options.trials, options.seed)
     inputs, targets = _fetched(model, samples, subsets[0], processes)
+    logits = _logits_of_one(model, inputs)
     rows = FisherRows.of(options.fisher, options.loss, model, inputs)
     _refuse_more_rows_than_parameters(rows, num_parameters, options)
     plan = plan_for(model, rows.of_batch(inputs, targets)[0], memory_budget=options.memory_budget)
     batch = min(EVALUATION_BATCH, plan.affordable_samples)
     train = processes.gather(lambda: evaluate(model, samples, options.loss, batch=batch, progress=options.progress))[0]
     _warn_unless_minimum(train)
-    no_robustness = why_no_robustness(inputs, targets, _logits_of_one(model, inputs))
+    no_robustness = why_no_robustness(inputs, targets, logits)
     if options.progress and len(plan.passes) > 1:
         Console(stderr=True).print(f"plan: {plan}", highlight=False)
     return PreparedModel(model, samples, options, processes, num_parameters, subsets, rows, train, plan, no_robustness)
+
+
+@dataclass(frozen=True)
+class SamplesOfModel:
+    """Samples with all that one model needs of them (:func:`~flatminima.network.model_inputs`)."""
+
+    model: nn.Module
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
+        """As of the samples."""
+        inputs, targets = self.samples.fetch(indices)
+        return model_inputs(self.model, inputs, targets), targets
 
 
 @contextmanager
@@ -115,7 +135,7 @@ def _fetched(model: nn.Module, samples: Samples, indices: list[int], processes: 
 
 
 def _logits_of_one(model: nn.Module, inputs: Inputs) -> Tensor:
-    with evaluating(model), torch.no_grad(), true_precision():
+    with evaluating(model), torch.no_grad(), true_precision(), explained_errors(model, inputs):
         return call_model(model, take(inputs, slice(0, 1)))
 
 

@@ -22,7 +22,7 @@ from flatminima.network.modes import (
     without_autocast,
 )
 from flatminima.network.precision import back_like, float32_products, float64_device, in_float64, true_precision
-from flatminima.network.samples import Data, Samples, draw_subsets, samples_of
+from flatminima.network.samples import Data, Samples, draw_subsets, explained_errors, model_inputs, samples_of
 
 __all__ = [
     "BatchStatistics",
@@ -38,11 +38,13 @@ __all__ = [
     "device_of",
     "draw_subsets",
     "evaluating",
+    "explained_errors",
     "float32_products",
     "float64_device",
     "frozen",
     "in_float64",
     "map_tensors",
+    "model_inputs",
     "moved",
     "replaced_forward",
     "restored_generators",

@@ -51,6 +51,7 @@ from flatminima.network import (
     take,
     tensors_of,
     true_precision,
+    undisturbed,
 )
 from flatminima.parallel import reshard, shared
 from flatminima.torch_compat import uncompiled
@@ -119,7 +120,7 @@ def factored_gram(
         spot_check: compare the rows of two samples with plain autograd.
     """
     model = unwrapped(model)
-    with shared(model) as processes:
+    with undisturbed(model), shared(model) as processes:
         inputs = model_inputs(model, map_tensors(torch.Tensor.detach, inputs), targets)
         n = batch_size((inputs, targets))
         plan = plan or plan_for(model, inputs)
@@ -159,7 +160,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     """
     model = unwrapped(model)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
-    with shared(model) as processes, evaluating(model):
+    with undisturbed(model), shared(model) as processes, evaluating(model):
         parts = trainable_parts(model, processes)
         budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))

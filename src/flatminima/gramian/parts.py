@@ -135,6 +135,11 @@ def _refuse_non_finite_parameters(model: nn.Module) -> None:
             raise FlatminimaError(
                 f"parameter {name!r} has no shape yet (a lazy module): run the model on one batch first"
             )
+        if parameter.is_inference():
+            raise FlatminimaError(
+                f"parameter {name!r} was made in inference mode, where gradients are lost for good: build or load the "
+                "model outside torch.inference_mode()"
+            )
         if not shard_of(parameter).isfinite().all():
             raise NonFiniteError(
                 f"NaN or infinity in parameter {name!r}: the checkpoint is broken or training diverged; load another"

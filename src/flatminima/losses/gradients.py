@@ -64,6 +64,7 @@ def gradient_of(
     for rows in _chunks(logits):
         z = in_float64(logits[rows])
         y = targets[rows].to(z.device)
+        y = y.clone() if y.is_inference() else y  # autograd keeps none that was made in inference mode
         if logit_normalization is not None:
             part = _at_normalized_logits(form, z, y, logit_normalization)
         else:

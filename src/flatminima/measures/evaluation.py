@@ -73,7 +73,7 @@ def evaluate(
         NonFiniteError: if a logit or a loss is NaN or infinite.
         FlatminimaError: for targets or a loss of the wrong kind.
     """
-    losses = torch.empty(len(samples), dtype=torch.float64)
+    losses = torch.empty(len(samples), dtype=torch.float64, device="cpu")
     correct, classified = 0, False
     device = device_of(model)
     with shared(model) as processes, evaluating(model), torch.no_grad(), true_precision():

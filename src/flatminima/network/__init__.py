@@ -23,6 +23,7 @@ from flatminima.network.modes import (
 )
 from flatminima.network.precision import back_like, float32_products, float64_device, in_float64, true_precision
 from flatminima.network.samples import Data, Samples, draw_subsets, explained_errors, model_inputs, samples_of
+from flatminima.network.surroundings import undisturbed
 
 __all__ = [
     "BatchStatistics",
@@ -55,5 +56,6 @@ __all__ = [
     "tensors_of",
     "to_device",
     "true_precision",
+    "undisturbed",
     "without_autocast",
 ]

@@ -80,8 +80,10 @@ def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> 
             f"the data set has {num_samples} samples, fewer than subset_size={subset_size}: "
             "lower subset_size or pass more data"
         )
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randperm(num_samples, generator=generator)[:subset_size].tolist() for _ in range(trials)]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [
+        torch.randperm(num_samples, generator=generator, device="cpu")[:subset_size].tolist() for _ in range(trials)
+    ]
 
 
 def model_inputs(model: nn.Module, inputs: Inputs, targets: Tensor) -> Inputs:

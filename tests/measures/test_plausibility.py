@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import flatminima as fm
 from flatminima.errors import (
+    FlatminimaError,
     FlatminimaWarning,
     NotAMinimumWarning,
     NotLogitsWarning,
@@ -123,3 +124,19 @@ def test_a_network_of_constant_outputs_is_told_so() -> None:
     head_at_zero = mlp()
     head_at_zero[2].weight.data.zero_()
     assert fm.measure(head_at_zero, (X, Y), **{**OPTIONS, "subset_size": 4}).log_det_fisher.mean > -1e3
+
+
+class MonteCarlo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = nn.functional.dropout(self.net(x), 0.5, training=True)
+        return logits
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
+def test_a_network_that_is_random_in_eval_mode_is_refused() -> None:
+    with pytest.raises(FlatminimaError, match="the network is random in eval mode"):
+        fm.measure(MonteCarlo(), (X, Y), **OPTIONS)

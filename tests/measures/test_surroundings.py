@@ -94,3 +94,29 @@ def test_threads_that_want_the_same_model_take_turns() -> None:
     assert results[:2] == [expected, expected]
     assert [model.training, model.body[1].training, model.head.training] == [True, False, True]
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Counter(nn.Module):
+    """Counts its passes in a buffer, and replaces another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(1))
+        self.net = Network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.last = x.detach().mean(0)
+        logits: Tensor = self.net(x)
+        return logits
+
+
+@pytest.mark.parametrize("use", ["measure", "gram", "compare"])
+def test_buffers_that_forward_changes_are_what_they_were(use: str) -> None:
+    model = Counter()
+    before = dict(model.named_buffers())
+    USES[use](model, X, Y)
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == {n: id(b) for n, b in before.items()}
+    assert model.passes == 0
+    assert torch.equal(model.last, torch.zeros(1))

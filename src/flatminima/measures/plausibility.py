@@ -10,6 +10,7 @@ from flatminima.errors import (
     NotAMinimumWarning,
     NotLogitsWarning,
     UnshiftedLabelsWarning,
+    require,
     warn,
 )
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy, Loss, label_entropy, per_sample_form
@@ -21,6 +22,9 @@ MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
 
 SAMPLES_LOOKED_AT = 16
 """Of so many samples the outputs are looked at."""
+
+_REPEAT_TOLERANCE = 1e-3
+"""Of the largest output: some kernels add up in another order every time."""
 
 _SUM_TOLERANCE = 1e-3
 """How far probabilities, perhaps of low precision, may be from a sum of one."""
@@ -47,6 +51,20 @@ def constant_outputs(logits: Tensor) -> bool:
     """Whether a network returns the same for several samples, up to rounding."""
     spread = (logits - logits[:1]).abs().max()
     return len(logits) > 1 and bool(spread <= 1e-6 * logits.abs().max())
+
+
+def refuse_random(first: Tensor, second: Tensor) -> None:
+    """Compare what a network returned for the same samples in two passes.
+
+    Raises:
+        FlatminimaError: if it differs by more than rounding.
+    """
+    difference, size = (first - second).abs().max().item(), first.abs().max().item()
+    require(
+        not difference > _REPEAT_TOLERANCE * size,
+        f"the network is random in eval mode: its outputs for the same samples differ by {difference:.2g} (of at most "
+        f"{size:.2g}) between two passes; switch its sampling or dropout off",
+    )
 
 
 def _warn_unless_minimum(entropy: CrossEntropy | None, logits: Tensor, train: Evaluation) -> None:

@@ -15,7 +15,7 @@ from flatminima.gramian import Plan, plan_for, trainable_parts, unwrapped
 from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
-from flatminima.measures.plausibility import SAMPLES_LOOKED_AT, constant_outputs, warn_of_implausible
+from flatminima.measures.plausibility import SAMPLES_LOOKED_AT, constant_outputs, refuse_random, warn_of_implausible
 from flatminima.measures.robustness import why_no_robustness
 from flatminima.network import (
     Inputs,
@@ -99,6 +99,7 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
     train = processes.gather(lambda: evaluate(model, samples, options.loss, batch=batch, progress=options.progress))[0]
     several = min(SAMPLES_LOOKED_AT, plan.chunk, options.subset_size)
     logits = _logits(model, inputs, several)
+    refuse_random(logits, _logits(model, inputs, several))
     warn_of_implausible(options.loss, take(inputs, slice(several)), targets[:several], logits, train)
     if options.progress and len(plan.passes) > 1:
         Console(stderr=True).print(f"plan: {plan}", highlight=False)

@@ -240,7 +240,8 @@ def _from_loader(loader: DataLoader[Any]) -> Samples:
             "index from all of loader.dataset with the measure's own seed",
             ShuffledLoaderWarning,
         )
-    return _IndexedSamples(_read_as_tensors(dataset), loader.collate_fn)
+    own = loader.collate_fn is not default_collate  # one that pads may want what the data set itself gives
+    return _IndexedSamples(dataset if own else _read_as_tensors(dataset), loader.collate_fn)
 
 
 def _from_stream(loader: DataLoader[Any]) -> Samples:

@@ -156,7 +156,7 @@ def _tensors_for_arrays(value: Any) -> Any:
         return torch.tensor(value)
     if isinstance(value, Mapping):
         return {key: _tensors_for_arrays(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+    if type(value) in (tuple, list):
         return type(value)(_tensors_for_arrays(item) for item in value)
     return value
 

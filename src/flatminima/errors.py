@@ -45,6 +45,18 @@ class NotAMinimumWarning(FlatminimaWarning):
     """The training loss is too high to call this a minimum; the measures are defined at minima only."""
 
 
+class UnshiftedLabelsWarning(FlatminimaWarning):
+    """Labels per position equal the inputs, and the loss does not ask for the next token."""
+
+
+class NotLogitsWarning(FlatminimaWarning):
+    """Outputs look like probabilities, where the loss takes logits."""
+
+
+class UnlikeModelsWarning(FlatminimaWarning):
+    """Compared models have different numbers of parameters, between which γ̂ says little."""
+
+
 class UnequalLossWarning(FlatminimaWarning):
     """Compared models differ in training loss, which confounds γ̂."""
 

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatminima.errors import FlatminimaError, RankDeficientError
 from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
-from flatminima.network import Inputs, batch_size, call_model, map_tensors, sound_batchnorm, take
+from flatminima.network import Inputs, batch_size, call_model, map_tensors, sound_batchnorm, take, undisturbed
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -122,11 +122,11 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
         FlatminimaError: as for :func:`exact_fisher`.
         NonFiniteError: as for :func:`exact_fisher`.
     """
-    reference = _Reference.of(model, inputs, labels)
-    W, n = reference.num_parameters, len(reference.y)
-    hessian = torch.zeros(W, W, dtype=torch.float64)
     # Fused attention kernels have no second derivative.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with undisturbed(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        reference = _Reference.of(model, inputs, labels)
+        W, n = reference.num_parameters, len(reference.y)
+        hessian = torch.zeros(W, W, dtype=torch.float64, device="cpu")
         for start in range(0, n, _HESSIAN_CHUNK):
             chunk = slice(start, start + _HESSIAN_CHUNK)
             loss = F.cross_entropy(reference.logits(chunk), reference.y[chunk], reduction="sum") / n
@@ -195,15 +195,16 @@ def _fisher_factor(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
 
     The factor keeps the digits that the product AᵀA would square away.
     """
-    reference = _Reference.of(model, inputs, labels)
-    W, n = reference.num_parameters, len(reference.y)
-    factor = torch.zeros(0, W, dtype=torch.float64)
-    pending: list[Tensor] = []
-    for sample in range(n):
-        pending += _weighted_gradients(reference, sample)
-        if len(pending) >= W or sample + 1 == n:
-            factor = torch.linalg.qr(torch.cat([factor, torch.stack(pending)]), mode="r").R
-            pending = []
+    with undisturbed(model):
+        reference = _Reference.of(model, inputs, labels)
+        W, n = reference.num_parameters, len(reference.y)
+        factor = torch.zeros(0, W, dtype=torch.float64, device="cpu")
+        pending: list[Tensor] = []
+        for sample in range(n):
+            pending += _weighted_gradients(reference, sample)
+            if len(pending) >= W or sample + 1 == n:
+                factor = torch.linalg.qr(torch.cat([factor, torch.stack(pending)]), mode="r").R
+                pending = []
     return factor / math.sqrt(n)
 
 
@@ -244,7 +245,7 @@ def _distributions(labels: Labels, logits: Tensor) -> Tensor:
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     """There, and in float64 unless it holds integers."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().clone()  # also because autograd keeps none that was made in inference mode
     return tensor.double() if tensor.is_floating_point() else tensor
 
 

@@ -69,6 +69,7 @@ OTHER_OUTPUTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
 @pytest.mark.parametrize("kind", OTHER_OUTPUTS)
 def test_outputs_that_are_no_class_logits_have_no_robustness_and_the_result_says_why(kind: str) -> None:
     model, x, y, loss = OTHER_OUTPUTS[kind]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning
 from flatminima.network.samples import draw_subsets, samples_of
@@ -100,3 +103,114 @@ def test_subsets_are_distinct_indices_and_do_not_depend_on_the_number_of_trials(
     assert len(subsets) == trials
     assert all(len(set(subset)) == size and set(subset) <= set(range(n)) for subset in subsets)
     assert draw_subsets(n, size, trials + 1, seed)[:trials] == subsets
+
+
+class Bucketing(BatchSampler):
+    """Batches of neighbours in another order than the data set's."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[::-1])
+
+
+def padded(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    inputs, targets = zip(*items, strict=True)
+    return torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True), torch.stack(targets)
+
+
+class Ragged(Dataset):
+    """Sample i has i % 4 + 1 tokens, all of them i."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return torch.full((i % 4 + 1,), i), torch.tensor(i)
+
+
+OTHER_FORMS: dict[str, Any] = {
+    "arrays": (X.numpy(), Y.numpy()),
+    "an array that cannot be written to": (numpy.broadcast_to(X.numpy(), X.shape), Y.numpy()),
+    "labels in a list": (X, Y.tolist()),
+    "a list of pairs": [(x, int(y)) for x, y in zip(X, Y, strict=True)],
+    "a list of arrays and labels": list(zip(X.numpy(), Y.tolist(), strict=True)),
+    "batch sampler": DataLoader(TensorDataset(X, Y), batch_sampler=BatchSampler(SequentialSampler(X), 7, False)),
+    "arrays from a collate_fn": DataLoader(
+        TensorDataset(X, Y),
+        batch_size=7,
+        collate_fn=lambda items: tuple(numpy.stack([i[k].numpy() for i in items]) for k in (0, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_other_forms_give_the_same_samples(form: str) -> None:
+    inputs, targets = samples_of(OTHER_FORMS[form]).fetch([3, 29, 0])
+    assert torch.equal(inputs, X[[3, 29, 0]])
+    assert targets.tolist() == [3, 29, 0]
+
+
+def test_arrays_in_mappings_become_tensors() -> None:
+    inputs, targets = samples_of(({"a": X.numpy(), "b": (X.numpy(), Y)}, Y)).fetch([5, 2])
+    assert torch.equal(inputs["a"], X[[5, 2]])
+    assert torch.equal(inputs["b"][0], X[[5, 2]])
+    assert targets.tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("name", ["labels", "label", "label_ids"])
+def test_labels_go_by_the_names_that_hugging_faces_collators_know(name: str) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    data = datasets.Dataset.from_dict({"x": X.tolist(), name: Y.tolist()})
+    inputs, targets = samples_of(data).fetch([5, 2])
+    assert torch.equal(inputs["x"], X[[5, 2]])
+    assert targets.tolist() == [5, 2]
+    assert data.format["type"] is None
+
+
+def test_a_bucketing_loader_is_indexed_with_a_warning_and_pads_every_subset() -> None:
+    loader = DataLoader(Ragged(), batch_sampler=Bucketing(SequentialSampler(Ragged()), 4, False), collate_fn=padded)
+    with pytest.warns(ShuffledLoaderWarning, match="Bucketing"):
+        samples = samples_of(loader)
+    inputs, targets = samples.fetch([2, 0])
+    assert inputs.tolist() == [[2, 2, 2], [0, 0, 0]]
+    assert targets.tolist() == [2, 0]
+
+
+def test_missing_values_are_the_same_in_two_passes() -> None:
+    x = X.clone()
+    x[3, 0] = torch.nan
+    assert samples_of((x, Y)).fetch([3])[0].isnan().any()
+
+
+class PaddedStream(IterableDataset):
+    def __iter__(self):
+        return iter([padded([Ragged()[i] for i in range(k, k + 2)]) for k in range(0, 6, 2)])
+
+
+class Pictures(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        return Image.new("RGB", (4, 4)), i
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataLoader(PaddedStream(), batch_size=None), "pad all to one length"),
+        (Ragged(), "cannot be made a batch: .* with a collate_fn that pads"),
+        (Pictures(), "cannot be made a batch: .*give the data set a transform to tensors"),
+        ((torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged), Y[:2]), "nested tensors"),
+        ((numpy.array(["a", "b"]), Y[:2]), "holds no numbers"),
+        ((X, Y, Y), "data of type tuple is not understood"),
+        ("data.pt", "data of type str is not understood"),
+        ({"x": X, "labels": Y}, "data of type dict is not understood"),
+    ],
+    ids=["padded stream", "ragged", "pictures", "nested", "strings", "three", "path", "bare mapping"],
+)
+def test_data_that_cannot_be_indexed_are_refused_in_one_line(data: Any, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message) as raised:
+        samples_of(data)
+    assert "\n" not in str(raised.value)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import GenericPathWarning, WrongGradientError, warn
+from flatminima.errors import GenericPathWarning, WrongGradientError, require, warn
 from flatminima.gramian.accumulator import Accumulator, ChunkedRows, slice_length
 from flatminima.gramian.autograd import (
     Batch,
@@ -48,10 +48,12 @@ from flatminima.network import (
     frozen,
     in_float64,
     map_tensors,
+    model_inputs,
     sound_batchnorm,
     take,
     tensors_of,
     true_precision,
+    undisturbed,
 )
 from flatminima.parallel import Processes, reshard, shared
 from flatminima.torch_compat import uncompiled
@@ -133,8 +135,8 @@ def factored_gram(
         checks: what is known from earlier ξ of this model; what was checked before is not checked again.
     """
     model = unwrapped(model)
-    with shared(model) as processes:
-        inputs = map_tensors(torch.Tensor.detach, inputs)
+    with undisturbed(model), shared(model) as processes:
+        inputs = model_inputs(model, map_tensors(torch.Tensor.detach, inputs), targets)
         n = batch_size((inputs, targets))
         plan = plan or plan_for(model, inputs)
         processes.require_same("samples", lambda: _sums((inputs, targets)))
@@ -174,7 +176,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     """
     model = unwrapped(model)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
-    with shared(model) as processes, evaluating(model):
+    with undisturbed(model), shared(model) as processes, evaluating(model):
         parts = trainable_parts(model, processes)
         budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
@@ -332,6 +334,10 @@ def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
+    require(
+        isinstance(model, nn.Module),
+        f"a model is a torch.nn.Module, got {type(model).__name__}: build the network and load its weights first",
+    )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
     inner = uncompiled(model)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.gramian.planning import (
@@ -124,6 +125,15 @@ def trainable_parts(model: nn.Module, processes: Processes) -> dict[str, Part]:
 
 def _refuse_non_finite_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise FlatminimaError(
+                f"parameter {name!r} has no shape yet (a lazy module): run the model on one batch first"
+            )
+        if parameter.is_inference():
+            raise FlatminimaError(
+                f"parameter {name!r} was made in inference mode, where gradients are lost for good: build or load the "
+                "model outside torch.inference_mode()"
+            )
         if not shard_of(parameter).isfinite().all():
             raise NonFiniteError(
                 f"NaN or infinity in parameter {name!r}: the checkpoint is broken or training diverged; load another"
@@ -135,6 +145,11 @@ def common_dtype(parts: Mapping[str, Part]) -> torch.dtype:
     dtypes = {part.parameter.dtype for part in parts.values()}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        if any(dtype.is_complex for dtype in dtypes):
+            raise FlatminimaError(
+                f"parameters are {names}, and gradients of complex ones have no rows here: hold real and imaginary "
+                "parts as real parameters (torch.view_as_complex in forward), or freeze them"
+            )
         raise FlatminimaError(
             f"parameters are {names}: measure in one of float32 and float64 (copy.deepcopy(model).float())"
         )

@@ -64,6 +64,7 @@ def gradient_of(
     for rows in _chunks(logits):
         z = in_float64(logits[rows])
         y = targets[rows].to(z.device)
+        y = y.clone() if y.is_inference() else y  # autograd keeps none that was made in inference mode
         if logit_normalization is not None:
             part = _at_normalized_logits(form, z, y, logit_normalization)
         else:
@@ -150,16 +151,21 @@ def _at_normalized_logits(
     return LogitGradient(inner.loss, direction, inner.log_norm + norm.log() - (kappa * size).log())
 
 
-def refuse_non_finite(what: str, values: Tensor) -> None:
-    """Raise :class:`NonFiniteError` naming the samples (first dimension) that hold NaN or infinity."""
+def refuse_non_finite(what: str, values: Tensor, *, first: int = 0, why: str = "") -> None:
+    """Raise :class:`NonFiniteError` naming the samples that hold NaN or infinity.
+
+    Args:
+        what: is not finite.
+        values: a row per sample.
+        first: the number of the first sample.
+        why: what is known of the reason, put behind the message.
+    """
     if values.isfinite().all():
         return
-    bad = (
-        (~values.isfinite().flatten(1).all(1) if values.dim() > 1 else ~values.isfinite()).nonzero().flatten().tolist()
-    )
+    bad = [first + i for i in (~values.isfinite().reshape(len(values), -1).all(1)).nonzero().flatten().tolist()]
     raise NonFiniteError(
         f"NaN or infinite {what} for {len(bad)} of {len(values)} samples (first: {bad[:5]}): "
-        "check these samples and the weights"
+        f"check these samples and the weights{why}"
     )
 
 

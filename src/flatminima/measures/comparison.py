@@ -13,7 +13,16 @@ from typing import Any, Literal
 from rich.table import Table
 from torch import nn
 
-from flatminima.errors import FlatminimaError, UnequalLossWarning, naming, naming_errors, warn
+from flatminima.errors import (
+    FlatminimaError,
+    UnequalLossWarning,
+    UnlikeModelsWarning,
+    did_you_mean,
+    naming,
+    naming_errors,
+    require,
+    warn,
+)
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
@@ -58,7 +67,15 @@ class Comparison:
         return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
 
     def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
-        """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out."""
+        """Every model's rank by the measure's mean, 1 = smallest = best; models without the measure left out.
+
+        Raises:
+            FlatminimaError: for a name that is no measure's.
+        """
+        require(
+            measure in MEASURES,
+            f"no measure {measure!r}{did_you_mean(measure, MEASURES)}: choose from {', '.join(MEASURES)}",
+        )
         means = {
             name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
         }
@@ -117,6 +134,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
 
     Warns:
         UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
+        UnlikeModelsWarning: if they differ in their number of trainable parameters.
 
     Example:
         >>> import torch, flatminima
@@ -129,6 +147,9 @@ def compare(  # noqa: D417 (the options are explained in one place)
         >>> comparison.ranks()
         {'large': 1, 'small': 2}
     """
+    require(
+        isinstance(models, Mapping), f"compare needs models by name, {{'a': model, ...}}, got {type(models).__name__}"
+    )
     if len(models) < 2:
         raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
     options = MeasureOptions(
@@ -184,11 +205,20 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
 
     Warns:
         UnequalLossWarning: as for :func:`compare`.
+        UnlikeModelsWarning: as for :func:`compare`.
     """
     if len({_drawn(c) for c in characterizations.values()}) > 1:
         raise FlatminimaError(
             "the minima were measured on different subsets or with different settings: measure all with the same data, "
             "subset_size, seed, loss, fisher, batchnorm, logit_normalization and scale_invariant"
+        )
+    sizes = {name: c.num_parameters for name, c in characterizations.items()}
+    if len(set(sizes.values())) > 1:
+        small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+        warn(
+            f"the models differ in kind ({small!r} has {sizes[small]:,} trainable parameters, {large!r} "
+            f"{sizes[large]:,}): γ̂ orders minima of one architecture, and between several it follows their scale",
+            UnlikeModelsWarning,
         )
     losses = {name: c.train_loss for name, c in characterizations.items()}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)

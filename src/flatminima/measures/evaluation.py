@@ -9,8 +9,18 @@ import torch
 from torch import nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.losses import Loss, is_single_label, per_sample_loss
-from flatminima.network import Samples, call_model, device_of, evaluating, take, to_device, true_precision
+from flatminima.losses import Loss, is_single_label, per_sample_loss, refuse_non_finite
+from flatminima.network import (
+    Inputs,
+    Samples,
+    call_model,
+    device_of,
+    evaluating,
+    take,
+    tensors_of,
+    to_device,
+    true_precision,
+)
 from flatminima.parallel import shared
 from flatminima.progress import track
 
@@ -63,7 +73,7 @@ def evaluate(
         NonFiniteError: if a logit or a loss is NaN or infinite.
         FlatminimaError: for targets or a loss of the wrong kind.
     """
-    losses = torch.empty(len(samples), dtype=torch.float64)
+    losses = torch.empty(len(samples), dtype=torch.float64, device="cpu")
     correct, classified = 0, False
     device = device_of(model)
     with shared(model) as processes, evaluating(model), torch.no_grad(), true_precision():
@@ -71,9 +81,15 @@ def evaluate(
             indices = range(start, min(start + batch, len(samples)))
             inputs, targets = to_device(processes.attempt(partial(samples.fetch, indices)), device)
             logits = call_model(model, take(inputs, slice(None)))
+            refuse_non_finite("logits", logits, first=start, why=_why_not_finite(inputs))
             losses[indices.start : indices.stop] = per_sample_loss(loss, logits, targets)
             classified = is_single_label(loss, logits)
             if classified:
                 correct += int((logits.argmax(1) == targets).sum())
     mean = losses.sum().item() / len(samples)  # summed at the end: the same for batches of any size
     return Evaluation(mean, correct if classified else None, len(samples))
+
+
+def _why_not_finite(inputs: Inputs) -> str:
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors_of(inputs))
+    return "" if finite else "; the inputs themselves hold NaN or infinity (missing values?)"

@@ -57,6 +57,8 @@ def measure(  # noqa: D417 (the options are explained in one place)
 
     Warns:
         NotAMinimumWarning: if the training loss is too high.
+        NotLogitsWarning: if the outputs look like probabilities.
+        UnshiftedLabelsWarning: if a language model is asked for the tokens that it is given.
         GenericPathWarning: if some parameters have no layer rule.
 
     Example:

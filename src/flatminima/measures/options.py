@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from flatminima.errors import require
-from flatminima.losses import Loss
+from flatminima.losses import Loss, per_sample_form
 from flatminima.measures.fisher import Fisher
 from flatminima.measures.results import Estimate
 
@@ -88,6 +88,10 @@ class MeasureOptions(PlainOptions):
     progress: bool = True
 
     def __post_init__(self) -> None:
+        per_sample_form(self.loss)
+        for name in ("subset_size", "trials", "seed"):
+            value = getattr(self, name)
+            require(hasattr(value, "__index__"), f"{name} must be an integer, got {value!r}")
         require(
             self.batchnorm == "eval" or isinstance(self.batchnorm, int),
             f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "

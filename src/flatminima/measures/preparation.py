@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from flatminima.errors import NotAMinimumWarning, require, warn
+from flatminima.errors import require
 from flatminima.gramian import Checks, Plan, plan_for, trainable_parts, unwrapped
 from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
+from flatminima.measures.plausibility import SAMPLES_LOOKED_AT, constant_outputs, refuse_random, warn_of_implausible
 from flatminima.measures.robustness import why_no_robustness
 from flatminima.network import (
     Inputs,
@@ -23,14 +24,14 @@ from flatminima.network import (
     device_of,
     draw_subsets,
     evaluating,
+    explained_errors,
+    model_inputs,
     take,
     to_device,
     true_precision,
+    undisturbed,
 )
 from flatminima.parallel import Processes, processes_of, shared
-
-MINIMUM_LOSS, MINIMUM_ACCURACY = 0.1, 0.99
-"""A cross entropy (nats) above the first with an accuracy below the second is not called a minimum."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class PreparedModel:
         train: loss and accuracy over all of its training data.
         plan: how ξ is formed within the memory budget.
         no_robustness: why the robustness is not defined for it, if it is not.
+        constant_outputs: whether it returns the same for several samples.
         checks: what the trials have found out about its rows of J; the one thing here that grows.
     """
 
@@ -61,6 +63,7 @@ class PreparedModel:
     train: Evaluation
     plan: Plan
     no_robustness: str | None
+    constant_outputs: bool
     checks: Checks
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
@@ -86,21 +89,52 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
         "leave distributed=True out",
     )
     processes.require_same("numbers of samples", lambda: len(samples))
+    samples = SamplesOfModel(unwrapped(model), samples)
     num_parameters = sum(part.parameter.numel() for part in trainable_parts(unwrapped(model), processes).values())
     subsets = draw_subsets(len(samples), options.subset_size, options.trials, options.seed)
     inputs, targets = _fetched(model, samples, subsets[0], processes)
+    no_robustness = why_no_robustness(inputs, targets, _logits(model, inputs, 1))
     rows = FisherRows.of(options.fisher, options.loss, model, inputs)
     _refuse_more_rows_than_parameters(rows, num_parameters, options)
     plan = plan_for(model, rows.of_batch(inputs, targets)[0], memory_budget=options.memory_budget)
     batch = min(EVALUATION_BATCH, plan.affordable_samples)
     train = processes.gather(lambda: evaluate(model, samples, options.loss, batch=batch, progress=options.progress))[0]
-    _warn_unless_minimum(train)
-    no_robustness = why_no_robustness(inputs, targets, _logits_of_one(model, inputs))
+    several = min(SAMPLES_LOOKED_AT, plan.chunk, options.subset_size)
+    logits = _logits(model, inputs, several)
+    refuse_random(logits, _logits(model, inputs, several))
+    warn_of_implausible(options.loss, take(inputs, slice(several)), targets[:several], logits, train)
     if options.progress and len(plan.passes) > 1:
         Console(stderr=True).print(f"plan: {plan}", highlight=False)
     return PreparedModel(
-        model, samples, options, processes, num_parameters, subsets, rows, train, plan, no_robustness, Checks()
+        model,
+        samples,
+        options,
+        processes,
+        num_parameters,
+        subsets,
+        rows,
+        train,
+        plan,
+        no_robustness,
+        constant_outputs(logits),
+        Checks(),
     )
+
+
+@dataclass(frozen=True)
+class SamplesOfModel:
+    """Samples with all that one model needs of them (:func:`~flatminima.network.model_inputs`)."""
+
+    model: nn.Module
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
+        """As of the samples."""
+        inputs, targets = self.samples.fetch(indices)
+        return model_inputs(self.model, inputs, targets), targets
 
 
 @contextmanager
@@ -109,8 +143,10 @@ def processes_together(models: Iterable[nn.Module], options: MeasureOptions) -> 
     with ExitStack() as stack:
         if options.distributed:
             stack.enter_context(Processes.all().together())
-        for model in models:
-            stack.enter_context(shared(unwrapped(model)))
+        inner = [unwrapped(model) for model in models]
+        stack.enter_context(undisturbed(*inner))
+        for model in inner:
+            stack.enter_context(shared(model))
         yield
 
 
@@ -118,9 +154,10 @@ def _fetched(model: nn.Module, samples: Samples, indices: list[int], processes: 
     return to_device(processes.attempt(lambda: samples.fetch(indices)), device_of(model))
 
 
-def _logits_of_one(model: nn.Module, inputs: Inputs) -> Tensor:
-    with evaluating(model), torch.no_grad(), true_precision():
-        return call_model(model, take(inputs, slice(0, 1)))
+def _logits(model: nn.Module, inputs: Inputs, samples: int) -> Tensor:
+    """Those of the first samples."""
+    with evaluating(model), torch.no_grad(), true_precision(), explained_errors(model, inputs):
+        return call_model(model, take(inputs, slice(samples)))
 
 
 def _refuse_more_rows_than_parameters(rows: FisherRows, num_parameters: int, options: MeasureOptions) -> None:
@@ -131,12 +168,3 @@ def _refuse_more_rows_than_parameters(rows: FisherRows, num_parameters: int, opt
         f"subset_size={size}{times} exceeds the model's {num_parameters} trainable parameters, "
         f"so every ξ is singular: lower subset_size to at most {num_parameters // per_sample}",
     )
-
-
-def _warn_unless_minimum(train: Evaluation) -> None:
-    if train.correct is not None and train.loss > MINIMUM_LOSS and train.accuracy < MINIMUM_ACCURACY:
-        warn(
-            f"training loss {train.loss:.3g} and accuracy {train.accuracy:.1%} are too far from a minimum for the "
-            "measures to mean what they say: train on, or read them with care",
-            NotAMinimumWarning,
-        )

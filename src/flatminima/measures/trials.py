@@ -155,6 +155,11 @@ def _log_det(prepared: PreparedModel, number: int, factored: FactoredGram) -> fl
     except RankDeficientError as error:
         if prepared.options.on_singular == "skip":
             return math.nan
+        if prepared.constant_outputs:
+            raise RankDeficientError(
+                f"trial {number}: the network returns the same outputs for different samples, so that their gradients "
+                "are linearly dependent: look for dead units, a broken checkpoint, or inputs of the wrong scale"
+            ) from None
         raise RankDeficientError(
             f"trial {number}: {error}; or pass on_singular='skip' to leave such trials out"
         ) from None

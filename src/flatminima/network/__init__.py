@@ -22,7 +22,8 @@ from flatminima.network.modes import (
     without_autocast,
 )
 from flatminima.network.precision import back_like, float32_products, float64_device, in_float64, true_precision
-from flatminima.network.samples import Data, Samples, draw_subsets, samples_of
+from flatminima.network.samples import Data, Samples, draw_subsets, explained_errors, model_inputs, samples_of
+from flatminima.network.surroundings import undisturbed
 
 __all__ = [
     "BatchStatistics",
@@ -38,11 +39,13 @@ __all__ = [
     "device_of",
     "draw_subsets",
     "evaluating",
+    "explained_errors",
     "float32_products",
     "float64_device",
     "frozen",
     "in_float64",
     "map_tensors",
+    "model_inputs",
     "moved",
     "replaced_forward",
     "restored_generators",
@@ -53,5 +56,6 @@ __all__ = [
     "tensors_of",
     "to_device",
     "true_precision",
+    "undisturbed",
     "without_autocast",
 ]

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, default_collate
 
-from flatminima.errors import FlatminimaError, ShuffledLoaderWarning, warn
+from flatminima.errors import FlatminimaError, ShuffledLoaderWarning, first_line, require, warn
 from flatminima.network.batches import Inputs, batch_size, map_tensors, take, tensors_of
 
 Data = Any
-"""A map-style ``Dataset`` of (inputs, target) pairs, a ``DataLoader``, or a tuple of tensors ``(inputs, targets)``."""
+"""A map-style data set (PyTorch's, Hugging Face's, a list) of (inputs, target) pairs or mappings with labels, a
+``DataLoader``, or a tuple ``(inputs, targets)`` of tensors or arrays."""
+
+LABELS = ("labels", "label", "label_ids")
+"""How mappings call their targets, as Hugging Face's collators know them."""
 
 REPEATS_CHECKED = 16
 """How many samples are read twice, to see that the data do not change between passes."""
@@ -34,7 +40,7 @@ def samples_of(data: Data) -> Samples:
     """Samples by index, whatever form the data come in.
 
     A DataLoader's own order is ignored (with a :class:`ShuffledLoaderWarning` if it has one): its data set is indexed.
-    A loader that cannot be indexed is read into memory.
+    A loader that cannot be indexed is read into memory. Hugging Face's data sets are read as tensors.
 
     Raises:
         FlatminimaError: if the data change between two passes (augmentation, a shuffling stream), are empty, or have
@@ -44,10 +50,10 @@ def samples_of(data: Data) -> Samples:
         samples = data
     elif isinstance(data, DataLoader):
         samples = _from_loader(data)
-    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        samples = _IndexedSamples(data, default_collate)
-    elif isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
-        samples = _TensorSamples(*data)
+    elif isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(_tensors_for_arrays(data[1]), Tensor):
+        samples = _TensorSamples(*map(_tensors_for_arrays, data))
+    elif _is_map_style(data):
+        samples = _IndexedSamples(_read_as_tensors(data), default_collate)
     else:
         raise FlatminimaError(
             f"data of type {type(data).__name__} is not understood: pass a map-style Dataset, a DataLoader, "
@@ -74,12 +80,97 @@ def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> 
             f"the data set has {num_samples} samples, fewer than subset_size={subset_size}: "
             "lower subset_size or pass more data"
         )
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randperm(num_samples, generator=generator)[:subset_size].tolist() for _ in range(trials)]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [
+        torch.randperm(num_samples, generator=generator, device="cpu")[:subset_size].tolist() for _ in range(trials)
+    ]
+
+
+def model_inputs(model: nn.Module, inputs: Inputs, targets: Tensor) -> Inputs:
+    """The inputs that a model needs beside what the data give: those of a decoder, which it makes of the labels.
+
+    Raises:
+        FlatminimaError: if an encoder–decoder model's inputs are no mapping, or for nested tensors.
+    """
+    _refuse_nested((inputs, targets))
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None or targets.dim() < 2:
+        return inputs
+    require(
+        isinstance(inputs, Mapping),
+        f"{type(model).__name__} has a decoder, whose inputs come from the labels: pass the inputs as a mapping, "
+        "{'input_ids': ..., 'attention_mask': ...}",
+    )
+    if {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        return inputs
+    return {**inputs, "decoder_input_ids": shift(targets)}
+
+
+@contextmanager
+def explained_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Turn what a model raises for inputs that it does not take into one line that says what it was given."""
+    try:
+        yield
+    except (FlatminimaError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        given = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_of(inputs)[:8])
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        floats = {t.dtype for t in tensors_of(inputs) if t.is_floating_point()}
+        if floats - {dtype}:
+            remedy = f"convert the inputs to the parameters' type, {dtype}"
+        elif any(t.dtype == torch.uint8 for t in tensors_of(inputs)):
+            remedy = "convert bytes as in training (to floating point, scaled, normalized; tokens to int64)"
+        else:
+            remedy = "pass the data as the model takes them"
+        raise FlatminimaError(
+            f"{type(model).__name__} cannot be run on these inputs ({given}): {type(error).__name__}: "
+            f"{first_line(error)}; {remedy}"
+        ) from error
+
+
+def _is_map_style(data: Any) -> bool:
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset)
+    items = isinstance(data, list) and bool(data) and isinstance(data[0], (tuple, list, Mapping))
+    return items or (hasattr(data, "__getitem__") and hasattr(data, "column_names"))
+
+
+def _read_as_tensors(data: Any) -> Any:
+    """A data set of Hugging Face's, which gives lists otherwise, so that it gives tensors; any other as it is."""
+    if hasattr(data, "with_format") and getattr(data, "format", {}).get("type") is None:
+        return data.with_format("torch")
+    return data
+
+
+def _tensors_for_arrays(value: Any) -> Any:
+    """Numpy's arrays, and lists of numbers, as tensors; without an import, as there is no array where numpy is not."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        require(
+            value.dtype.kind in "biufc",
+            f"an array of type {value.dtype} holds no numbers: convert it, or pad its rows to one length",
+        )
+        return torch.from_numpy(value if value.flags.writeable else value.copy())
+    if isinstance(value, list) and value and all(isinstance(item, (int, float)) for item in value):
+        return torch.tensor(value)
+    if isinstance(value, Mapping):
+        return {key: _tensors_for_arrays(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_tensors_for_arrays(item) for item in value)
+    return value
+
+
+def _refuse_nested(batch: Any) -> None:
+    require(
+        not any(tensor.is_nested for tensor in tensors_of(batch)),
+        "nested tensors cannot be indexed by sample here: pad them to one length, and give the model a mask",
+    )
 
 
 class _TensorSamples:
     def __init__(self, inputs: Inputs, targets: Tensor) -> None:
+        _refuse_nested((inputs, targets))
         batch_size((inputs, targets))
         self.inputs, self.targets = inputs, targets
 
@@ -92,7 +183,7 @@ class _TensorSamples:
 
 
 class _IndexedSamples:
-    def __init__(self, dataset: Dataset[Any], collate: Any) -> None:
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         if not hasattr(dataset, "__len__"):
             raise FlatminimaError(f"{type(dataset).__name__} has no length: pass a map-style Dataset or tensors")
         self.dataset, self.collate = dataset, collate
@@ -105,19 +196,33 @@ class _IndexedSamples:
             items = self.dataset.__getitems__(list(indices))
         else:
             items = [self.dataset[i] for i in indices]
-        return split_batch(self.collate(items))
+        return split_batch(self._collated(items))
+
+    def _collated(self, items: list[Any]) -> Any:
+        try:
+            return self.collate(items)
+        except (TypeError, RuntimeError, ValueError) as error:
+            own = self.collate is default_collate
+            remedy = "give the data set a transform to tensors of one shape" if own else "look at its collate_fn"
+            raise FlatminimaError(
+                f"the data set's samples cannot be made a batch: {first_line(error)}; {remedy}, or pass a DataLoader "
+                "with a collate_fn that pads them"
+            ) from error
 
 
 def split_batch(batch: Any) -> tuple[Inputs, Tensor]:
-    """A collated batch as (inputs, targets): a pair, or a mapping with ``labels`` (Hugging Face).
+    """A collated batch as (inputs, targets): a pair, or a mapping with its labels under one of :data:`LABELS`.
 
     Raises:
         FlatminimaError: if it is neither.
     """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return batch[0], batch[1]
-    if hasattr(batch, "keys") and "labels" in batch:
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, targets = _tensors_for_arrays(batch[0]), _tensors_for_arrays(batch[1])
+        if isinstance(targets, Tensor):
+            return inputs, targets
+    name = next((name for name in LABELS if name in batch), None) if isinstance(batch, Mapping) else None
+    if name is not None and isinstance(targets := _tensors_for_arrays(batch[name]), Tensor):
+        return {key: _tensors_for_arrays(value) for key, value in batch.items() if key != name}, targets
     raise FlatminimaError(
         f"a batch of type {type(batch).__name__} is not understood: "
         "samples must be (inputs, target) pairs, or mappings with 'labels'"
@@ -126,15 +231,17 @@ def split_batch(batch: Any) -> tuple[Inputs, Tensor]:
 
 def _from_loader(loader: DataLoader[Any]) -> Samples:
     dataset = loader.dataset
-    if isinstance(dataset, IterableDataset) or loader.batch_size is None:
+    if isinstance(dataset, IterableDataset) or loader.batch_sampler is None:
         return _from_stream(loader)
-    if not isinstance(loader.sampler, SequentialSampler):
+    order = loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
+    if not isinstance(order, SequentialSampler):
         warn(
-            f"the DataLoader's order comes from a {type(loader.sampler).__name__}: it is ignored, subsets are drawn by "
+            f"the DataLoader's order comes from a {type(order).__name__}: it is ignored, subsets are drawn by "
             "index from all of loader.dataset with the measure's own seed",
             ShuffledLoaderWarning,
         )
-    return _IndexedSamples(dataset, loader.collate_fn)
+    own = loader.collate_fn is not default_collate  # one that pads may want what the data set itself gives
+    return _IndexedSamples(dataset if own else _read_as_tensors(dataset), loader.collate_fn)
 
 
 def _from_stream(loader: DataLoader[Any]) -> Samples:
@@ -144,8 +251,7 @@ def _from_stream(loader: DataLoader[Any]) -> Samples:
         raise FlatminimaError("the data set is empty: pass the training set")
     if not _same(first, parts[0]):
         raise FlatminimaError(_CHANGING.format("the DataLoader's first batch"))
-    inputs = _concatenate([inputs for inputs, _ in parts])
-    return _TensorSamples(inputs, torch.cat([targets for _, targets in parts]))
+    return _TensorSamples(*_concatenate(parts))
 
 
 _CHANGING = (
@@ -155,7 +261,12 @@ _CHANGING = (
 
 
 def _concatenate(parts: list[Inputs]) -> Inputs:
-    columns = zip(*(tensors_of(part) for part in parts), strict=True)
+    columns = [*zip(*(tensors_of(part) for part in parts), strict=True)]
+    require(
+        all(len({tensor.shape[1:] for tensor in column}) == 1 for column in columns),
+        "the stream's batches have different shapes (padded each to its own length?): pad all to one length, or pass "
+        "a map-style data set in a DataLoader with a collate_fn that pads",
+    )
     joined = iter([torch.cat(column) for column in columns])
     return map_tensors(lambda _: next(joined), parts[0])
 
@@ -168,4 +279,4 @@ def _refuse_changing(samples: Samples) -> None:
 
 def _same(first: Any, second: Any) -> bool:
     pairs = zip(tensors_of(first), tensors_of(second), strict=False)
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    return all(a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)  # NaN is same

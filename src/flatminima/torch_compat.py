@@ -27,6 +27,9 @@ BatchNorm = batchnorm._BatchNorm
 CustomFunctionNode = function.BackwardCFunction
 """What a custom ``autograd.Function`` leaves in the autograd graph."""
 
+TensorWeakRef: Any = weak.TensorWeakRef
+"""A reference that does not keep a tensor alive and, unlike ``weakref``, survives that of Python's object for it."""
+
 WeakIdKeyDictionary = weak.WeakIdKeyDictionary
 """A dictionary with tensors as keys, told apart by identity and not kept alive."""
 
@@ -61,6 +64,14 @@ def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     """``inputs weightᵀ`` by oneDNN, where ``torch.nn.functional.linear`` would call BLAS."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
     return product
+
+
+# The autograd graph.
+
+
+def gradient_types(node: Any) -> set[torch.dtype]:
+    """The types of the gradients that a node of the autograd graph takes: those of its outputs in the forward pass."""
+    return {metadata.dtype for metadata in getattr(node, "_input_metadata", ())}
 
 
 # Modules.

@@ -190,7 +190,7 @@ def _mapping_like(mapping: Any, items: dict[Any, Any]) -> Any:
             return type(mapping)(items)
         except TypeError:
             return items
-    clone = copy.copy(mapping)
+    clone: Any = copy.copy(mapping)
     own = getattr(clone, "__dict__", {})
     if getattr(mapping, "__dict__", None) is mapping:  # the idiom for items that are attributes as well
         clone.__dict__ = clone

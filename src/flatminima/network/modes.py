@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -90,11 +92,20 @@ class Buffers:
                 held.update(own)
 
 
-def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None]:
-    """A context that puts torch's random generators (CPU and the model's devices) back on exit."""
+@contextmanager
+def restored_generators(parameters: list[Tensor]) -> Iterator[None]:
+    """Put the global random generators back on exit: torch's (CPU and the model's devices), Python's and numpy's."""
     accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
     device_type = next(iter(accelerators)).type if accelerators else "cuda"
-    return torch.random.fork_rng(accelerators, device_type=device_type)
+    numpy = sys.modules.get("numpy")  # where it is not imported, nothing has drawn from it
+    pythons, numpys = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(accelerators, device_type=device_type):
+            yield
+    finally:
+        random.setstate(pythons)
+        if numpy:
+            numpy.random.set_state(numpys)
 
 
 @contextmanager

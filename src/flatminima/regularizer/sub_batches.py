@@ -16,8 +16,17 @@ from flatminima.errors import FlatminimaError, require
 from flatminima.network import Buffers, batch_size, moved
 from flatminima.torch_compat import needs_more_than_one_sample
 
+NOT_DIFFERENTIABLE = "the loss does not depend on a trainable parameter: is gradient recording switched off?"
+
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""
+
+Samples = Callable[[], Any]
+"""Gives a sub-batch in tensors and containers of its own: models and losses may write to what they are given."""
+
+
+class SingleSampleError(FlatminimaError):
+    """BatchNorm has refused a sub-batch of one sample."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class SubBatches(ABC):
 
     Attributes:
         closure: the network's loss.
-        batch: the samples.
+        samples: gives the samples, anew for every pass.
         weights: the network's trainable parameters.
         buffers: its buffers.
         count: how many sub-batches there are.
@@ -77,7 +86,7 @@ class SubBatches(ABC):
     """
 
     closure: Closure
-    batch: Any
+    samples: Samples
     weights: Weights
     buffers: Buffers
     count: int = field(init=False)
@@ -93,6 +102,8 @@ class SubBatches(ABC):
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         """g_i of every sub-batch in the form of :attr:`parameters`; None for a parameter that the loss does not use."""
+        if not loss.requires_grad:  # a constant
+            return (None,) * len(self.parameters)
         # A function marked once_differentiable shows that it is one where the gradient that comes to it has a history.
         seed = torch.ones_like(loss, requires_grad=create_graph)
         return torch.autograd.grad(loss, self.parameters, seed, create_graph=create_graph, allow_unused=True)
@@ -123,9 +134,8 @@ class OneSubBatch(SubBatches):
 
     def loss(self) -> Tensor:
         """L(B_i, ·) with the model's own weights."""
-        loss = sub_batch_loss(self.closure, self.batch)
-        require_differentiable(loss)
-        return loss
+        require(torch.is_grad_enabled(), NOT_DIFFERENTIABLE)
+        return sub_batch_loss(self.closure, self.samples())
 
     def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
         """Move the model's own weights, and back to the same bits."""
@@ -170,7 +180,7 @@ def sub_batch_loss(closure: Closure, batch: Any) -> Tensor:
     except ValueError as error:
         if not needs_more_than_one_sample(error):
             raise
-        raise FlatminimaError(
+        raise SingleSampleError(
             f"BatchNorm has no statistics on a sub-batch of {batch_size(batch)} sample(s): "
             "lower num_sub_batches, or drop the last, short batch"
         ) from error
@@ -186,7 +196,4 @@ def _scalar(loss: Any) -> Tensor:
 
 def require_differentiable(loss: Tensor) -> None:
     """Refuse a loss that no trainable parameter has a part in."""
-    require(
-        loss.requires_grad,
-        "the loss does not depend on a trainable parameter: is gradient recording switched off?",
-    )
+    require(loss.requires_grad, NOT_DIFFERENTIABLE)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import function
 from torch.nn.modules import batchnorm
+from torch.utils import checkpoint as checkpoints
 from torch.utils import weak
 
 # Classes.
@@ -72,6 +73,32 @@ def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
 def gradient_types(node: Any) -> set[torch.dtype]:
     """The types of the gradients that a node of the autograd graph takes: those of its outputs in the forward pass."""
     return {metadata.dtype for metadata in getattr(node, "_input_metadata", ())}
+
+
+@contextmanager
+def without_reentrant_checkpoints() -> Iterator[None]:
+    """Let ``checkpoint(..., use_reentrant=True)`` be the other variant: this one runs under ``backward()`` alone.
+
+    Both compute the same. Where no argument requires a gradient, the reentrant variant has none for the weights inside,
+    and so has this.
+    """
+    original = checkpoints.CheckpointFunction
+    try:
+        checkpoints.CheckpointFunction = _Checkpoint  # type: ignore[assignment, misc]
+        yield
+    finally:
+        checkpoints.CheckpointFunction = original  # type: ignore[misc]
+
+
+class _Checkpoint:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if not any(isinstance(argument, Tensor) and argument.requires_grad for argument in args):
+            with torch.no_grad():
+                return function(*args)
+        return checkpoints.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, determinism_check="none"
+        )
 
 
 # Modules.

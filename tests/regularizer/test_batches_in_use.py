@@ -12,8 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from flatminima.errors import CoarseRoundingWarning, FlatminimaError, UnrepeatableForwardWarning
+from flatminima.errors import (
+    AccumulationWarning,
+    CoarseRoundingWarning,
+    FlatminimaError,
+    UnrepeatableForwardWarning,
+)
 from flatminima.regularizer import FisherTraceRegularizer
 from support.regularizer_cases import SEED, assert_same, gradients_of, mlp, snapshot, with_norm
 
@@ -267,6 +273,7 @@ def test_a_short_batch_with_batchnorm_has_fewer_sub_batches(passes: Any) -> None
     torch.manual_seed(SEED)
     four.backward(F.cross_entropy, x[:9], y[:9])
     assert_same(found, [gradients_of(twin)], rtol=1e-9, atol=1e-11)
+    model.zero_grad()
     with pytest.raises(FlatminimaError, match="lower num_sub_batches, or drop the last, short batch"):
         regularizer.backward(F.cross_entropy, x[:1], y[:1])
 
@@ -280,3 +287,132 @@ def test_a_nan_batch_leaves_running_statistics_alone() -> None:
         FisherTraceRegularizer(model, main_gradient="sub-batches").backward(F.cross_entropy, x, y)
     assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Embedded(nn.Module):
+    """A table of which a batch uses some rows."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 6, sparse=sparse), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens).mean(1))
+
+
+def tables(**options: Any) -> list[tuple[nn.Module, FisherTraceRegularizer]]:
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(SEED)
+        model = Embedded(sparse=sparse).double()
+        found.append((model, FisherTraceRegularizer(model, alpha=1e-2, num_sub_batches=4, **options)))
+    return found
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+@pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_sparse_gradients_are_those_of_a_dense_table(max_grad_norm: Any, main_gradient: Any, every: int) -> None:
+    tokens, y = torch.randint(14, (16, 4)), torch.randint(3, (16,))
+    weights, norms = [], []
+    for model, regularizer in tables(max_grad_norm=max_grad_norm, main_gradient=main_gradient, every=every):
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        for step_number in range(3):
+            torch.manual_seed(step_number)
+            optimizer.zero_grad()
+            for last in (False, True):  # two micro-batches
+                regularizer.backward(F.cross_entropy, tokens, y, weight=0.5, last=last)
+            assert model.table.weight.grad.is_sparse == model.table.sparse
+            optimizer.step()
+        weights.append(snapshot(model))
+        norms.append({"norm": regularizer.last_step.grad_norm})
+    assert_same([weights[0], norms[0]], [weights[1], norms[1]])
+
+
+def test_sparse_adam_trains_a_table() -> None:
+    tokens, y = torch.randint(14, (16, 4)), torch.randint(3, (16,))
+    (model, regularizer), _ = tables()
+    before = model.table.weight.detach().clone()
+    regularizer.backward(F.cross_entropy, tokens, y)
+    torch.optim.SparseAdam([model.table.weight], 0.1).step()
+    used = torch.zeros(20, dtype=torch.bool)
+    used[tokens.flatten()] = True
+    assert torch.equal((model.table.weight != before).any(1), used)
+
+
+def test_a_sparse_gradient_joins_what_is_there() -> None:
+    tokens, y = torch.randint(14, (16, 4)), torch.randint(3, (16,))
+    found = []
+    for model, regularizer in tables():
+        F.cross_entropy(model(tokens), y).backward()
+        torch.manual_seed(SEED)
+        regularizer.backward(F.cross_entropy, tokens, y)
+        found.append({name: g.to_dense() for name, g in gradients_of(model).items() if g is not None})
+    assert_same(found[:1], found[1:])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, variant: bool | None) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.drop, self.variant = nn.Dropout(0.3), variant
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.drop(torch.tanh(self.inner(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        x = self.block(x) if self.variant is None else checkpoint(self.block, x, use_reentrant=self.variant)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
+def test_checkpointed_activations_change_nothing(reentrant: bool, estimator: Any) -> None:
+    found = []
+    for variant in (reentrant, None):
+        torch.manual_seed(SEED)
+        model = Checkpointed(variant).double()
+        found.append(step(lambda m, b: F.cross_entropy(m(b[0]), b[1]), data(), model=model, estimator=estimator))
+    assert_same(*found, rtol=1e-9, atol=1e-12)
+
+
+@by_way
+def test_inputs_that_are_made_to_require_gradients_change_nothing(way: dict[str, Any]) -> None:
+    def closure(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def saliency(model: nn.Module, batch: Any) -> Tensor:
+        return closure(model, (batch[0].requires_grad_(), batch[1]))
+
+    if way.get("passes") == "together":
+        with pytest.raises(FlatminimaError, match="choose passes='one-by-one'"):
+            step(saliency, data(), **way)
+        return
+    x, y = data()
+    assert_same(step(saliency, (x, y), **way), step(closure, (x.detach(), y), **way))
+
+
+def test_accumulation_the_usual_way_is_told_once() -> None:
+    model = network()
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x, y = data()
+
+    def backward(**options: Any) -> None:
+        regularizer.backward(F.cross_entropy, x, y, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccumulationWarning)
+        for clear in (optimizer.zero_grad, lambda: optimizer.zero_grad(set_to_none=False), lambda: None):
+            clear()
+            for last in (False, True):
+                backward(weight=0.5, last=last)
+            optimizer.step()
+        optimizer.zero_grad()
+        backward()
+    with pytest.warns(AccumulationWarning, match=r"pass weight=1/K, and last=False for all but the last"):
+        backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccumulationWarning)
+        backward()

@@ -285,6 +285,7 @@ def test_everything_is_put_back_after_an_exception(failing_call: int, exception:
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_gradients_accumulate() -> None:
     model, inputs, targets = make(CASES["mlp"])
     regularizer = FisherTraceRegularizer(model, alpha=0.05)

@@ -15,11 +15,9 @@ from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.network import (
     BatchStatistics,
     Buffers,
-    batch_size,
     batch_statistics,
     map_tensors,
     restored_generators,
-    take,
     true_precision,
     without_autocast,
 )
@@ -32,6 +30,8 @@ from flatminima.regularizer.sub_batches import (
     SubBatches,
     Weights,
     graph_of,
+    samples_at,
+    size_of,
     sub_batch_loss,
 )
 from flatminima.torch_compat import (
@@ -42,6 +42,7 @@ from flatminima.torch_compat import (
     foreach_sub,
     has_no_derivative,
     raises_when_differentiated,
+    without_reentrant_checkpoints,
 )
 
 
@@ -81,14 +82,14 @@ class PenaltySettings:
             NonFiniteError: if the batch's loss, or a sub-batch's loss at the moved weights, is NaN or infinite.
             FlatminimaError: if the batch is empty, or the loss is no scalar, or not differentiable (twice, for "hvp").
         """
-        size = batch_size(batch)
+        size = size_of(batch)
         if size == 0:
             raise FlatminimaError("the batch is empty: pass at least one sample")
         order, count = torch.randperm(size), min(self.num_sub_batches, size)
-        with true_precision(), without_autocast(model), this_process_alone(model):
+        with true_precision(), without_autocast(model), this_process_alone(model), without_reentrant_checkpoints():
 
             def fresh(indices: Tensor | slice) -> Any:
-                return _in_float32(take(batch, indices))
+                return _in_float32(samples_at(batch, indices))
 
             def loss_of(indices: Tensor | slice) -> Tensor:
                 """With the generators and buffers as they are, and leaving them so."""

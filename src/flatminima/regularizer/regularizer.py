@@ -18,15 +18,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from flatminima.errors import NonFiniteError, require
-from flatminima.network import BatchStatistics, Inputs, batch_size, device_of, run_model
-from flatminima.parallel import whole
+from flatminima.network import BatchStatistics, Inputs, device_of, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
+from flatminima.regularizer.gradients import Gradients, GradientsLeft
 from flatminima.regularizer.passes import Estimator, PassesName, passes_for
 from flatminima.regularizer.penalty import Penalty, PenaltySettings
-from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss
+from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss, size_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
@@ -178,6 +178,7 @@ class FisherTraceRegularizer:
         self._last_beta = 0.0
         self._eps: float | None = None  # of the coarsest type in the passes, found at the first penalty
         self._largest_batch = 0
+        self._left = GradientsLeft()
         Weights.of(model, self._penalized_names)
 
     def backward(
@@ -253,6 +254,7 @@ class FisherTraceRegularizer:
             >>> loss = FisherTraceRegularizer(model).backward_closure(closure, batch)
         """
         require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
+        self._left.warn_if_untouched()
         scale = 1.0 if scaler is None else _scale_of(scaler, self.model)
         penalty = self.penalize(closure, batch)
         if penalty is not None and self.main_gradient == "sub-batches":
@@ -296,7 +298,7 @@ class FisherTraceRegularizer:
         settings = PenaltySettings(
             self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._passes
         )
-        update_buffers = self.main_gradient == "sub-batches"
+        update_buffers, size = self.main_gradient == "sub-batches", size_of(batch)
         with gathered_weights(self.model):
             weights = Weights.of(self.model, self._penalized_names)
             penalty = settings.penalty(
@@ -305,10 +307,10 @@ class FisherTraceRegularizer:
                 batch,
                 weights,
                 update_buffers=update_buffers,
-                short=batch_size(batch) < self._largest_batch,
+                short=size < self._largest_batch,
                 first=self._eps is None,
             )
-        self._largest_batch = max(self._largest_batch, batch_size(batch))
+        self._largest_batch = max(self._largest_batch, size)
         if self._eps is None:
             self._eps = penalty.eps or torch.finfo(penalty.trace.dtype).eps
         self.last_step = self._step_of(penalty)
@@ -376,14 +378,15 @@ class FisherTraceRegularizer:
 
     def _end_step(self, scale: float | Tensor) -> None:
         """Clip ``.grad``, which is ``scale`` times the gradient, and count the step."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None])) / scale
+        gradients = Gradients(self.model.parameters())
+        grad_norm = gradients.norm() / scale
         if self.max_grad_norm is not None:
-            clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+            gradients.clip(self.max_grad_norm, grad_norm)
             self._clipped_steps = self._clipped_steps + (grad_norm > self.max_grad_norm)
         if self._micro_batches:
             self.last_step = _average(self._micro_batches, grad_norm)
         self._micro_batches = []
+        self._left.note(self.model.parameters())
         self.step += 1
 
 

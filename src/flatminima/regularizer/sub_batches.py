@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError, require
-from flatminima.network import Buffers, batch_size, moved
+from flatminima.network import Buffers, batch_size, moved, take, tensors_of
 from flatminima.torch_compat import needs_more_than_one_sample
 
 NOT_DIFFERENTIABLE = "the loss does not depend on a trainable parameter: is gradient recording switched off?"
@@ -23,6 +23,57 @@ Closure = Callable[[Any], Tensor]
 
 Samples = Callable[[], Any]
 """Gives a sub-batch in tensors and containers of its own: models and losses may write to what they are given."""
+
+
+@dataclass(frozen=True)
+class SeveralBatches:
+    """What several loaders give at once, each a batch of its own size, cut into ``count`` pieces side by side.
+
+    The piece i holds the i-th of ``count`` near-equal random parts of every batch. Pieces are what is then split.
+    """
+
+    batches: Any
+    rows: dict[int, list[Tensor]]
+
+    @classmethod
+    def of(cls, batches: Any, count: int) -> SeveralBatches:
+        """At most ``count`` pieces of the batches in a tuple, list or mapping; fewer if one has fewer samples.
+
+        Raises:
+            FlatminimaError: if one of them is no batch.
+        """
+        sizes = {i: batch_size(batch) for i, batch in enumerate(_members(batches)) if tensors_of(batch)}
+        count = min(count, *sizes.values())
+        return cls(batches, {i: list(torch.randperm(n).tensor_split(count)) for i, n in sizes.items()})
+
+    def take(self, indices: Tensor | slice) -> Any:
+        """The pieces at ``indices``, joined; in tensors and containers of its own."""
+        if isinstance(indices, slice):
+            indices = torch.arange(size_of(self))[indices]
+        require(indices.dim() == 1, "batches of several loaders cannot go together: choose passes='one-by-one'")
+        rows = {i: torch.cat([pieces[k] for k in indices.tolist()]) for i, pieces in self.rows.items()}
+        members = enumerate(_members(self.batches))
+        return _with_members(self.batches, [take(batch, rows[i]) if i in rows else batch for i, batch in members])
+
+
+def size_of(batch: Any) -> int:
+    """How many samples, or pieces of several batches, can be split."""
+    return len(next(iter(batch.rows.values()))) if isinstance(batch, SeveralBatches) else batch_size(batch)
+
+
+def samples_at(batch: Any, indices: Tensor | slice) -> Any:
+    """These samples or pieces, in tensors and containers of their own."""
+    return batch.take(indices) if isinstance(batch, SeveralBatches) else take(batch, indices)
+
+
+def _members(batches: Any) -> list[Any]:
+    return list(batches.values() if isinstance(batches, Mapping) else batches)
+
+
+def _with_members(batches: Any, members: list[Any]) -> Any:
+    if isinstance(batches, Mapping):
+        return dict(zip(batches, members, strict=True))
+    return type(batches)(members)
 
 
 class SingleSampleError(FlatminimaError):
@@ -181,7 +232,7 @@ def sub_batch_loss(closure: Closure, batch: Any) -> Tensor:
         if not needs_more_than_one_sample(error):
             raise
         raise SingleSampleError(
-            f"BatchNorm has no statistics on a sub-batch of {batch_size(batch)} sample(s): "
+            "BatchNorm has no statistics on a sub-batch of 1 sample(s): "
             "lower num_sub_batches, or drop the last, short batch"
         ) from error
 

@@ -18,14 +18,34 @@ from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, ow
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """Eval mode; every module's own mode, and its buffers, are restored afterwards.
+
+    A module's ``train`` may do work (merge adapters into weights, say) and is called where the mode changes. What it
+    did to the module's own parameters is then undone to the bit, which its own way back would round.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    working = [module for module, _ in modes if type(module).train is not nn.Module.train]
+    weights = [(p, p.detach().clone()) for module in working for p in own_parameters(module).values() if p is not None]
+    buffers = Buffers(model)
+    saved = [buffer.detach().clone() for buffer in buffers.own]
     try:
+        model.eval()
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in modes:  # outer modules first: their train() sets the inner ones as well
+            if module.training != mode:
+                module.train(mode)
+        buffers.put_back()
+        with torch.no_grad():
+            for tensor, before in (*weights, *zip(buffers.own, saved, strict=True)):
+                if not _same_bits(tensor, before):
+                    tensor.copy_(before)
+
+
+def _same_bits(tensor: Tensor, other: Tensor) -> bool:
+    return torch.equal(tensor, other) or (
+        tensor.is_floating_point() and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 @contextmanager
@@ -88,8 +108,12 @@ class Buffers:
                 held.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
             yield
         finally:
-            for held, own in self._holders:
-                held.update(own)
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Let the modules hold their own buffers again, where they have taken others."""
+        for held, own in self._holders:
+            held.update(own)
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from flatminima.torch_compat import TensorWeakRef, version_of
 
 
 class Gradients:
-    """What parameters have in ``.grad``; of sparse ones the rows that are there, each once."""
+    """What parameters have in ``.grad``; of sparse ones, every row once."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        self._values = [_values(parameter) for parameter in self._parameters]
+        self._all = [(p, p.grad.coalesce() if p.grad.is_sparse else p.grad) for p in parameters if p.grad is not None]
+        self._values = [grad.values() if grad.is_sparse else grad for _, grad in self._all]
 
     def norm(self) -> Tensor:
         """The global 2-norm."""
@@ -29,15 +29,9 @@ class Gradients:
         """Scale them down to the global norm ``max_norm`` if ``norm`` is larger."""
         holders: Any = [SimpleNamespace(grad=value) for value in self._values]  # it looks at .grad alone
         clip_grads_with_norm_(holders, max_norm, norm)
-
-
-def _values(parameter: nn.Parameter) -> Tensor:
-    gradient = parameter.grad
-    assert gradient is not None
-    if not gradient.is_sparse:
-        return gradient
-    parameter.grad = gradient.coalesce()
-    return parameter.grad.values()
+        for parameter, gradient in self._all:
+            if gradient.is_sparse:
+                parameter.grad = gradient
 
 
 class GradientsLeft:

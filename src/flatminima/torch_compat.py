@@ -114,6 +114,11 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """The dictionary in which a module holds its forward pre-hooks; it can be written to."""
+    return module._forward_pre_hooks
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside that which ``torch.compile(model)`` returns; any other module is returned as it is."""
     original = getattr(model, "_orig_mod", None)

@@ -110,11 +110,11 @@ def _several(batch: Any, count: int) -> Any:
 def _without_side_effects(module: LightningModule) -> Iterator[None]:
     """``self.log`` does nothing, and metrics come out as they went in."""
     metrics = {metric: _state(metric) for metric in module.modules() if isinstance(metric, Metric)}
-    module.__dict__["log"] = lambda *args, **kwargs: None
     try:
+        module.__dict__["log"] = lambda *args, **kwargs: None
         yield
     finally:
-        del module.__dict__["log"]
+        module.__dict__.pop("log", None)
         for metric, state in metrics.items():
             metric.__dict__.update(state)
 

@@ -12,6 +12,7 @@ from flatminima.network.batches import (
     to_device,
 )
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics
+from flatminima.network.interruption import Before
 from flatminima.network.modes import (
     Buffers,
     evaluating,
@@ -26,6 +27,7 @@ from flatminima.network.samples import Data, Samples, draw_subsets, samples_of
 
 __all__ = [
     "BatchStatistics",
+    "Before",
     "Buffers",
     "Data",
     "Inputs",

@@ -52,9 +52,9 @@ def _same_bits(tensor: Tensor, other: Tensor) -> bool:
 def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """No gradients for those parameters that require them: the backward pass computes those of activations only."""
     held = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in held:
-        parameter.requires_grad_(False)
     try:
+        for parameter in held:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in held:
@@ -65,13 +65,20 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def moved(parameters: list[Tensor], direction: list[Tensor], step: float) -> Iterator[None]:
     """Move the weights by step · direction, and back to the very same bits: by copy, as adding would round."""
     saved = [parameter.detach().clone() for parameter in parameters]
+    are_back = False
     try:
-        with torch.no_grad():
-            foreach_add_(parameters, direction, alpha=step)
-        yield
-    finally:
-        with torch.no_grad():
-            foreach_copy_(parameters, saved)
+        try:
+            with torch.no_grad():
+                foreach_add_(parameters, direction, alpha=step)
+            yield
+        finally:
+            with torch.no_grad():
+                foreach_copy_(parameters, saved)
+            are_back = True
+    finally:  # where the way back itself is interrupted
+        if not are_back:
+            with torch.no_grad():
+                foreach_copy_(parameters, saved)
 
 
 class Buffers:
@@ -156,11 +163,11 @@ def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let ``module(...)`` call ``forward`` instead of its own."""
     before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
     try:
+        module.__dict__["forward"] = forward
         yield
     finally:
         if before is None:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = before

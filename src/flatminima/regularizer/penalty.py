@@ -67,14 +67,14 @@ class PenaltySettings:
         short: bool = False,
         first: bool = False,
     ) -> Penalty:
-        """R_α on ``batch``. The weights are put back; so are buffers, unless ``update_buffers`` asks for one update.
+        """R_α on ``batch``. The weights and buffers are put back.
 
         Args:
             model: the network.
             closure: its loss.
             batch: the samples.
             weights: the trainable parameters.
-            update_buffers: whether buffers take the mean of what the sub-batches leave.
+            update_buffers: whether to take the mean of what the sub-batches leave in the buffers.
             short: whether the batch is smaller than others: it then has fewer sub-batches where BatchNorm needs it.
             first: whether to look at how passes repeat and round.
 
@@ -117,8 +117,7 @@ class PenaltySettings:
                     penalty.eps = rounding_unit(model, lambda: loss_of(rows[0]), penalty.trace.dtype)
                     warn_of_coarse_rounding(penalty.eps, penalty.trace.dtype)
                     warn_of_unrepeatable_passes(lambda: loss_of(rows[0]), penalty.value, self.alpha * penalty.trace)
-        if means is not None:
-            means.write()
+        penalty.buffers = means
         return penalty
 
 
@@ -201,6 +200,7 @@ class Penalty:
         num_sub_batches: how many sub-batches there were.
         sparse: whether the parameter's gradients are sparse; those that join ``.grad`` then are as well.
         eps: ε of the coarsest type that the passes went through, if that was looked at.
+        buffers: what the passes would leave in the model's buffers, if that is to be written to them.
     """
 
     value: Tensor
@@ -213,6 +213,7 @@ class Penalty:
     sparse: list[bool]
     num_sub_batches: int = 0
     eps: float | None = None
+    buffers: _MeanBuffers | None = None
 
     @classmethod
     def zero(cls, weights: Weights) -> Penalty:

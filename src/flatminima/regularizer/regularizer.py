@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from flatminima.errors import NonFiniteError, require
-from flatminima.network import BatchStatistics, Inputs, device_of, run_model
+from flatminima.network import BatchStatistics, Before, Inputs, device_of, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima.regularizer.gradients import Gradients, GradientsLeft
 from flatminima.regularizer.passes import Estimator, PassesName, passes_for
@@ -299,22 +299,28 @@ class FisherTraceRegularizer:
             self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._passes
         )
         update_buffers, size = self.main_gradient == "sub-batches", size_of(batch)
-        with gathered_weights(self.model):
-            weights = Weights.of(self.model, self._penalized_names)
-            penalty = settings.penalty(
-                self.model,
-                closure,
-                batch,
-                weights,
-                update_buffers=update_buffers,
-                short=size < self._largest_batch,
-                first=self._eps is None,
-            )
-        self._largest_batch = max(self._largest_batch, size)
-        if self._eps is None:
-            self._eps = penalty.eps or torch.finfo(penalty.trace.dtype).eps
-        self.last_step = self._step_of(penalty)
-        self._last_beta = self.present_beta
+        before = Before(self.model)
+        try:
+            with gathered_weights(self.model):
+                weights = Weights.of(self.model, self._penalized_names)
+                penalty = settings.penalty(
+                    self.model,
+                    closure,
+                    batch,
+                    weights,
+                    update_buffers=update_buffers,
+                    short=size < self._largest_batch,
+                    first=self._eps is None,
+                )
+            if self._eps is None:
+                self._eps = penalty.eps or torch.finfo(penalty.trace.dtype).eps
+            self.last_step, self._last_beta = self._step_of(penalty), self.present_beta
+            self._largest_batch = max(self._largest_batch, size)
+            if penalty.buffers is not None:
+                penalty.buffers.write()
+        except BaseException as error:
+            before.back_from(error)
+            raise
         return penalty
 
     @property

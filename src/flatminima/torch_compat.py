@@ -171,6 +171,20 @@ def raises_when_differentiated(node: Any) -> bool:
     return str(node.name()).endswith("Error")
 
 
+# Modes.
+
+
+def function_modes() -> int:
+    """How many ``TorchFunctionMode`` are active in this thread."""
+    return int(torch._C._len_torch_function_stack())
+
+
+def leave_function_modes(count: int) -> None:
+    """Leave all but the first ``count`` of them, whose own ``__exit__`` an interruption has prevented."""
+    while function_modes() > count:
+        torch._C._pop_torch_function_stack()
+
+
 # Precision.
 
 

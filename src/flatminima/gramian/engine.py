@@ -49,11 +49,13 @@ from flatminima.network import (
     take,
     tensors_of,
     true_precision,
+    undone_if_interrupted,
 )
 from flatminima.parallel import reshard, shared
 from flatminima.torch_compat import uncompiled
 
 
+@undone_if_interrupted
 def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy") -> Tensor:
     """ξ = JJᵀ, the Gram matrix of per-sample loss gradients over all trainable parameters (Jia & Su, Eq. 4–5).
 

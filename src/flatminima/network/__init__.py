@@ -12,7 +12,7 @@ from flatminima.network.batches import (
     to_device,
 )
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics
-from flatminima.network.interruption import Before
+from flatminima.network.interruption import Before, undone_if_interrupted
 from flatminima.network.modes import (
     Buffers,
     evaluating,
@@ -54,5 +54,6 @@ __all__ = [
     "tensors_of",
     "to_device",
     "true_precision",
+    "undone_if_interrupted",
     "without_autocast",
 ]

@@ -232,7 +232,7 @@ class FisherTraceRegularizer:
 
         Args:
             closure: ``closure(batch)`` → scalar, a mean over the samples. It is called on sub-batches as well, so it
-                must use its argument only; nested tuples, lists and mappings arrive as tuples and dicts.
+                must use its argument only; sub-batches are new tensors, and may be written to.
             batch: a nested tuple, list or mapping of tensors with B rows.
             weight: as in :meth:`backward`.
             last: as in :meth:`backward`.
@@ -299,7 +299,7 @@ class FisherTraceRegularizer:
             self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._passes
         )
         update_buffers, size = self.main_gradient == "sub-batches", size_of(batch)
-        before = Before(self.model)
+        before = Before(self.model, writes_buffers=update_buffers)
         try:
             with gathered_weights(self.model):
                 weights = Weights.of(self.model, self._penalized_names)

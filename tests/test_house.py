@@ -21,7 +21,10 @@ FILES = [path for folder in ("src", "tests", "benchmarks", "examples") for path 
 
 OTHERS_PRIVATE_NAMES = {
     "_exit": "os, documented: leaves without what a handler or a lock would wait for",
+    "_fields": "named tuples, documented: what they hold",
     "_getframe": "sys, documented: where a warning comes from",
+    "_loss_shifts_labels": "Transformers, where it is there: whether it leaves the first token out of its count",
+    "_make": "named tuples, documented: one of the same type",
     "_prepare_inputs": "Transformers, which has no other name for it: the batch as training_step sees it",
     "_trial_id": "Optuna, which has no other name for it: goes on with a trial that was begun",
 }

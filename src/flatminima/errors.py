@@ -69,6 +69,18 @@ class ShuffledLoaderWarning(FlatminimaWarning):
     """A loader's own order or sampler was ignored; subsets are drawn by index from its data set."""
 
 
+class UnrepeatableForwardWarning(FlatminimaWarning):
+    """Two passes at the same weights gave different losses, so a penalty formed of their difference is noise."""
+
+
+class CoarseRoundingWarning(FlatminimaWarning):
+    """Part of the forward pass is in half precision or quantized, too coarse for a finite difference."""
+
+
+class AccumulationWarning(FlatminimaWarning):
+    """Gradients were accumulated over calls that each counted as a step of its own."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`FlatminimaError` unless the condition holds."""
     if not condition:

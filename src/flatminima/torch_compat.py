@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import function
 from torch.nn.modules import batchnorm
+from torch.utils import checkpoint as checkpoints
 from torch.utils import weak
 
 # Classes.
@@ -26,6 +27,9 @@ BatchNorm = batchnorm._BatchNorm
 
 CustomFunctionNode = function.BackwardCFunction
 """What a custom ``autograd.Function`` leaves in the autograd graph."""
+
+TensorWeakRef: Any = weak.TensorWeakRef
+"""A reference that does not keep a tensor alive and, unlike ``weakref``, survives that of Python's object for it."""
 
 WeakIdKeyDictionary = weak.WeakIdKeyDictionary
 """A dictionary with tensors as keys, told apart by identity and not kept alive."""
@@ -66,6 +70,40 @@ def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
+# The autograd graph.
+
+
+def gradient_types(node: Any) -> set[torch.dtype]:
+    """The types of the gradients that a node of the autograd graph takes: those of its outputs in the forward pass."""
+    return {metadata.dtype for metadata in getattr(node, "_input_metadata", ())}
+
+
+@contextmanager
+def without_reentrant_checkpoints() -> Iterator[None]:
+    """Let ``checkpoint(..., use_reentrant=True)`` be the other variant: this one runs under ``backward()`` alone.
+
+    Both compute the same. Where no argument requires a gradient, the reentrant variant has none for the weights inside,
+    and so has this.
+    """
+    original = checkpoints.CheckpointFunction
+    try:
+        checkpoints.CheckpointFunction = _Checkpoint  # type: ignore[assignment, misc]
+        yield
+    finally:
+        checkpoints.CheckpointFunction = original  # type: ignore[misc]
+
+
+class _Checkpoint:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if not any(isinstance(argument, Tensor) and argument.requires_grad for argument in args):
+            with torch.no_grad():
+                return function(*args)
+        return checkpoints.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state, determinism_check="none"
+        )
+
+
 # Modules.
 
 
@@ -77,6 +115,11 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The dictionary in which a module holds its buffers; ``named_buffers`` gives no more than a copy of it."""
     return module._buffers
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """The dictionary in which a module holds its forward pre-hooks; it can be written to."""
+    return module._forward_pre_hooks
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -129,6 +172,20 @@ def has_no_derivative(error: RuntimeError) -> bool:
 def raises_when_differentiated(node: Any) -> bool:
     """Whether a node of the autograd graph stands behind a function marked ``once_differentiable``."""
     return str(node.name()).endswith("Error")
+
+
+# Modes.
+
+
+def function_modes() -> int:
+    """How many ``TorchFunctionMode`` are active in this thread."""
+    return int(torch._C._len_torch_function_stack())
+
+
+def leave_function_modes(count: int) -> None:
+    """Leave all but the first ``count`` of them, whose own ``__exit__`` an interruption has prevented."""
+    while function_modes() > count:
+        torch._C._pop_torch_function_stack()
 
 
 # Precision.

@@ -86,6 +86,74 @@ def test_same_weights_as_by_hand(accumulate: int) -> None:
     assert trainer.callback_metrics["fisher_trace/beta"] == 40.0
 
 
+class SkippingModule(Module):
+    """Returns None for the batch 1, and where no label counts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, targets = batch
+        counts = targets > 0
+        if batch_idx == 1 or not counts.any():
+            return None
+        return F.cross_entropy(self.network(inputs[counts]), targets[counts])
+
+
+def test_skipped_batches_and_sub_batches_weigh_nothing() -> None:
+    module = SkippingModule()
+    by_hand = copy.deepcopy(module.network)
+    options = {**OPTIONS, "every": 1}
+    fit(module, FisherTraceCallback(**options))
+
+    def masked(batch: Any) -> torch.Tensor:
+        counts = (batch[1] > 0).float()
+        losses = F.cross_entropy(by_hand(batch[0]), batch[1], reduction="none")
+        return (losses * counts).sum() / counts.sum().clamp_min(1)
+
+    regularizer = FisherTraceRegularizer(by_hand, **options)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for k, batch in enumerate(DataLoader(data(), batch_size=8)):
+        if k != 1:
+            optimizer.zero_grad()
+            regularizer.backward_closure(masked, batch)
+            optimizer.step()
+    for ours, theirs in zip(module.network.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_batches_of_several_loaders_are_split_side_by_side() -> None:
+    parts: list[Any] = []
+
+    class Both(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if not parts or len(batch["a"][0]) < 8:
+                parts.append(batch)
+            return (
+                F.cross_entropy(self.network(batch["a"][0]), batch["a"][1])
+                + self.network(batch["b"][0]).square().mean()
+            )
+
+    module = Both()
+    start = copy.deepcopy(module)
+    loaders = {"a": DataLoader(data(), batch_size=8), "b": DataLoader(data(), batch_size=24)}
+    callback = FisherTraceCallback(**{**OPTIONS, "num_sub_batches": 4})
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(module, lightning.utilities.CombinedLoader(loaders, "min_size"))
+
+    pieces = parts[::2]  # of each piece two passes
+    assert [(len(piece["a"][0]), len(piece["b"][0])) for piece in pieces] == [(2, 6)] * 4
+    for name, size in (("a", 8), ("b", 24)):
+        rows = torch.cat([piece[name][0] for piece in pieces])
+        assert sorted(rows[:, 0].tolist()) == sorted(data().tensors[0][:size, 0].tolist())
+    squares = [
+        sum(g.square().sum() for g in torch.autograd.grad(start.training_step(piece, 0), list(start.parameters())))
+        for piece in pieces
+    ]
+    expected = float(torch.stack(squares).mean())
+    assert callback.regularizer.diagnostics()["fisher_trace"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_penalty_passes_neither_log_nor_count_in_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     logged = []
     original = lightning.LightningModule.log

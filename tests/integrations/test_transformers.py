@@ -71,6 +71,46 @@ def test_same_gradient_as_by_hand(tmp_path: Path, precision: dict[str, bool]) ->
     assert trainer.regularizer.diagnostics()["penalty"] == penalty
 
 
+def mean_of_tokens(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """As the documentation has it: a sum over tokens, divided by their number."""
+    logits = outputs["logits"][:, :-1].flatten(0, 1)
+    summed = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return summed / num_items_in_batch
+
+
+@pytest.mark.parametrize("how", ["compute_loss_func", "compute_loss", "label_smoothing_factor"])
+def test_losses_that_take_the_labels_out_of_the_batch(tmp_path: Path, how: str) -> None:
+    """Each has the model's own loss as its value, smoothing by zero nearly, and so the same penalty."""
+    tokens = torch.randint(1, 16, (8, 12))
+    counted = tokens.clone()
+    counted[:, 0] = -100  # nothing predicts the first token, and versions differ in whether they count it
+
+    class PopsLabels(FisherTraceTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            labels = inputs.pop("labels")
+            return mean_of_tokens(model(**inputs), labels, labels[:, 1:].numel())
+
+    def penalty_of(kind: Any, **arguments: Any) -> dict[str, float]:
+        model = tiny_model()
+        smoothing = arguments.pop("label_smoothing_factor", 0.0)
+        settings = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], label_smoothing_factor=smoothing
+        )
+        trainer = kind(model=model, args=settings, regularizer={"alpha": 1e-2, "num_sub_batches": 4}, **arguments)
+        trainer.current_gradient_accumulation_steps = 1
+        torch.manual_seed(SEED)
+        trainer.training_step(model, {"input_ids": tokens, "labels": counted}, num_items_in_batch=torch.tensor(8 * 11))
+        return trainer.regularizer.diagnostics()
+
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "compute_loss_func": (FisherTraceTrainer, {"compute_loss_func": mean_of_tokens}),
+        "compute_loss": (PopsLabels, {}),
+        "label_smoothing_factor": (FisherTraceTrainer, {"label_smoothing_factor": 1e-7}),
+    }
+    kind, arguments = cases[how]
+    assert penalty_of(kind, **arguments) == pytest.approx(penalty_of(FisherTraceTrainer), rel=1e-3, abs=1e-4)
+
+
 def test_refuses_what_the_trainer_owns(tmp_path: Path) -> None:
     with pytest.raises(FlatminimaError, match="max_grad_norm is not the regularizer's here"):
         FisherTraceTrainer(model=tiny_model(), regularizer={"max_grad_norm": 1.0})

@@ -188,7 +188,7 @@ def assert_same_gradients(actual: dict[str, Tensor | None], expected: dict[str, 
             assert actual[name] is None, name
         else:
             torch.testing.assert_close(
-                actual[name], gradient.to_dense(), rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+                actual[name].to_dense(), gradient.to_dense(), rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

@@ -54,6 +54,7 @@ from flatminima.network import (
     tensors_of,
     true_precision,
     undisturbed,
+    undone_if_interrupted,
 )
 from flatminima.parallel import Processes, reshard, shared
 from flatminima.torch_compat import uncompiled
@@ -62,6 +63,7 @@ PathName = Literal["rules", "generic"]
 """How rows of J are formed: by layer rules where there are any, or all by plain autograd, one sample at a time."""
 
 
+@undone_if_interrupted
 def gram(
     model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy", path: PathName = "rules"
 ) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError
-from flatminima.regularizer import FisherTraceRegularizer, Penalty
+from flatminima.network import tensors_of
+from flatminima.regularizer import FisherTraceRegularizer, Penalty, SeveralBatches
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,8 +31,9 @@ class FisherTraceCallback(Callback):
 
     ``training_step`` is also called on sub-batches; it must return the loss, or a dictionary with ``"loss"``. In these
     calls ``self.log`` does nothing and metrics keep their state; anything else that ``training_step`` does beside
-    computing a loss, such as writing to a logger itself, happens once more for each. Modules with manual optimization
-    call :meth:`flatminima.FisherTraceRegularizer.backward` instead.
+    computing a loss, such as writing to a logger itself, happens once more for each. A sub-batch for which it returns
+    None weighs nothing. Batches of several loaders (CombinedLoader) are split side by side. Modules with manual
+    optimization call :meth:`flatminima.FisherTraceRegularizer.backward` instead.
 
     Args:
         log: log the diagnostics as ``fisher_trace/...``, as often as the Trainer logs.
@@ -68,7 +70,8 @@ class FisherTraceCallback(Callback):
         assert self.regularizer is not None
         self.regularizer.step = trainer.global_step
         with _without_side_effects(pl_module):
-            self._penalty = self.regularizer.penalize(lambda part: _loss(pl_module, part, batch_idx), batch)
+            split = _several(batch, self.regularizer.num_sub_batches)
+            self._penalty = self.regularizer.penalize(lambda part: _loss(pl_module, part, batch_idx), split)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the penalty's gradient."""
@@ -92,19 +95,26 @@ class FisherTraceCallback(Callback):
 def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
     takes_index = len(inspect.signature(module.training_step).parameters) > 1
     output: Any = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
-    loss: Tensor = output["loss"] if isinstance(output, dict) else output
-    return loss
+    loss: Tensor | None = output["loss"] if isinstance(output, dict) else output
+    return torch.zeros((), device=module.device) if loss is None else loss  # None skips the batch
+
+
+def _several(batch: Any, count: int) -> Any:
+    """What a CombinedLoader gives, batches of different sizes in a mapping or list, to be split side by side."""
+    if isinstance(batch, (dict, list, tuple)) and len({len(t) for t in tensors_of(batch) if t.dim()}) > 1:
+        return SeveralBatches.of(batch, count)
+    return batch
 
 
 @contextmanager
 def _without_side_effects(module: LightningModule) -> Iterator[None]:
     """``self.log`` does nothing, and metrics come out as they went in."""
     metrics = {metric: _state(metric) for metric in module.modules() if isinstance(metric, Metric)}
-    module.__dict__["log"] = lambda *args, **kwargs: None
     try:
+        module.__dict__["log"] = lambda *args, **kwargs: None
         yield
     finally:
-        del module.__dict__["log"]
+        module.__dict__.pop("log", None)
         for metric, state in metrics.items():
             metric.__dict__.update(state)
 

@@ -57,7 +57,7 @@ class FisherTraceMixin:
         model.train()
         self.regularizer.step = trainer.state.global_step
         penalty = self.regularizer.penalize(
-            lambda batch: trainer.compute_loss(model, batch), trainer._prepare_inputs(inputs)
+            lambda batch: trainer.compute_loss(model, batch, **_items(trainer, batch)), trainer._prepare_inputs(inputs)
         )
         if penalty is not None:
             scaler = trainer.accelerator.scaler
@@ -73,6 +73,15 @@ class FisherTraceMixin:
         if "loss" in logs:
             logs = {**logs, **self.regularizer.diagnostics()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _items(trainer: Any, batch: Any) -> dict[str, Any]:
+    """What a ``compute_loss_func`` divides its sum by: the number of labels that count, as the Trainer counts them."""
+    if getattr(trainer, "compute_loss_func", None) is None or not isinstance(batch.get("labels"), Tensor):
+        return {}
+    labels = batch["labels"][..., 1:] if getattr(trainer, "_loss_shifts_labels", False) else batch["labels"]
+    across = trainer.args.average_tokens_across_devices  # the Trainer then multiplies by the number of processes
+    return {"num_items_in_batch": labels.ne(-100).sum() * (trainer.accelerator.num_processes if across else 1)}
 
 
 class FisherTraceTrainer(FisherTraceMixin, Trainer):

@@ -14,10 +14,11 @@ from flatminima.measures.options import MeasureOptions, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.results import Characterization
 from flatminima.measures.trials import perform_trial, perform_trials
-from flatminima.network import Data, samples_of
+from flatminima.network import Data, samples_of, undone_if_interrupted
 
 
 @with_options_explained
+@undone_if_interrupted
 def measure(  # noqa: D417 (the options are explained in one place)
     model: nn.Module,
     data: Data,

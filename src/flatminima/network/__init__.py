@@ -12,6 +12,7 @@ from flatminima.network.batches import (
     to_device,
 )
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
+from flatminima.network.interruption import Before, undone_if_interrupted
 from flatminima.network.modes import (
     Buffers,
     evaluating,
@@ -27,6 +28,7 @@ from flatminima.network.surroundings import undisturbed
 
 __all__ = [
     "BatchStatistics",
+    "Before",
     "Buffers",
     "Data",
     "Inputs",
@@ -57,5 +59,6 @@ __all__ = [
     "to_device",
     "true_precision",
     "undisturbed",
+    "undone_if_interrupted",
     "without_autocast",
 ]

@@ -2,54 +2,202 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import dataclasses
+import enum
+import numbers
+import sys
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, require
 
 Inputs = Any
-"""A tensor, a tuple or list (positional arguments), or a mapping (keyword arguments); every tensor has N rows."""
+"""A tensor, a tuple or list (positional arguments), or a mapping (keyword arguments); every tensor has N rows.
+
+Tuples, lists, mappings and dataclasses nest. What is no tensor is one of two things: a sequence or array of length N,
+which holds something for every sample, or a constant (a number, a string, None, a tensor without dimensions).
+"""
+
+_CONSTANTS = (type(None), str, bytes, numbers.Number, enum.Enum, torch.dtype, torch.device, torch.Size)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """Apply ``function`` to every tensor of a nested tuple, list or mapping; hand everything else on."""
+    """Apply ``function`` to every tensor of nested containers, which are made anew; hand everything else on.
+
+    The containers are tuples, lists, mappings and dataclasses, each of its own type.
+    """
     if isinstance(inputs, Tensor):
         return function(inputs)
-    if isinstance(inputs, Mapping):
-        return {key: map_tensors(function, value) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(map_tensors(function, value) for value in inputs)
-    return inputs
+    return _rebuilt(inputs, lambda value, _: map_tensors(function, value))
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
-    """Every tensor of a nested tuple, list or mapping, in order."""
-    found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, inputs)  # type: ignore[func-returns-value]
-    return found
+    """Every tensor of nested containers, in the order of :func:`map_tensors`."""
+    return [tensor for _, tensor in _named_tensors(inputs, "")]
 
 
 def batch_size(inputs: Inputs) -> int:
-    """The number of samples N: the common first dimension of every tensor.
+    """The number of samples N: the common first dimension of every tensor that has one.
 
     Raises:
-        FlatminimaError: if there is no tensor, or their first dimensions differ.
+        FlatminimaError: if there is no such tensor, or their first dimensions differ.
     """
-    sizes = {tensor.shape[0] if tensor.dim() else None for tensor in tensors_of(inputs)}
-    if len(sizes) != 1 or None in sizes:
+    named = [(name, len(tensor)) for name, tensor in _named_tensors(inputs, "") if tensor.dim()]
+    sizes = {size for _, size in named}
+    if len(sizes) != 1:
+        found = ", ".join(f"{name or 'the tensor'} has {size}" for name, size in named[:8])
         raise FlatminimaError(
             "inputs and targets must be tensors that share their first dimension (the samples); "
-            f"found {sizes or 'none'}"
+            f"found {f'{sizes}: {found}' if named else 'none'}"
         )
-    return int(next(iter(sizes)))  # type: ignore[arg-type]
+    return sizes.pop()
 
 
 def take(inputs: Inputs, indices: Tensor | slice) -> Inputs:
-    """The samples at ``indices`` of every tensor, in memory of their own: models may write to what they are given."""
-    return map_tensors(lambda t: t[indices].clone() if isinstance(indices, slice) else t[indices], inputs)
+    """The samples at ``indices`` in new tensors and containers of the same types, free to be written to.
+
+    Args:
+        inputs: N samples. Lists, other sequences and arrays of length N are indexed as tensors are; numbers, strings,
+            None and tensors without dimensions are handed on.
+        indices: (n,), or a slice; or (m, n) for m groups, whose tensors are then (m, n, ...).
+
+    Raises:
+        FlatminimaError: by name for what is neither N things nor a constant, and for N things that are no tensor
+            where there are groups.
+    """
+    return _taken(inputs, indices, batch_size(inputs), "")
+
+
+def _taken(value: Any, indices: Tensor | slice, size: int, name: str) -> Any:
+    grouped = isinstance(indices, Tensor) and indices.dim() > 1
+    if isinstance(value, Tensor):
+        if not value.dim():
+            return value.expand(len(indices)).clone() if grouped else value.clone()  # type: ignore[arg-type]
+        return value[indices].clone() if isinstance(indices, slice) else value[indices]
+    if _is_constant(value):
+        return value
+    if _is_per_sample(value, size):
+        require(
+            not grouped,
+            f"the batch's {name} is no tensor ({type(value).__name__}), so it cannot be split for all sub-batches "
+            "together: choose passes='one-by-one'",
+        )
+        if _is_array(value):
+            return value[indices if isinstance(indices, slice) else indices.tolist()].copy()
+        chosen = range(size)[indices] if isinstance(indices, slice) else indices.tolist()
+        return _of_type(value, [copy.copy(value[i]) for i in chosen])
+    require(
+        _is_container(value) and not _is_list_of_constants(value),
+        f"the batch's {name or 'content'} ({type(value).__name__}) is neither {size} things, one for each sample, "
+        "nor a number, string or None: leave it out of the batch, or make it one of these",
+    )
+    return _rebuilt(value, lambda inner, key: _taken(inner, indices, size, f"{name}{key}"))
+
+
+def _is_constant(value: Any) -> bool:
+    is_number = _is_numpy(value, "generic") or (_is_array(value) and not value.ndim)
+    return is_number or isinstance(value, _CONSTANTS) or (callable(value) and not _is_container(value))
+
+
+def _is_array(value: Any) -> bool:
+    return _is_numpy(value, "ndarray")
+
+
+def _is_numpy(value: Any, kind: str) -> bool:
+    """Without an import: where numpy is not installed, or not yet imported, nothing is an array."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, getattr(numpy, kind))
+
+
+def _is_per_sample(value: Any, size: int) -> bool:
+    """Whether a value holds one thing for each of ``size`` samples, and is no container of tensors."""
+    if _is_array(value):
+        return bool(value.ndim) and len(value) == size
+    return isinstance(value, Sequence) and len(value) == size and not tensors_of(value)
+
+
+def _is_list_of_constants(value: Any) -> bool:
+    """Such as two numbers in a batch of three: whether they belong to samples cannot be told."""
+    return isinstance(value, Sequence) and len(value) > 0 and all(map(_is_constant, value))
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (tuple, list, Mapping)) or _is_dataclass(value)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _parts(container: Any) -> Iterator[tuple[str, Any]]:
+    """What a container holds, each with what to write behind the container's name to name it."""
+    if isinstance(container, Mapping):
+        yield from ((f"[{key!r}]", value) for key, value in container.items())
+    elif isinstance(container, (tuple, list)):
+        names = getattr(container, "_fields", None)
+        yield from ((f".{names[i]}" if names else f"[{i}]", value) for i, value in enumerate(container))
+    elif _is_dataclass(container):
+        yield from ((f".{field.name}", getattr(container, field.name)) for field in dataclasses.fields(container))
+
+
+def _named_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    else:
+        for key, inner in _parts(value):
+            yield from _named_tensors(inner, f"{name}{key}")
+
+
+def _rebuilt(container: Any, function: Callable[[Any, str], Any]) -> Any:
+    """A container of the same type that holds ``function(value, key)``; anything else is handed on."""
+    if not _is_container(container):
+        return container
+    values = [function(value, key) for key, value in _parts(container)]
+    if isinstance(container, Mapping):
+        return _mapping_like(container, dict(zip(container, values, strict=True)))
+    if isinstance(container, (tuple, list)):
+        return _of_type(container, values)
+    clone = copy.copy(container)
+    for field, value in zip(dataclasses.fields(container), values, strict=True):
+        object.__setattr__(clone, field.name, value)  # a frozen dataclass's own refuses
+    return clone
+
+
+def _of_type(sequence: Any, values: list[Any]) -> Any:
+    """``values`` as a sequence of the same type, named tuples included."""
+    kind = type(sequence)
+    if kind is tuple or kind is list:
+        return kind(values)
+    if hasattr(kind, "_make"):
+        return kind._make(values)
+    try:
+        return kind(values)
+    except TypeError:  # its constructor wants something else (a range, say)
+        return tuple(values) if isinstance(sequence, tuple) else values
+
+
+def _mapping_like(mapping: Any, items: dict[Any, Any]) -> Any:
+    """``items`` as a mapping of the same type, with the attributes that it has beside them."""
+    if type(mapping) is dict:
+        return items
+    if not isinstance(mapping, (dict, UserDict)):
+        try:
+            return type(mapping)(items)
+        except TypeError:
+            return items
+    clone: Any = copy.copy(mapping)
+    own = getattr(clone, "__dict__", {})
+    if getattr(mapping, "__dict__", None) is mapping:  # the idiom for items that are attributes as well
+        clone.__dict__ = clone
+    else:
+        own.update({name: items[name] for name, value in own.items() if name in items and value is mapping[name]})
+    clone.update(items)
+    return clone
 
 
 def run_model(model: nn.Module, inputs: Inputs) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,23 +18,43 @@ from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, ow
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, with every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """Eval mode; every module's own mode, and its buffers, are restored afterwards.
+
+    A module's ``train`` may do work (merge adapters into weights, say) and is called where the mode changes. What it
+    did to the module's own parameters is then undone to the bit, which its own way back would round.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    working = [module for module, _ in modes if type(module).train is not nn.Module.train]
+    weights = [(p, p.detach().clone()) for module in working for p in own_parameters(module).values() if p is not None]
+    buffers = Buffers(model)
+    saved = [buffer.detach().clone() for buffer in buffers.own]
     try:
+        model.eval()
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in modes:  # outer modules first: their train() sets the inner ones as well
+            if module.training != mode:
+                module.train(mode)
+        buffers.put_back()
+        with torch.no_grad():
+            for tensor, before in (*weights, *zip(buffers.own, saved, strict=True)):
+                if not _same_bits(tensor, before):
+                    tensor.copy_(before)
+
+
+def _same_bits(tensor: Tensor, other: Tensor) -> bool:
+    return torch.equal(tensor, other) or (
+        tensor.is_floating_point() and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 @contextmanager
 def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """No gradients for those parameters that require them: the backward pass computes those of activations only."""
     held = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in held:
-        parameter.requires_grad_(False)
     try:
+        for parameter in held:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in held:
@@ -43,13 +65,20 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def moved(parameters: list[Tensor], direction: list[Tensor], step: float) -> Iterator[None]:
     """Move the weights by step · direction, and back to the very same bits: by copy, as adding would round."""
     saved = [parameter.detach().clone() for parameter in parameters]
+    are_back = False
     try:
-        with torch.no_grad():
-            foreach_add_(parameters, direction, alpha=step)
-        yield
-    finally:
-        with torch.no_grad():
-            foreach_copy_(parameters, saved)
+        try:
+            with torch.no_grad():
+                foreach_add_(parameters, direction, alpha=step)
+            yield
+        finally:
+            with torch.no_grad():
+                foreach_copy_(parameters, saved)
+            are_back = True
+    finally:  # where the way back itself is interrupted
+        if not are_back:
+            with torch.no_grad():
+                foreach_copy_(parameters, saved)
 
 
 class Buffers:
@@ -86,15 +115,28 @@ class Buffers:
                 held.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
             yield
         finally:
-            for held, own in self._holders:
-                held.update(own)
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Let the modules hold their own buffers again, where they have taken others."""
+        for held, own in self._holders:
+            held.update(own)
 
 
-def restored_generators(parameters: list[Tensor]) -> AbstractContextManager[None]:
-    """A context that puts torch's random generators (CPU and the model's devices) back on exit."""
+@contextmanager
+def restored_generators(parameters: list[Tensor]) -> Iterator[None]:
+    """Put the global random generators back on exit: torch's (CPU and the model's devices), Python's and numpy's."""
     accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
     device_type = next(iter(accelerators)).type if accelerators else "cuda"
-    return torch.random.fork_rng(accelerators, device_type=device_type)
+    numpy = sys.modules.get("numpy")  # where it is not imported, nothing has drawn from it
+    pythons, numpys = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(accelerators, device_type=device_type):
+            yield
+    finally:
+        random.setstate(pythons)
+        if numpy:
+            numpy.random.set_state(numpys)
 
 
 @contextmanager
@@ -121,11 +163,11 @@ def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let ``module(...)`` call ``forward`` instead of its own."""
     before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
     try:
+        module.__dict__["forward"] = forward
         yield
     finally:
         if before is None:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)
         else:
             module.__dict__["forward"] = before

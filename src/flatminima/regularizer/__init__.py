@@ -3,7 +3,7 @@
 from flatminima.regularizer.passes import Estimator
 from flatminima.regularizer.penalty import Penalty
 from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction, MainGradient, RegularizerStep
-from flatminima.regularizer.sub_batches import Weights, scalar_loss
+from flatminima.regularizer.sub_batches import SeveralBatches, Weights, scalar_loss
 
 __all__ = [
     "Estimator",
@@ -12,6 +12,7 @@ __all__ = [
     "MainGradient",
     "Penalty",
     "RegularizerStep",
+    "SeveralBatches",
     "Weights",
     "scalar_loss",
 ]

@@ -96,13 +96,14 @@ def average_gradients(model: nn.Module, parameters: dict[str, Tensor]) -> None:
         _reduce_to_shards(model, parameters)
     if not isinstance(model, DistributedDataParallel):
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters.values()]
     joined = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(joined, group=model.process_group)
     joined /= dist.get_world_size(model.process_group)
     parts = torch.split(joined, [gradient.numel() for gradient in gradients])
     for parameter, gradient, part in zip(parameters.values(), gradients, parts, strict=True):
-        parameter.grad = gradient.copy_(part.view_as(gradient))
+        is_sparse = parameter.grad is not None and parameter.grad.is_sparse
+        parameter.grad = part.view_as(gradient).to_sparse(1) if is_sparse else gradient.copy_(part.view_as(gradient))
 
 
 def _reduce_to_shards(model: nn.Module, gathered: dict[str, Tensor]) -> None:

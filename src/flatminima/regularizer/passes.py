@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flatminima.errors import require
 from flatminima.network import Buffers
 from flatminima.parallel import fsdp_modules
-from flatminima.regularizer.sub_batches import Closure, OneSubBatch, SubBatches, Weights
+from flatminima.regularizer.sub_batches import Closure, OneSubBatch, Samples, SubBatches, Weights
 from flatminima.regularizer.together import (
     LossesTogether,
     SubBatchesTogether,
@@ -49,9 +49,9 @@ class Passes(ABC):
 
     @abstractmethod
     def sub_batches(
-        self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, buffers: Buffers
+        self, model: nn.Module, closure: Closure, samples: Samples, weights: Weights, buffers: Buffers
     ) -> SubBatches:
-        """The sub-batches of one round; ``batch`` is what its indices take."""
+        """The sub-batches of one round; ``samples`` gives what its indices take."""
 
 
 class SequentialPasses(Passes):
@@ -64,10 +64,10 @@ class SequentialPasses(Passes):
         return rows
 
     def sub_batches(
-        self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, buffers: Buffers
+        self, model: nn.Module, closure: Closure, samples: Samples, weights: Weights, buffers: Buffers
     ) -> SubBatches:
         """The one sub-batch."""
-        return OneSubBatch(closure, batch, weights, buffers)
+        return OneSubBatch(closure, samples, weights, buffers)
 
 
 class VectorizedPasses(Passes):
@@ -88,10 +88,10 @@ class VectorizedPasses(Passes):
         return [torch.stack(list(same)) for _, same in itertools.groupby(rows, key=len)]
 
     def sub_batches(
-        self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, buffers: Buffers
+        self, model: nn.Module, closure: Closure, samples: Samples, weights: Weights, buffers: Buffers
     ) -> SubBatches:
         """All sub-batches of one size."""
-        return SubBatchesTogether(closure, batch, weights, buffers, model, self._losses)
+        return SubBatchesTogether(closure, samples, weights, buffers, model, self._losses)
 
 
 class CompiledPasses(VectorizedPasses):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +11,29 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.network import (
     BatchStatistics,
     Buffers,
-    batch_size,
     batch_statistics,
     map_tensors,
     restored_generators,
-    take,
     true_precision,
     without_autocast,
 )
+from flatminima.regularizer.checks import rounding_unit, warn_of_coarse_rounding, warn_of_unrepeatable_passes
 from flatminima.regularizer.distributed import this_process_alone
 from flatminima.regularizer.passes import Estimator, Passes
-from flatminima.regularizer.sub_batches import Closure, SubBatches, Weights, graph_of
+from flatminima.regularizer.sub_batches import (
+    Closure,
+    SingleSampleError,
+    SubBatches,
+    Weights,
+    graph_of,
+    samples_at,
+    size_of,
+    sub_batch_loss,
+)
 from flatminima.torch_compat import (
     eager_stance,
     foreach_add_,
@@ -33,6 +42,7 @@ from flatminima.torch_compat import (
     foreach_sub,
     has_no_derivative,
     raises_when_differentiated,
+    without_reentrant_checkpoints,
 )
 
 
@@ -47,39 +57,133 @@ class PenaltySettings:
     passes: Passes
 
     def penalty(
-        self, model: nn.Module, closure: Closure, batch: Any, weights: Weights, *, update_buffers: bool
+        self,
+        model: nn.Module,
+        closure: Closure,
+        batch: Any,
+        weights: Weights,
+        *,
+        update_buffers: bool,
+        short: bool = False,
+        first: bool = False,
     ) -> Penalty:
-        """R_α on ``batch``. The weights are put back; so are buffers, unless ``update_buffers`` asks for one update.
+        """R_α on ``batch``. The weights and buffers are put back.
+
+        Args:
+            model: the network.
+            closure: its loss.
+            batch: the samples.
+            weights: the trainable parameters.
+            update_buffers: whether to take the mean of what the sub-batches leave in the buffers.
+            short: whether the batch is smaller than others: it then has fewer sub-batches where BatchNorm needs it.
+            first: whether to look at how passes repeat and round.
 
         Raises:
+            NonFiniteError: if the batch's loss, or a sub-batch's loss at the moved weights, is NaN or infinite.
             FlatminimaError: if the batch is empty, or the loss is no scalar, or not differentiable (twice, for "hvp").
         """
-        size = batch_size(batch)
+        size = size_of(batch)
         if size == 0:
             raise FlatminimaError("the batch is empty: pass at least one sample")
-        rows = list(torch.randperm(size).tensor_split(min(self.num_sub_batches, size)))
-        estimator = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.estimator]
-        penalty = Penalty.zero(weights)
-        with true_precision(), without_autocast(model), this_process_alone(model):
+        order, count = torch.randperm(size), min(self.num_sub_batches, size)
+        with true_precision(), without_autocast(model), this_process_alone(model), without_reentrant_checkpoints():
+
+            def fresh(indices: Tensor | slice) -> Any:
+                return _in_float32(samples_at(batch, indices))
+
+            def loss_of(indices: Tensor | slice) -> Tensor:
+                """With the generators and buffers as they are, and leaving them so."""
+                with restored_generators(weights.parameters), Buffers(model).scratch():
+                    return sub_batch_loss(closure, fresh(indices))
 
             def whole_batch_forward() -> None:
                 with Buffers(model).scratch():
-                    closure(_in_float32(batch))
+                    closure(fresh(slice(None)))
 
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
-                buffers = Buffers(model)
-                means = _MeanBuffers(buffers.own) if update_buffers else None
-                for indices in self.passes.rounds(rows):
-                    share = indices.shape[-1] / size
-                    samples = _in_float32(take(batch, indices))
-                    sub_batches = self.passes.sub_batches(model, closure, samples, weights, buffers)
-                    estimate = estimator(sub_batches, self.alpha)
-                    penalty.add(estimate, weight=1 / len(rows), share=share)
-                    if means is not None:
-                        means.add(estimate.buffers, share)
-        if means is not None:
-            means.write()
+                run = _Run(self, model, closure, fresh, weights, Buffers(model), update_buffers)
+                try:
+                    penalty, means = run.over(list(order.tensor_split(count)))
+                except SingleSampleError:
+                    if not short or size == 1:
+                        raise
+                    count = min(count, size // 2)
+                    penalty, means = run.over(list(order.tensor_split(count)))
+                rows = list(order.tensor_split(count))
+                if not bool(torch.isfinite(penalty.value + penalty.loss)):
+                    penalty, means = run.over(_with_a_loss(rows, loss_of, penalty), count)
+                    _require_finite(penalty)
+                if first and self.estimator == "finite-difference":
+                    penalty.eps = rounding_unit(model, lambda: loss_of(rows[0]), penalty.trace.dtype)
+                    warn_of_coarse_rounding(penalty.eps, penalty.trace.dtype)
+                    warn_of_unrepeatable_passes(lambda: loss_of(rows[0]), penalty.value, self.alpha * penalty.trace)
+        penalty.buffers = means
         return penalty
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the passes over one batch have in common."""
+
+    settings: PenaltySettings
+    model: nn.Module
+    closure: Closure
+    fresh: Callable[[Tensor | slice], Any]
+    weights: Weights
+    buffers: Buffers
+    update_buffers: bool
+
+    def over(self, rows: list[Tensor], count: int | None = None) -> tuple[Penalty, _MeanBuffers | None]:
+        """R_α of sub-batches, each weighing 1/``count`` (default: all), and what they leave in the buffers.
+
+        Args:
+            rows: the indices of each sub-batch.
+            count: M, where sub-batches whose penalty is zero are left out.
+        """
+        size = sum(map(len, rows))
+        estimator = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.settings.estimator]
+        penalty = Penalty.zero(self.weights)
+        means = _MeanBuffers(self.buffers.own) if self.update_buffers else None
+        passes = self.settings.passes
+        for indices in passes.rounds(rows):
+            share = indices.shape[-1] / size
+
+            def samples(indices: Tensor = indices) -> Any:
+                return self.fresh(indices)
+
+            sub_batches = passes.sub_batches(self.model, self.closure, samples, self.weights, self.buffers)
+            estimate = estimator(sub_batches, self.settings.alpha)
+            penalty.add(estimate, weight=1 / (count or len(rows)), share=share)
+            if means is not None:
+                means.add(estimate.buffers, share)
+        return penalty, means
+
+
+def _with_a_loss(rows: list[Tensor], loss_of: Callable[[Tensor | slice], Tensor], penalty: Penalty) -> list[Tensor]:
+    """Those sub-batches whose loss is a number: NaN, 0/0, is the mean over labels none of which counts.
+
+    Raises:
+        NonFiniteError: if that is not what made the penalty NaN or infinite.
+    """
+    with torch.no_grad():
+        whole = loss_of(slice(None))
+        if not bool(torch.isfinite(whole)):
+            raise NonFiniteError(f"the loss is {float(whole)}: check inputs, weights and learning rate")
+        kept = [indices for indices in rows if not bool(torch.isnan(loss_of(indices)))]
+    if not kept or len(kept) == len(rows):
+        _require_finite(penalty)
+    return kept
+
+
+def _require_finite(penalty: Penalty) -> None:
+    if bool(torch.isfinite(penalty.value + penalty.loss)):
+        return
+    if not bool(torch.isfinite(penalty.loss)):
+        raise NonFiniteError(f"the loss is {float(penalty.loss)}: check inputs, weights and learning rate")
+    raise NonFiniteError(
+        f"the penalty is {float(penalty.value)} though the loss is {float(penalty.loss):.4g}: "
+        "a sub-batch's loss is NaN or infinite at w − αg; lower alpha"
+    )
 
 
 @dataclass
@@ -94,6 +198,9 @@ class Penalty:
         main_gradient: its gradient.
         used: whether any sub-batch's loss uses the parameter.
         num_sub_batches: how many sub-batches there were.
+        sparse: whether the parameter's gradients are sparse; those that join ``.grad`` then are as well.
+        eps: ε of the coarsest type that the passes went through, if that was looked at.
+        buffers: what the passes would leave in the model's buffers, if that is to be written to them.
     """
 
     value: Tensor
@@ -103,13 +210,17 @@ class Penalty:
     main_gradient: list[Tensor]
     used: list[bool]
     weights: Weights
+    sparse: list[bool]
     num_sub_batches: int = 0
+    eps: float | None = None
+    buffers: _MeanBuffers | None = None
 
     @classmethod
     def zero(cls, weights: Weights) -> Penalty:
         """No sub-batch yet."""
         nothing = weights.parameters[0].new_zeros(())
-        return cls(nothing, nothing, [], nothing, [], [False] * len(weights.parameters), weights)
+        none = [False] * len(weights.parameters)
+        return cls(nothing, nothing, [], nothing, [], none, weights, none)
 
     def add(self, estimate: _Estimate, *, weight: float, share: float) -> None:
         """Add sub-batches, each of the ``weight`` 1/M in R_α and of the ``share`` |B_i| / |B| in the main loss."""
@@ -119,6 +230,7 @@ class Penalty:
         self.loss = self.loss + share * estimate.loss
         self.main_gradient = _plus(self.main_gradient, estimate.gradient, share)
         self.used = [any(uses) for uses in zip(self.used, estimate.used, strict=True)]
+        self.sparse = [any(kinds) for kinds in zip(self.sparse, estimate.sparse, strict=True)]
         self.num_sub_batches += estimate.count
 
     def add_gradient_to_grad(self, factor: float | Tensor) -> None:
@@ -132,10 +244,19 @@ class Penalty:
     def _add_to_grad(self, gradient: list[Tensor], factor: float | Tensor) -> None:
         scaled = foreach_mul(gradient, factor)
         accumulated = []
-        for parameter, value, used in zip(self.weights.parameters, scaled, self.used, strict=True):
-            if used and parameter.grad is None:
-                parameter.grad = _laid_out_like(parameter, value)
-            elif used:
+        columns = zip(self.weights.parameters, scaled, self.used, self.sparse, strict=True)
+        for parameter, value, used, sparse in columns:
+            if not used:
+                continue
+            if sparse:
+                value = value.to_sparse(1)  # rows
+            if parameter.grad is None:
+                parameter.grad = value if sparse else _laid_out_like(parameter, value)
+            elif parameter.grad.is_sparse:
+                parameter.grad = value + parameter.grad  # in this order, as value may be dense
+            elif sparse:
+                parameter.grad.add_(value)
+            else:
                 accumulated.append((parameter.grad, value))
         if accumulated:
             foreach_add_(*map(list, zip(*accumulated, strict=True)))
@@ -197,6 +318,7 @@ class _Estimate:
         penalty: their part of M R_α.
         penalty_gradient: their part of M ∇R_α.
         used: whether their losses use the parameter.
+        sparse: whether its gradient is sparse.
         buffers: what the pass at w left in the model's buffers.
     """
 
@@ -207,6 +329,7 @@ class _Estimate:
     penalty: Tensor
     penalty_gradient: list[Tensor]
     used: list[bool]
+    sparse: list[bool]
     buffers: list[Tensor]
 
 
@@ -230,6 +353,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Estimate:
         penalty=loss.detach() - moved_loss.detach(),
         penalty_gradient=sub_batches.total(list(difference)),
         used=[a is not None or b is not None for a, b in zip(gradients, moved_gradients, strict=True)],
+        sparse=_sparse(gradients),
         buffers=buffers,
     )
 
@@ -253,6 +377,7 @@ def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Estimate:
         penalty=alpha * squares,
         penalty_gradient=sub_batches.total(list(products)),
         used=[gradient is not None for gradient in gradients],
+        sparse=_sparse(gradients),
         buffers=buffers,
     )
 
@@ -287,6 +412,10 @@ def _no_second_derivative(reason: str) -> FlatminimaError:
         f"estimator='hvp' needs second derivatives, and an operation of the model has none ({reason}): "
         "choose estimator='finite-difference'"
     )
+
+
+def _sparse(gradients: tuple[Tensor | None, ...]) -> list[bool]:
+    return [gradient is not None and gradient.is_sparse for gradient in gradients]
 
 
 def _dense(gradients: tuple[Tensor | None, ...], parameters: list[Tensor]) -> list[Tensor]:

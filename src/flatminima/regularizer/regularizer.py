@@ -18,15 +18,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from flatminima.errors import NonFiniteError, require
-from flatminima.network import BatchStatistics, Inputs, device_of, run_model
-from flatminima.parallel import whole
+from flatminima.network import BatchStatistics, Before, Inputs, device_of, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
+from flatminima.regularizer.gradients import Gradients, GradientsLeft
 from flatminima.regularizer.passes import Estimator, PassesName, passes_for
 from flatminima.regularizer.penalty import Penalty, PenaltySettings
-from flatminima.regularizer.sub_batches import Closure, Weights, scalar_loss
+from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss, size_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
@@ -49,8 +49,9 @@ class RegularizerStep:
         penalty_gradient_norm: ‖∇R_α‖₂, without β.
         main_gradient_norm: ‖mean_i g_i‖₂, the norm of the main gradient as the sub-batches see it.
         rounding_norm: the 2-norm of the rounding error in ∇R_α, to an order of magnitude: each gradient g is taken to
-            be off by 5 ε‖g‖, and so the mean of M differences by 5 ε √(2 · trace / M). ε is the float type's; measured
-            errors were 1 ε‖g‖ (small MLP) to 25 ε‖g‖ (convolutional network late in training). Zero for ``"hvp"``.
+            be off by 5 ε‖g‖, and so the mean of M differences by 5 ε √(2 · trace / M). ε is that of the coarsest type
+            that the passes go through, a frozen base's too; measured errors were 1 ε‖g‖ (small MLP) to 25 ε‖g‖
+            (convolutional network late in training). Zero for ``"hvp"``.
         grad_norm: global 2-norm of ``.grad`` after the step and before clipping; None where a framework owns the main
             pass (:meth:`FisherTraceRegularizer.penalize`).
     """
@@ -175,6 +176,9 @@ class FisherTraceRegularizer:
         self._clipped_steps: int | Tensor = 0
         self._micro_batches: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
         self._last_beta = 0.0
+        self._eps: float | None = None  # of the coarsest type in the passes, found at the first penalty
+        self._largest_batch = 0
+        self._left = GradientsLeft()
         Weights.of(model, self._penalized_names)
 
     def backward(
@@ -228,7 +232,7 @@ class FisherTraceRegularizer:
 
         Args:
             closure: ``closure(batch)`` → scalar, a mean over the samples. It is called on sub-batches as well, so it
-                must use its argument only; nested tuples, lists and mappings arrive as tuples and dicts.
+                must use its argument only; sub-batches are new tensors, and may be written to.
             batch: a nested tuple, list or mapping of tensors with B rows.
             weight: as in :meth:`backward`.
             last: as in :meth:`backward`.
@@ -250,10 +254,12 @@ class FisherTraceRegularizer:
             >>> loss = FisherTraceRegularizer(model).backward_closure(closure, batch)
         """
         require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
+        self._left.warn_if_untouched()
         scale = 1.0 if scaler is None else _scale_of(scaler, self.model)
         penalty = self.penalize(closure, batch)
         if penalty is not None and self.main_gradient == "sub-batches":
             loss = penalty.loss
+            require(any(penalty.used), NOT_DIFFERENTIABLE)
             penalty.add_gradient_to_grad(self.present_beta * weight * scale)
             penalty.add_main_gradient_to_grad(weight * scale)
             if last:
@@ -292,13 +298,29 @@ class FisherTraceRegularizer:
         settings = PenaltySettings(
             self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._passes
         )
-        update_buffers = self.main_gradient == "sub-batches"
-        with gathered_weights(self.model):
-            weights = Weights.of(self.model, self._penalized_names)
-            penalty = settings.penalty(self.model, closure, batch, weights, update_buffers=update_buffers)
-        _require_finite_penalty(penalty)
-        self.last_step = self._step_of(penalty)
-        self._last_beta = self.present_beta
+        update_buffers, size = self.main_gradient == "sub-batches", size_of(batch)
+        before = Before(self.model, writes_buffers=update_buffers)
+        try:
+            with gathered_weights(self.model):
+                weights = Weights.of(self.model, self._penalized_names)
+                penalty = settings.penalty(
+                    self.model,
+                    closure,
+                    batch,
+                    weights,
+                    update_buffers=update_buffers,
+                    short=size < self._largest_batch,
+                    first=self._eps is None,
+                )
+            if self._eps is None:
+                self._eps = penalty.eps or torch.finfo(penalty.trace.dtype).eps
+            self.last_step, self._last_beta = self._step_of(penalty), self.present_beta
+            self._largest_batch = max(self._largest_batch, size)
+            if penalty.buffers is not None:
+                penalty.buffers.write()
+        except BaseException as error:
+            before.back_from(error)
+            raise
         return penalty
 
     @property
@@ -351,7 +373,7 @@ class FisherTraceRegularizer:
         self._micro_batches, self.last_step = [], None
 
     def _step_of(self, penalty: Penalty) -> RegularizerStep:
-        gradient_error = 0.0 if self.estimator == "hvp" else _GRADIENT_ERROR * torch.finfo(penalty.trace.dtype).eps
+        gradient_error = 0.0 if self.estimator == "hvp" else _GRADIENT_ERROR * (self._eps or 0.0)
         return RegularizerStep(
             trace=penalty.trace,
             penalty=penalty.value,
@@ -362,14 +384,15 @@ class FisherTraceRegularizer:
 
     def _end_step(self, scale: float | Tensor) -> None:
         """Clip ``.grad``, which is ``scale`` times the gradient, and count the step."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        grad_norm = whole(get_total_norm([p.grad for p in parameters if p.grad is not None])) / scale
+        gradients = Gradients(self.model.parameters())
+        grad_norm = gradients.norm() / scale
         if self.max_grad_norm is not None:
-            clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+            gradients.clip(self.max_grad_norm, grad_norm)
             self._clipped_steps = self._clipped_steps + (grad_norm > self.max_grad_norm)
         if self._micro_batches:
             self.last_step = _average(self._micro_batches, grad_norm)
         self._micro_batches = []
+        self._left.note(self.model.parameters())
         self.step += 1
 
 
@@ -399,16 +422,6 @@ def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> s
 def _require_finite_loss(loss: Tensor) -> None:
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(f"the loss is {float(loss)}: check inputs, weights and learning rate")
-
-
-def _require_finite_penalty(penalty: Penalty) -> None:
-    if bool(torch.isfinite(penalty.value)):
-        return
-    _require_finite_loss(penalty.loss)
-    raise NonFiniteError(
-        f"the penalty is {float(penalty.value)} though the loss is {float(penalty.loss):.4g}: "
-        "a sub-batch's loss is NaN or infinite at w − αg; lower alpha"
-    )
 
 
 def _require_integer(name: str, value: int, *, at_least: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,71 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError, require
-from flatminima.network import Buffers, batch_size, moved
+from flatminima.network import Buffers, batch_size, moved, take, tensors_of
 from flatminima.torch_compat import needs_more_than_one_sample
+
+NOT_DIFFERENTIABLE = "the loss does not depend on a trainable parameter: is gradient recording switched off?"
 
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""
+
+Samples = Callable[[], Any]
+"""Gives a sub-batch in tensors and containers of its own: models and losses may write to what they are given."""
+
+
+@dataclass(frozen=True)
+class SeveralBatches:
+    """What several loaders give at once, each a batch of its own size, cut into ``count`` pieces side by side.
+
+    The piece i holds the i-th of ``count`` near-equal random parts of every batch. Pieces are what is then split.
+    """
+
+    batches: Any
+    rows: dict[int, list[Tensor]]
+
+    @classmethod
+    def of(cls, batches: Any, count: int) -> SeveralBatches:
+        """At most ``count`` pieces of the batches in a tuple, list or mapping; fewer if one has fewer samples.
+
+        Raises:
+            FlatminimaError: if one of them is no batch.
+        """
+        sizes = {i: batch_size(batch) for i, batch in enumerate(_members(batches)) if tensors_of(batch)}
+        count = min(count, *sizes.values())
+        return cls(batches, {i: list(torch.randperm(n).tensor_split(count)) for i, n in sizes.items()})
+
+    def take(self, indices: Tensor | slice) -> Any:
+        """The pieces at ``indices``, joined; in tensors and containers of its own."""
+        if isinstance(indices, slice):
+            indices = torch.arange(size_of(self))[indices]
+        require(indices.dim() == 1, "batches of several loaders cannot go together: choose passes='one-by-one'")
+        rows = {i: torch.cat([pieces[k] for k in indices.tolist()]) for i, pieces in self.rows.items()}
+        members = enumerate(_members(self.batches))
+        return _with_members(self.batches, [take(batch, rows[i]) if i in rows else batch for i, batch in members])
+
+
+def size_of(batch: Any) -> int:
+    """How many samples, or pieces of several batches, can be split."""
+    return len(next(iter(batch.rows.values()))) if isinstance(batch, SeveralBatches) else batch_size(batch)
+
+
+def samples_at(batch: Any, indices: Tensor | slice) -> Any:
+    """These samples or pieces, in tensors and containers of their own."""
+    return batch.take(indices) if isinstance(batch, SeveralBatches) else take(batch, indices)
+
+
+def _members(batches: Any) -> list[Any]:
+    return list(batches.values() if isinstance(batches, Mapping) else batches)
+
+
+def _with_members(batches: Any, members: list[Any]) -> Any:
+    if isinstance(batches, Mapping):
+        return dict(zip(batches, members, strict=True))
+    return type(batches)(members)
+
+
+class SingleSampleError(FlatminimaError):
+    """BatchNorm has refused a sub-batch of one sample."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +129,7 @@ class SubBatches(ABC):
 
     Attributes:
         closure: the network's loss.
-        batch: the samples.
+        samples: gives the samples, anew for every pass.
         weights: the network's trainable parameters.
         buffers: its buffers.
         count: how many sub-batches there are.
@@ -77,7 +137,7 @@ class SubBatches(ABC):
     """
 
     closure: Closure
-    batch: Any
+    samples: Samples
     weights: Weights
     buffers: Buffers
     count: int = field(init=False)
@@ -93,6 +153,8 @@ class SubBatches(ABC):
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         """g_i of every sub-batch in the form of :attr:`parameters`; None for a parameter that the loss does not use."""
+        if not loss.requires_grad:  # a constant
+            return (None,) * len(self.parameters)
         # A function marked once_differentiable shows that it is one where the gradient that comes to it has a history.
         seed = torch.ones_like(loss, requires_grad=create_graph)
         return torch.autograd.grad(loss, self.parameters, seed, create_graph=create_graph, allow_unused=True)
@@ -123,9 +185,8 @@ class OneSubBatch(SubBatches):
 
     def loss(self) -> Tensor:
         """L(B_i, ·) with the model's own weights."""
-        loss = sub_batch_loss(self.closure, self.batch)
-        require_differentiable(loss)
-        return loss
+        require(torch.is_grad_enabled(), NOT_DIFFERENTIABLE)
+        return sub_batch_loss(self.closure, self.samples())
 
     def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
         """Move the model's own weights, and back to the same bits."""
@@ -170,8 +231,8 @@ def sub_batch_loss(closure: Closure, batch: Any) -> Tensor:
     except ValueError as error:
         if not needs_more_than_one_sample(error):
             raise
-        raise FlatminimaError(
-            f"BatchNorm has no statistics on a sub-batch of {batch_size(batch)} sample(s): "
+        raise SingleSampleError(
+            "BatchNorm has no statistics on a sub-batch of 1 sample(s): "
             "lower num_sub_batches, or drop the last, short batch"
         ) from error
 
@@ -186,7 +247,4 @@ def _scalar(loss: Any) -> Tensor:
 
 def require_differentiable(loss: Tensor) -> None:
     """Refuse a loss that no trainable parameter has a part in."""
-    require(
-        loss.requires_grad,
-        "the loss does not depend on a trainable parameter: is gradient recording switched off?",
-    )
+    require(loss.requires_grad, NOT_DIFFERENTIABLE)

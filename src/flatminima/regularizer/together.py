@@ -37,7 +37,7 @@ from flatminima.torch_compat import (
 class SubBatchesTogether(SubBatches):
     """All sub-batches in one pass by ``torch.func.vmap``, each with its own copy of the weights and of the buffers.
 
-    Tensors of ``batch`` are (sub-batches, samples, ...), and :attr:`parameters` (sub-batches, ...). A layer's many
+    Tensors of the batch are (sub-batches, samples, ...), and :attr:`parameters` (sub-batches, ...). A layer's many
     products with small matrices then are one batched product, its convolutions one grouped convolution.
 
     Attributes:
@@ -49,11 +49,12 @@ class SubBatchesTogether(SubBatches):
     losses: LossesTogether
 
     def __post_init__(self) -> None:
-        self.count = batch_size(self.batch)
+        batch = self.samples()
+        self.count = batch_size(batch)
         copies = [_copies(parameter.detach(), self.count) for parameter in self.weights.parameters]
         self.parameters = [copy.requires_grad_() for copy in copies]
         originals = [*self.weights.parameters, *self.buffers.own]
-        self._forward = _Forward(self.model, self.closure, self.batch, originals)
+        self._forward = _Forward(self.model, self.closure, batch, originals)
         self._buffers_left: list[Tensor] = []
 
     def scratch_buffers(self) -> AbstractContextManager[None]:
@@ -64,7 +65,7 @@ class SubBatchesTogether(SubBatches):
         """Σ_i L(B_i, ·), each at its own copy of the weights."""
         with _in_one_pass():
             losses, self._buffers_left = self.losses(
-                self._forward, self.parameters, self.buffers.own, tensors_of(self.batch)
+                self._forward, self.parameters, self.buffers.own, tensors_of(self.samples())
             )
         loss: Tensor = losses.sum()
         require_differentiable(loss)

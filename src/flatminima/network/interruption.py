@@ -1,0 +1,109 @@
+"""An interruption, Ctrl-C above all, at whatever line it arrives: what was changed is put back, and it goes on.
+
+A context manager alone cannot do this. An exception between two of its lines leaves a generator that waits in the
+frames of the traceback, and runs its ``finally`` when these are freed: too late, and after what lies around it.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from flatminima.network.modes import Buffers
+from flatminima.torch_compat import (
+    float32_switches,
+    forward_pre_hooks,
+    function_modes,
+    leave_function_modes,
+    own_parameters,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def undone_if_interrupted(function: Callable[P, R]) -> Callable[P, R]:
+    """Let an interruption of ``function(model, ...)`` leave the model and the process as they were before it."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        model: Any = args[0] if args else kwargs.get("model")
+        before = Before(model if isinstance(model, nn.Module) else nn.Module(), writes_buffers=True)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            before.back_from(error)
+            raise
+
+    return wrapped
+
+
+class Before:
+    """A model's state and that of the process at the beginning of a call, to go back to from an exception.
+
+    It holds references and copies no weights: who moves these puts them back (:func:`flatminima.network.moved`).
+
+    Args:
+        model: its modes, buffers (the tensors that hold them), ``requires_grad``, ``.grad`` (the tensors) and hooks.
+        writes_buffers: whether the call writes to the model's own buffers, so that their values are copied.
+    """
+
+    def __init__(self, model: nn.Module, *, writes_buffers: bool) -> None:
+        modules = list(model.modules())
+        self._modes = [(module, module.training) for module in modules]
+        self._forwards = [(vars(module), vars(module).get("forward")) for module in modules]
+        self._hooks = [(hooks := forward_pre_hooks(module), set(hooks)) for module in modules]
+        self._weights = [(held := own_parameters(module), dict(held)) for module in modules]
+        self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self._buffers = Buffers(model)
+        self._values = [buffer.detach().clone() for buffer in self._buffers.own] if writes_buffers else []
+        self._switches = [(holder, name, getattr(holder, name)) for holder, name, _, _ in float32_switches()]
+        self._records = torch.is_grad_enabled()
+        self._function_modes = function_modes()
+        numpy = sys.modules.get("numpy")
+        self._generators: list[tuple[Any, Any]] = [(torch.set_rng_state, torch.get_rng_state())]
+        self._generators.append((random.setstate, random.getstate()))
+        if numpy:
+            self._generators.append((numpy.random.set_state, numpy.random.get_state()))
+
+    def back_from(self, error: BaseException) -> None:
+        """Put everything back; of an interruption, which has no locals worth looking at, free the frames first.
+
+        This closes the generators of context managers that wait in them. Errors keep their frames for debuggers.
+        """
+        if isinstance(error, Exception):
+            return  # no window was hit: every context manager has done its own
+        traceback.clear_frames(error.__traceback__)
+        for module, mode in self._modes:
+            if module.training != mode:
+                module.train(mode)
+        for attributes, forward in self._forwards:
+            if forward is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = forward
+        for hooks, known in self._hooks:
+            for key in set(hooks) - known:
+                del hooks[key]
+        for held, own in self._weights:
+            held.update(own)
+        for parameter, requires_grad, gradient in self._parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        self._buffers.put_back()
+        with torch.no_grad():
+            for buffer, value in zip(self._buffers.own, self._values, strict=False):
+                buffer.copy_(value)
+        for holder, name, value in self._switches:
+            setattr(holder, name, value)
+        torch.set_grad_enabled(self._records)
+        leave_function_modes(self._function_modes)
+        for set_state, state in self._generators:
+            set_state(state)

@@ -1,0 +1,28 @@
+"""Interrupted at any line, measuring leaves nothing behind, and the interruption arrives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import flatminima as fm
+from support.interruptions import what_interruptions_leave
+
+SEED = 5
+
+
+@pytest.mark.parametrize("moments", [30, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("call", ["gram", "measure"])
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
+def test_an_interruption_at_any_line_leaves_nothing_behind_and_arrives(call: str, moments: int) -> None:
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.ReLU(), nn.Linear(5, 3))
+    model[2].eval()
+    x, y = torch.randn(12, 6), torch.randint(3, (12,))
+    calls = {
+        "gram": lambda: fm.gram(model, x, y),
+        "measure": lambda: fm.measure(model, (x, y), subset_size=4, trials=2, progress=False),
+    }
+    left = what_interruptions_leave(calls[call], model, moments, SEED)
+    assert not left, "\n".join(left)

@@ -1,0 +1,41 @@
+"""Interrupted at any line, a penalty leaves nothing behind, and the interruption arrives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatminima.regularizer import FisherTraceRegularizer
+from support.interruptions import what_interruptions_leave
+from support.regularizer_cases import SEED
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"estimator": "hvp"},
+    {"batch_statistics": "whole-batch"},
+    {"main_gradient": "sub-batches"},
+]
+"""Not ``passes="together"``: interrupted inside, ``torch.func.vmap`` loses count of its own levels."""
+
+
+@pytest.mark.parametrize("moments", [30, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(way.values()) or "default")
+def test_an_interruption_at_any_line_leaves_nothing_behind_and_arrives(way: dict[str, Any], moments: int) -> None:
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.2), nn.ReLU(), nn.Linear(5, 3))
+    model[2].eval()
+    data = torch.randn(8, 6), torch.randint(3, (8,))
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=2, alpha=0.1, **way)
+
+    def closure(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def call() -> None:
+        regularizer.penalize(closure, data)
+
+    left = what_interruptions_leave(call, model, moments, SEED)
+    assert not left, "\n".join(left)

@@ -169,7 +169,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
     with standard_output_kept_clean():
         from flatminima.lab import reproduce
         from flatminima.lab.experiments import EXPERIMENTS, plain
-        from flatminima.lab.jobs import Executor, Local, Processes, Ray, available_cores
+        from flatminima.lab.jobs import Executor, Local, Ray, WorkerPool, available_cores
 
         known = [*EXPERIMENTS, "all"]
         for name in options.experiments:
@@ -181,7 +181,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
         chosen = tuple(EXPERIMENTS) if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
         workers = options.workers or available_cores()
-        executors: dict[str, Executor] = {"local": Local(), "processes": Processes(workers), "ray": Ray()}
+        executors: dict[str, Executor] = {"local": Local(), "processes": WorkerPool(workers), "ray": Ray()}
         reproduction = reproduce.Reproduction(
             names=chosen,
             preset=options.preset,

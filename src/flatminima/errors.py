@@ -102,9 +102,10 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line; its type's name if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(said: BaseException | str) -> str:
+    """A text, or what an error says, in one line; the type's name of an error that says nothing."""
+    words = " ".join(str(said).split())
+    return words if isinstance(said, str) else words or type(said).__name__
 
 
 def first_line(error: BaseException) -> str:

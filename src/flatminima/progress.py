@@ -53,9 +53,9 @@ class ProgressBar:
         self._bar.update(self._task, completed=completed, description=description)
         self._appear()
 
-    def advance(self) -> None:
-        """One more is done."""
-        self._bar.advance(self._task)
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._bar.advance(self._task, count)
         self._appear()
 
     def _appear(self) -> None:

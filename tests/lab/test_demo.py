@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from flatminima.lab import demo
-from flatminima.lab.experiments import INDICATORS, Summary, plain, read_summaries, select, summarize
+from flatminima.lab.experiments import INDICATORS, Summary, json_of, read_summaries, select, summarize
 from flatminima.lab.jobs import Local
 from flatminima.lab.runs.measuring import Measuring
 
@@ -42,8 +42,8 @@ def test_summary_holds_every_run_and_survives_json(small: tuple[demo.Report, Pat
         (arm, case, seed) for arm in demo.ARMS for case in ("0", "200") for seed in (7, 8)
     }
     assert list(minima.records) == select(regularizer.records, "plain")
-    assert json.loads((out / "report.json").read_text()) == plain(report.summaries)
-    assert plain(read_summaries(out / "report.json")) == plain(report.summaries)
+    assert json.loads((out / "report.json").read_text()) == json_of(report.summaries)
+    assert json_of(read_summaries(out / "report.json")) == json_of(report.summaries)
     assert "NaN" not in (out / "report.json").read_text()
 
 

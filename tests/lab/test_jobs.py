@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.jobs import Executor, Failure, Local, Processes, Ray, available_cores, run_all
+from flatminima.lab.jobs import Executor, Failure, Local, Ray, WorkerPool, available_cores, run_all
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.spec import RunSpec
@@ -26,7 +26,7 @@ from support.commands import environment
 
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, augmentation="no-aug", batch_size=10, epochs=4)
 SPECS = [replace(SPEC, seed=seed) for seed in range(4)]
-BOTH = pytest.mark.parametrize("executor", [Local(), Processes(2)], ids=["local", "processes"])
+BOTH = pytest.mark.parametrize("executor", [Local(), WorkerPool(2)], ids=["local", "processes"])
 
 
 def square(number: int) -> tuple[int, int, int]:
@@ -94,13 +94,13 @@ def test_results_keep_the_tasks_order(executor: Executor) -> None:
 
 
 def test_workers_are_processes_with_the_threads_asked_for() -> None:
-    results = run_all(square, [0, 1, 2, 3], Processes(2, threads=3), progress=False)
+    results = run_all(square, [0, 1, 2, 3], WorkerPool(2, threads=3), progress=False)
     assert {threads for _, _, threads in results} == {3}
     assert 1 <= len({pid for _, pid, _ in results} - {os.getpid()}) <= 2
 
 
 def test_no_tasks_no_results() -> None:
-    assert run_all(square, [], Processes(2), progress=False) == []
+    assert run_all(square, [], WorkerPool(2), progress=False) == []
 
 
 @BOTH
@@ -117,19 +117,19 @@ def test_a_task_whose_worker_is_killed_is_performed_again(tmp_path: Path) -> Non
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    first, second = run_all(die_once, folders, Processes(1), progress=False)
+    first, second = run_all(die_once, folders, WorkerPool(1), progress=False)
     assert [len(list(folder.iterdir())) for folder in folders] == [2, 2]
     assert first != second  # each came from the worker that took the place of a killed one
 
 
 def test_a_task_that_kills_every_worker_is_listed_and_costs_nobody_else() -> None:
-    results = run_all(die, [0, 3, 0, 0], Processes(2, retries=1), progress=False)
+    results = run_all(die, [0, 3, 0, 0], WorkerPool(2, retries=1), progress=False)
     assert results == [0, Failure(3, "its worker died 2 times, with exit status 3"), 0, 0]
 
 
 def test_gpus_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert sorted(run_all(gpu, [1.0, 1.0, 1.0], Processes(3), progress=False)) == ["4", "4", "7"]
+    assert sorted(run_all(gpu, [1.0, 1.0, 1.0], WorkerPool(3), progress=False)) == ["4", "4", "7"]
 
 
 def test_available_cores() -> None:
@@ -142,7 +142,7 @@ def test_available_cores() -> None:
 
 
 def test_runs_give_the_same_numbers_wherever_they_go(tmp_path: Path, expected: list[Any]) -> None:
-    results = run_all(train_one, [(spec, tmp_path) for spec in SPECS], Processes(2), progress=False)
+    results = run_all(train_one, [(spec, tmp_path) for spec in SPECS], WorkerPool(2), progress=False)
     assert numbers(results) == expected
 
 
@@ -172,12 +172,12 @@ def test_a_full_disk_and_a_corrupt_folder_cost_no_other_run(
 SCRIPT = """
 import sys
 from pathlib import Path
-from flatminima.lab.jobs import Processes, run_all
+from flatminima.lab.jobs import WorkerPool, run_all
 from test_jobs import SPECS, train_one
 
 if __name__ == "__main__":
     tasks = [(spec, Path(sys.argv[1])) for spec in SPECS]
-    run_all(train_one, tasks, Processes(2), progress=False)
+    run_all(train_one, tasks, WorkerPool(2), progress=False)
 """
 
 
@@ -267,7 +267,7 @@ def test_interruption_saves_every_run_and_leaves_no_worker_behind(tmp_path: Path
         "import os, signal, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
-        "from flatminima.lab.jobs import Processes, run_all\n"
+        "from flatminima.lab.jobs import WorkerPool, run_all\n"
         "from flatminima.lab.runs.spec import RunSpec\n"
         "from flatminima.lab.runs import training\n"
         "def slow(spec):\n"
@@ -280,7 +280,7 @@ def test_interruption_saves_every_run_and_leaves_no_worker_behind(tmp_path: Path
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         f"    spec = RunSpec.from_json({replace(SPEC, epochs=100_000).to_json()!r})\n"
-        "    run_all(slow, [spec, replace(spec, seed=1)], Processes(2), progress=False)\n"
+        "    run_all(slow, [spec, replace(spec, seed=1)], WorkerPool(2), progress=False)\n"
     )
     process = subprocess.Popen([sys.executable, script, tmp_path], env=environment(), stderr=subprocess.PIPE, text=True)
     folders = [RunFolder.of(tmp_path / "runs", replace(SPEC, epochs=100_000, seed=seed)) for seed in (0, 1)]

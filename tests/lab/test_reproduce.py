@@ -26,7 +26,7 @@ from rich.console import Console
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab import reproduce, study
-from flatminima.lab.experiments import Summary, paper, plain, presets, read_summaries
+from flatminima.lab.experiments import Summary, json_of, paper, presets, read_summaries
 from flatminima.lab.experiments.experiment import Record, Task, look_up, perform
 from flatminima.lab.experiments.paper import PLAIN, REGULARIZED
 from flatminima.lab.jobs import Failure, Local
@@ -87,7 +87,7 @@ def test_a_scenario_from_end_to_end(tmp_path: Path) -> None:
     assert summary.correlations["log_det_fisher"].defined
     assert summary.verdict[0].startswith("γ̂ ")
     stem = tmp_path / "digits" / "scenario-1"
-    assert json.loads(stem.with_suffix(".json").read_text()) == plain([summary])
+    assert json.loads(stem.with_suffix(".json").read_text()) == json_of([summary])
     page = _Page()
     page.feed(stem.with_suffix(".html").read_text())
     assert (page.pictures, page.loaded) == (7, [])
@@ -275,7 +275,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def numbers(summary: Summary) -> dict[str, Any]:
     """A summary as it is written, without times."""
-    (values,) = plain([summary])
+    (values,) = json_of([summary])
     for record in values["records"]:
         del record["seconds"]
     return {name: value for name, value in values.items() if name not in ("seconds_left", "workers")}

@@ -36,12 +36,12 @@ def _demo(given: list[str]) -> tuple[bool, Report]:
     options = parse(Demo, given, prog="demo")
     with standard_output_kept_clean():
         from flatminima.lab import demo
-        from flatminima.lab.experiments import plain
+        from flatminima.lab.experiments import json_of
 
         report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
         page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({report.seconds:.0f} s).")
         status = int(any(summary.failures for summary in report.summaries))
-        found = {"experiments": plain(report.summaries), "seconds": report.seconds}
+        found = {"experiments": json_of(report.summaries), "seconds": report.seconds}
         return options.output.json, Report(found, Group(demo.table(report.summaries), page), status)
 
 
@@ -168,8 +168,8 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
     with standard_output_kept_clean():
         from flatminima.lab import reproduce
-        from flatminima.lab.experiments import EXPERIMENTS, plain
-        from flatminima.lab.jobs import Executor, Local, Processes, Ray, available_cores
+        from flatminima.lab.experiments import EXPERIMENTS, json_of
+        from flatminima.lab.jobs import Executor, Local, Ray, WorkerPool, available_cores
 
         known = [*EXPERIMENTS, "all"]
         for name in options.experiments:
@@ -181,7 +181,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
         chosen = tuple(EXPERIMENTS) if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
         workers = options.workers or available_cores()
-        executors: dict[str, Executor] = {"local": Local(), "processes": Processes(workers), "ray": Ray()}
+        executors: dict[str, Executor] = {"local": Local(), "processes": WorkerPool(workers), "ray": Ray()}
         reproduction = reproduce.Reproduction(
             names=chosen,
             preset=options.preset,
@@ -199,7 +199,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
         summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
         status = int(any(summary.failures for summary in summaries))
-        return options.output.json, Report(plain(summaries), Group(reproduce.table(summaries), page), status)
+        return options.output.json, Report(json_of(summaries), Group(reproduce.table(summaries), page), status)
 
 
 COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {

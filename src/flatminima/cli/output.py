@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from rich.console import RenderableType
 
 from flatminima.cli.options import PROGRAM
+from flatminima.errors import one_line
 from flatminima.parallel import Processes
 
 
@@ -34,7 +35,7 @@ def standard_output_kept_clean() -> Iterator[None]:
 def say(text: str, *, by_any: bool = False) -> None:
     """Say it on standard error; of several processes the first alone, unless it may be news to that one."""
     if by_any or Processes.launched().rank == 0:
-        print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201
+        print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr)  # noqa: T201
 
 
 def show_warning(

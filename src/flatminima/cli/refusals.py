@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flatminima.errors import did_you_mean
+from flatminima.errors import did_you_mean, one_line
 
 
 def problems_handed_to(refuse: Callable[[object], None]) -> contextlib.AbstractContextManager[None]:
@@ -59,7 +59,7 @@ def _bad_value(problem: Any, known: Iterable[str]) -> str:
 
 def _no_instance(problem: Any, known: Iterable[str]) -> str:
     message, *_ = problem.message.partition(" Got errors:")  # why each type of a union did not fit
-    message = " ".join(message.split()).rstrip(".")
+    message = one_line(message).rstrip(".")
     return message if problem.argument is None else f"{_name(problem.argument)}: {message}"
 
 

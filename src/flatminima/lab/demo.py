@@ -23,7 +23,7 @@ from flatminima.lab.experiments import (
     Summary,
     described,
 )
-from flatminima.lab.jobs import Executor, Processes, available_cores
+from flatminima.lab.jobs import Executor, WorkerPool, available_cores
 from flatminima.lab.runs import Measuring
 from flatminima.lab.study import Study, table
 
@@ -105,7 +105,7 @@ def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> Rep
     """
     started, workers = time.monotonic(), workers or available_cores()
     tell: Callable[[str], None] | None = _say if progress else None
-    summaries = Demo(out, Processes(workers), workers).run(progress=progress, tell=tell)
+    summaries = Demo(out, WorkerPool(workers), workers).run(progress=progress, tell=tell)
     return Report(summaries, round(time.monotonic() - started, 1))
 
 

@@ -75,7 +75,7 @@ class Local:
 
 
 @dataclass(frozen=True)
-class Processes:
+class WorkerPool:
     """Worker processes on this machine; with several GPUs each worker sees one of them, dealt out in turn.
 
     A run's bits may depend on the number of threads, but not on the number of workers.

@@ -21,7 +21,7 @@ from flatminima.lab.experiments import (
     expected,
     read_winners,
 )
-from flatminima.lab.jobs import Executor, Processes
+from flatminima.lab.jobs import Executor, WorkerPool
 from flatminima.lab.reports import Table, counted, duration
 from flatminima.lab.study import State, Study, table
 
@@ -49,7 +49,7 @@ class Reproduction(Study):
     """Folder of CIFAR (None: from the Hugging Face hub)."""
     seeds: tuple[int, ...] | None = None
     """Other seeds than the paper's five; the search keeps its one."""
-    executor: Executor = Processes(1)  # noqa: RUF009
+    executor: Executor = WorkerPool(1)  # noqa: RUF009
     """Where runs go."""
     workers: int = 1
     """Runs at once, as far as estimates of time need to know."""

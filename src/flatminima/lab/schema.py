@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from types import NoneType
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import pydantic_core
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, model_serializer, model_validator
 
 from flatminima.errors import FlatminimaError, one_line
 
@@ -25,11 +25,24 @@ RECORD = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """Likewise, and every float is finite."""
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-"""How many there are of something."""
-
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 _SHOWN = 80  # characters of a wrong value that a message repeats
+_TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool"}  # pydantic's words, and Python's
+
+
+def below(end: float) -> AfterValidator:
+    """A range for a field: from 0 on, and less than ``end``."""
+
+    def check(value: float) -> float:
+        if not 0 <= value < end:
+            raise ValueError(f"must be in [0, {end})")
+        return value
+
+    return AfterValidator(check)
+
+
+Count = Annotated[int, below(2**63)]
+"""How many there are of something."""
 
 
 def parse(kind: type[Kind], text: str, *, strict: bool | None = None, **known: Any) -> Kind:
@@ -52,7 +65,7 @@ def parse(kind: type[Kind], text: str, *, strict: bool | None = None, **known: A
     except ValidationError as error:
         raise FlatminimaError(_refusal(kind, "", error)) from None
     except (ValueError, TypeError) as error:  # before pydantic sees it: no JSON, no object
-        raise FlatminimaError(f"not {_name(kind)}: {one_line(error)}") from None
+        raise FlatminimaError(f"not {kind.__name__}: {one_line(error)}") from None
 
 
 def plain(value: Any) -> dict[str, Any]:
@@ -78,7 +91,7 @@ class Kinded:
 
 def kind_of(value: Any) -> Any:
     """What tells the classes of a field apart: for pydantic's ``Discriminator``."""
-    return value.get("kind") if isinstance(value, dict) else type(value).__name__
+    return str(value.get("kind")) if isinstance(value, dict) else type(value).__name__
 
 
 def refusing(where: str = "") -> Callable[[type[Kind]], type[Kind]]:
@@ -89,12 +102,12 @@ def refusing(where: str = "") -> Callable[[type[Kind]], type[Kind]]:
     """
 
     def decorated(kind: type[Kind]) -> type[Kind]:
-        construct = kind.__init__
+        construct, names = kind.__init__, [field.name for field in dataclasses.fields(cast(Any, kind))]
 
         @functools.wraps(construct)
         def checked(self: Kind, *values: Any, **named: Any) -> None:
             try:
-                construct(self, *values, **named)
+                construct(self, *values[len(names) :], **dict(zip(names, values, strict=False)), **named)
             except ValidationError as error:
                 raise FlatminimaError(_refusal(kind, where, error)) from None
 
@@ -114,91 +127,37 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def _refusal(kind: Any, where: str, error: ValidationError) -> str:
     """The first thing that is wrong, in one line."""
     first = error.errors(include_url=False)[0]
-    what, context, value = first["type"], first.get("ctx", {}), first["input"]
-    if what == "value_error":  # of our own checks
+    what, context, got = first["type"], first.get("ctx", {}), _shown(first["input"])
+    if isinstance(context.get("error"), FlatminimaError):  # of a __post_init__, which names its fields itself
         return one_line(context["error"])
-    if what == "json_invalid":
-        return f"not {_name(kind)}: {context['error']}"
-    owner, path = _place(kind, first["loc"])
-    if not path:
-        return f"not {_name(kind)}: {_shown(value)}"
-    field = path[-1]
+    if not first["loc"]:
+        return f"not {error.title}: {context.get('error', got)}"
+    *within, field = (_shown(part).strip("'") for part in first["loc"])
+    holder = ".".join((error.title, *within))
     if what.startswith(("unexpected", "missing")):
         has = "no field" if what.startswith("unexpected") else "no value for its field"
-        return f"{_name(owner)} has {has} {_shown(field)[1:-1]}; was it written by another version?"
-    hint = get_type_hints(owner)[field]
-    if what.startswith("union_tag") and isinstance(value, dict):
-        names = ", ".join(option.__name__ for option in _types(hint) if option is not NoneType)
-        return f"unknown {field}.kind {_shown(value.get('kind'))}; use one of {names}"
-    if what.startswith(("greater_than", "less_than")):
-        limited = get_type_hints(owner, include_extras=True)[field]
-        return f"{'.'.join(filter(None, (where, *path)))} {_range(limited)}, got {_shown(value)}"
-    return f"{_name(owner)}.{field} must be {_declared(hint)}, got {_shown(value)}"
-
-
-def _place(kind: Any, location: Sequence[str | int]) -> tuple[Any, list[str]]:
-    """The dataclass in which an error is, and the fields that lead to it, the last one its own."""
-    holder: Any = kind
-    path: list[str] = []
-    inside, hint = (kind, None) if dataclasses.is_dataclass(kind) else (None, kind)
-    for part in location:
-        if inside is None:  # from a field into what it holds
-            held: dict[str, Any] = {
-                _name(option): option for option in _types(hint) if dataclasses.is_dataclass(option)
-            }
-            if not held:
-                break  # the items of a tuple, the values of a mapping
-            inside = held.get(str(part), next(iter(held.values())))
-            if isinstance(part, int) or part in held:
-                continue
-        names = [field.name for field in dataclasses.fields(inside)]
-        path.append(names[part] if isinstance(part, int) and part < len(names) else str(part))
-        holder, inside, hint = inside, None, get_type_hints(inside).get(path[-1])
-    return holder, path
-
-
-def _types(hint: Any) -> list[Any]:
-    """The types in a hint, whatever they are wrapped in."""
-    inner = get_args(hint)
-    return [found for part in inner for found in _types(part)] if inner else [hint]
-
-
-def _range(hint: Any) -> str:
-    """What a number must be, in words."""
-    limits = dict(_limits(hint))
-    low, high = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))
-    if low is not None and high is not None:
-        return f"must be in {'(' if 'gt' in limits else '['}{low}, {high}{')' if 'lt' in limits else ']'}"
-    if low != 0:
-        return f"must be >= {low}"
-    said = "must be positive" if "gt" in limits else "must not be negative"
-    return f"{said} or None" if NoneType in _types(hint) and "gt" in limits else said
-
-
-def _limits(hint: Any) -> Iterator[tuple[str, Any]]:
-    for entry in getattr(hint, "__metadata__", ()):
-        for limit in getattr(entry, "metadata", ()):
-            yield from ((name, getattr(limit, name)) for name in ("gt", "ge", "lt", "le") if hasattr(limit, name))
-    for part in get_args(hint):
-        yield from _limits(part)
-
-
-def _declared(hint: Any) -> str:
-    """A type as one writes it."""
-    if get_origin(hint) in (Union, UnionType):
-        return " | ".join(map(_declared, get_args(hint)))
-    if hint is NoneType:
-        return "None"
-    return _name(hint) if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def _name(kind: Any) -> str:
-    return str(getattr(kind, "__name__", kind))
+        return f"{holder} has {has} {field}; was it written by another version?"
+    if what.startswith("union_tag") and isinstance(first["input"], dict):
+        return f"unknown {field}.kind {_shown(first['input'].get('kind'))}; use one of {context['expected_tags']}"
+    path = ".".join(filter(None, (where, *within, field)))
+    if what == "greater_than":
+        return f"{path} must be {f'> {limit}' if (limit := context['gt']) else 'positive'}, got {got}"
+    if what == "greater_than_equal":
+        return f"{path} must {f'be >= {limit}' if (limit := context['ge']) else 'not be negative'}, got {got}"
+    if what == "value_error":
+        return f"{path} {one_line(context['error'])}, got {got}"
+    words = first["msg"].partition("Input should be ")[2]
+    words = words.removeprefix("a valid ").removeprefix("a finite ")
+    expected = context.get("expected_tags") or _TYPES.get(words, words)
+    if not expected:  # of another kind
+        return f"{holder}.{field}: {one_line(first['msg'])}, got {got}"
+    optional = not within and dataclasses.is_dataclass(kind) and NoneType in get_args(get_type_hints(kind).get(field))
+    return f"{holder}.{field} must be {expected}{' | None' if optional else ''}, got {got}"
 
 
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits
-        return f"a number of type {_name(type(value))}"
+        return f"a number of type {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.experiments import plain, read_summaries
+from flatminima.lab.experiments import json_of, read_summaries
 
 RESULTS = sorted((Path(__file__).parents[3] / "results").glob("*/*.json"))
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_published_results_are_read_and_keep_their_keys_and_values(path: Path) -> None:
-    published, again = json.loads(path.read_text(encoding="utf-8")), plain(read_summaries(path))
+    published, again = json.loads(path.read_text(encoding="utf-8")), json_of(read_summaries(path))
     assert holds(again, published)
 
 

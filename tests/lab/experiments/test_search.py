@@ -21,7 +21,7 @@ from flatminima.lab.experiments import paper, presets
 from flatminima.lab.experiments import search as tuning
 from flatminima.lab.experiments.experiment import Experiment, perform
 from flatminima.lab.experiments.search import Case, Tuning, perform_trial, rungs
-from flatminima.lab.jobs import Failure, Local, Processes, run_all
+from flatminima.lab.jobs import Failure, Local, WorkerPool, run_all
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs.folder import RunFolder
 from support.commands import environment
@@ -222,7 +222,7 @@ def test_a_search_is_killed_and_goes_on(whole: Path, tmp_path: Path) -> None:
 
 def test_several_workers_share_the_trials(tmp_path: Path) -> None:
     asked = search(tmp_path, 4)
-    outcomes = run_all(perform_trial, asked.tasks(), Processes(2), progress=False)
+    outcomes = run_all(perform_trial, asked.tasks(), WorkerPool(2), progress=False)
     assert not [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     trials = ended(tmp_path, 4)
     assert len({trial["arm"] for trial in trials}) == len(made(tmp_path)) == 4

@@ -11,10 +11,6 @@ from torch import Tensor
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data.images import ImageSet, check_images
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation and confusion (Sec. 7.1)
-# ---------------------------------------------------------------------------------------------------------------------
-
 AUGMENTATIONS: tuple[str, ...] = ("no-aug", "flip-only", "1-crop-f", "4-crop-f")
 """The schemes of Scenario II, from none to the standard one."""
 

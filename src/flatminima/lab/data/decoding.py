@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, first_line
 from flatminima.lab.data.cache import SPLITS, Decoded
 from flatminima.lab.data.images import check_labels
+from flatminima.progress import ProgressBar
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -109,13 +108,11 @@ def _encoded_images(rows: Any, where: str) -> Iterator[bytes]:
             f"{where}: column {name} does not hold encoded images ({root_cause(error)}); "
             "store them as the datasets library's Image feature does"
         ) from error
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"decoding {where}", total=len(rows))
+    with ProgressBar(f"decoding {where}", len(rows)) as bar:
         for batch in encoded.iter(batch_size=1000):
             for cell in batch.column(name).to_pylist():
                 yield (cell and cell["bytes"]) or b""
-            progress.advance(task, len(batch))
+            bar.advance(len(batch))
 
 
 def root_cause(error: BaseException) -> str:

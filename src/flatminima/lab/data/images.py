@@ -12,10 +12,6 @@ from torch.utils.data import Dataset
 
 from flatminima.errors import FlatminimaError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet(Dataset[tuple[Tensor, Tensor]]):

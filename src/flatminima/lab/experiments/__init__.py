@@ -12,7 +12,7 @@ from flatminima.lab.experiments.experiment import (
     perform,
     select,
 )
-from flatminima.lab.experiments.files import plain, read_summaries, read_winners, write_winners
+from flatminima.lab.experiments.files import json_of, read_summaries, read_winners, write_winners
 from flatminima.lab.experiments.paper import EXPERIMENTS, MATCHED_COST, Winners, build_experiment, described, registered
 from flatminima.lab.experiments.presets import PRESETS, PresetName
 from flatminima.lab.experiments.search import SearchTrial, TrialStatus, Tuning, expected, perform_trial
@@ -57,11 +57,11 @@ __all__ = [
     "build_experiment",
     "described",
     "expected",
+    "json_of",
     "look_up",
     "number",
     "perform",
     "perform_trial",
-    "plain",
     "read_summaries",
     "read_winners",
     "registered",

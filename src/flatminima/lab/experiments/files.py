@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, one_line
 from flatminima.lab.experiments.experiment import Experiment
 from flatminima.lab.experiments.paper import Winners
 from flatminima.lab.experiments.summary import Summary
 from flatminima.lab.runs import RegularizerSpec
+from flatminima.lab.schema import parse
 from flatminima.lab.storage import write_file
+from flatminima.measures import jsonable
 
 _WINNERS = "chosen.json"
 
 
-def plain(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """As JSON can hold them; NaN and infinities as None."""
-    values: list[dict[str, Any]] = json.loads(_adapter().dump_json(tuple(summaries)))
+def json_of(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """Summaries as JSON can hold them; NaN and infinities as None."""
+    values: list[dict[str, Any]] = jsonable([dataclasses.asdict(summary) for summary in summaries])
     return values
 
 
@@ -34,15 +33,11 @@ def read_summaries(path: Path) -> tuple[Summary, ...]:
         FlatminimaError: It cannot be read, or holds something else.
     """
     try:
-        return _adapter().validate_json(path.read_bytes())
+        return parse(tuple[Summary, ...], path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FlatminimaError(f"cannot read {path}: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise FlatminimaError(
-            f"{path} holds no summaries of experiments ({where + ': ' if where else ''}{first['msg']})"
-        ) from None
+    except (FlatminimaError, UnicodeDecodeError) as error:
+        raise FlatminimaError(f"{path} holds no summaries of experiments ({one_line(error)})") from None
 
 
 def write_winners(folder: Path, search: Experiment, summary: Summary) -> None:
@@ -63,13 +58,6 @@ def read_winners(folder: Path) -> Winners:
     if not path.exists():
         return {}
     try:
-        return {
-            case: RegularizerSpec(**values) for case, values in json.loads(path.read_text(encoding="utf-8")).items()
-        }
-    except (ValueError, TypeError, AttributeError):
+        return parse(dict[str, RegularizerSpec], path.read_text(encoding="utf-8"))
+    except ValueError:
         raise FlatminimaError(f"{path} is damaged: delete it, and run the search again") from None
-
-
-@functools.cache
-def _adapter() -> TypeAdapter[tuple[Summary, ...]]:
-    return TypeAdapter(tuple[Summary, ...], config=ConfigDict(ser_json_inf_nan="null"))

@@ -26,8 +26,8 @@ from flatminima.lab.experiments import (
     Spread,
     Summary,
     TrialSummary,
+    json_of,
     number,
-    plain,
     select,
 )
 from flatminima.lab.reports.figures import Picture, Table, band, lines, picture, write_page
@@ -108,7 +108,7 @@ def write_reports(summaries: Sequence[Summary], stem: Path, *, heading: str, lea
     """Write ``stem.html``, ``stem.md`` and ``stem.json``."""
     sections = [section(summary) for summary in summaries]
     environments = [record.environment for summary in summaries for record in summary.records]
-    write_file(stem.with_suffix(".json"), json.dumps(plain(summaries), indent=1, allow_nan=False) + "\n")
+    write_file(stem.with_suffix(".json"), json.dumps(json_of(summaries), indent=1, allow_nan=False) + "\n")
     write_file(stem.with_suffix(".md"), _markdown(sections, heading, lead))
     write_page(
         stem.with_suffix(".html"),

@@ -13,7 +13,7 @@ from typing import Literal
 import filelock
 from torch import Tensor
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, one_line
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.runs.records import EpochRecord, ResumeNote, ResumePoint, RunFailure, RunProgress, RunResult
 from flatminima.lab.runs.spec import RunSpec
@@ -265,8 +265,7 @@ class RunFolder:
             error = read_record(self._file("failure.json"), RunFailure).error
         except DamagedFileError:
             error = "its failure.json is damaged"
-        error = " ".join(error.split())
-        return f"this run failed before: {error} (delete {self.path} to train it again)"
+        return f"this run failed before: {one_line(error)} (delete {self.path} to train it again)"
 
     def _file(self, name: str) -> Path:
         return self.path / name

@@ -7,12 +7,12 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic.dataclasses import dataclass as record
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatminima import errors
@@ -30,7 +30,7 @@ from flatminima.network import float64_device
 from flatminima.progress import track
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class Measuring(PlainOptions):
     """How minima are measured."""
 
@@ -79,7 +79,7 @@ class Measuring(PlainOptions):
         return {**options, "memory_budget": None if gib is None else int(gib * 2**30)}
 
 
-@record(frozen=True, config=RECORD)
+@dataclass(frozen=True, config=RECORD)
 class KeptMeasures:
     """One of the measurements in ``measures.json``."""
 

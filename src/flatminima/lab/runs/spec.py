@@ -15,14 +15,14 @@ from pydantic.dataclasses import dataclass
 from flatminima.errors import FlatminimaError, did_you_mean, require
 from flatminima.lab.data import AUGMENTATIONS
 from flatminima.lab.networks import MODEL_NAMES
-from flatminima.lab.schema import STRICT, Kinded, kind_of, parse, plain, refusing
+from flatminima.lab.schema import STRICT, Count, Kinded, below, kind_of, parse, plain, refusing
 from flatminima.lab.storage import digest_of
 from flatminima.regularizer import Estimator, MainGradient
 
 Precision = Literal["32-true", "bf16-mixed", "tf32"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, below(1)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
 
@@ -184,7 +184,7 @@ class RunSpec:
     precision: Precision = "32-true"
     """Arithmetic of the training passes (tf32: that of GPUs which have it, float32 elsewhere); penalties and evaluation
     are float32 in any case."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Count = 0
     """Decides the initial weights, the training subset, the confusion set, the batches and the augmentation."""
     data_folder: str | None = field(default=None, compare=False)
     """Where the parquet files of `data` lie (none: where its name says); no part of what makes two runs the same."""

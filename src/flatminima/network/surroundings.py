@@ -10,8 +10,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from flatminima.network.modes import Buffers
-
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _locks_change = threading.Lock()
 
@@ -20,8 +18,7 @@ _locks_change = threading.Lock()
 def undisturbed(*models: nn.Module) -> Iterator[None]:
     """One thread at a time changes a model's states, and gradients exist even within the caller's inference mode.
 
-    Threads that want the same model wait. The same thread may enter again. Models work on copies of their buffers, as
-    some count their passes in them, and are given back their own.
+    Threads that want the same model wait. The same thread may enter again.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -31,5 +28,4 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
             with _locks_change:
                 lock = _locks.setdefault(model, threading.RLock())
             stack.enter_context(lock)
-            stack.enter_context(Buffers(model).scratch())
         yield

@@ -129,7 +129,7 @@ class Ours:
     def batches(self) -> None:
         """Make an epoch's batches, and leave them."""
         for _ in range(self.run.iterations_per_epoch):
-            inputs, _ = self.run._next_batch()
+            inputs, _ = self.run.next_batch()
         inputs.sum().item()  # the device is done
 
 

@@ -318,3 +318,9 @@ def test_forgetting_a_pass_is_harmless_before_the_first_one_and_where_it_cannot_
     for each in (module, Unused(), nn.Linear(1, 1)):
         torch_compat.forget_interrupted_pass(each)
     assert module.forgotten
+
+
+def test_a_view_knows_the_tensor_that_it_shows() -> None:
+    whole = torch.zeros(4)
+    assert torch_compat.base_of(whole[1:]) is whole
+    assert torch_compat.base_of(whole) is None

@@ -45,6 +45,9 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 is_view: Callable[[Tensor], bool] = Tensor._is_view
 """Whether autograd sees a tensor as a view of another."""
 
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+"""The tensor that a view shows; None for one that is no view."""
+
 # Operators that no public function calls in the same way.
 
 batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward

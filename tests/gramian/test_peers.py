@@ -137,7 +137,7 @@ def assert_same_gram(actual: Tensor, expected: Tensor) -> None:
 
 def without_batchnorm(model: nn.Module) -> nn.Module:
     for name, child in model.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             setattr(model, name, nn.Identity())
         else:
             without_batchnorm(child)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from support.collectives import spawn
+from support.collectives import free_port, run_in_processes
 from support.regularizer_cases import SEED, mlp
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
@@ -205,10 +204,7 @@ def gradients() -> dict[str, Tensor]:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_two_processes_that_share_the_weights_are_one(framework: str, tmp_path: Path) -> None:
     pytest.importorskip(framework)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(in_each_process, PROCESSES, framework, port, str(tmp_path), within=300)
+    run_in_processes(in_each_process, PROCESSES, framework, free_port(), str(tmp_path), within=300)
     if framework == "transformers":
         expected, tolerance = gradients(), {"rtol": 1e-3, "atol": 1e-5}
     else:

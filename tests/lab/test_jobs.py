@@ -22,6 +22,7 @@ from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
+from support.commands import environment
 
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, augmentation="no-aug", batch_size=10, epochs=4)
 SPECS = [replace(SPEC, seed=seed) for seed in range(4)]
@@ -185,9 +186,8 @@ def command(root: Path) -> Any:
     """The whole experiment as a command of its own."""
     script = root.parent / "experiment.py"
     script.write_text(SCRIPT)
-    paths = [str(Path(__file__).parent), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    process = subprocess.Popen([sys.executable, script, root], env=environment, stderr=subprocess.PIPE, text=True)
+    found = environment(Path(__file__).parent)
+    process = subprocess.Popen([sys.executable, script, root], env=found, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
@@ -212,7 +212,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(0.05)  # the condition reads files: asked all the time, it takes a core from the workers
 
 
 def updates(root: Path) -> int:
@@ -227,6 +227,7 @@ def updates(root: Path) -> int:
     return total
 
 
+@pytest.mark.timeout(900)
 def test_killed_workers_and_killed_commands_end_in_the_same_numbers(tmp_path: Path, expected: list[Any]) -> None:
     """SIGKILL at random moments: a worker, then the whole command, whose workers must not live on; then it ends."""
     root, moments = tmp_path / "runs", random.Random(0)
@@ -281,7 +282,7 @@ def test_interruption_saves_every_run_and_leaves_no_worker_behind(tmp_path: Path
         f"    spec = RunSpec.from_json({replace(SPEC, epochs=100_000).to_json()!r})\n"
         "    run_all(slow, [spec, replace(spec, seed=1)], Processes(2), progress=False)\n"
     )
-    process = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, script, tmp_path], env=environment(), stderr=subprocess.PIPE, text=True)
     folders = [RunFolder.of(tmp_path / "runs", replace(SPEC, epochs=100_000, seed=seed)) for seed in (0, 1)]
     try:
         wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2)  # both train

@@ -25,8 +25,8 @@ import torch
 from rich.console import Console
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab import reproduce
-from flatminima.lab.experiments import paper, presets
+from flatminima.lab import reproduce, study
+from flatminima.lab.experiments import Summary, paper, plain, presets, read_summaries
 from flatminima.lab.experiments.experiment import Record, Task, look_up, perform
 from flatminima.lab.experiments.paper import PLAIN, REGULARIZED
 from flatminima.lab.jobs import Failure, Local
@@ -36,6 +36,9 @@ from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs import interrupts
 from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import RegularizerSpec
+from support.commands import environment
+
+pytestmark = pytest.mark.xdist_group("reproduce")  # they share the undisturbed runs
 
 TINY = replace(
     presets.PRESETS["digits"],
@@ -79,17 +82,17 @@ class _Page(HTMLParser):
 
 def test_a_scenario_from_end_to_end(tmp_path: Path) -> None:
     (summary,) = reproduction(tmp_path, "scenario-1").run(progress=False)
-    assert {(r["case"], r["seed"]) for r in summary["records"]} == {("0", 0), ("200", 0), ("0", 1), ("200", 1)}
-    assert (summary["left"], summary["failures"]) == ([], {})
-    assert summary["correlations"]["log_det_fisher"]["tau"] is not None
-    assert summary["verdict"][0].startswith("γ̂ ")
+    assert {(r.case, r.seed) for r in summary.records} == {("0", 0), ("200", 0), ("0", 1), ("200", 1)}
+    assert (summary.left, summary.failures) == ((), {})
+    assert summary.correlations["log_det_fisher"].defined
+    assert summary.verdict[0].startswith("γ̂ ")
     stem = tmp_path / "digits" / "scenario-1"
-    assert json.loads(stem.with_suffix(".json").read_text()) == [json.loads(json.dumps(summary))]
+    assert json.loads(stem.with_suffix(".json").read_text()) == plain([summary])
     page = _Page()
     page.feed(stem.with_suffix(".html").read_text())
-    assert (page.pictures, page.loaded) == (2 * 7, [])
+    assert (page.pictures, page.loaded) == (7, [])
     text = stem.with_suffix(".md").read_text()
-    assert all(line in text for line in summary["verdict"])
+    assert all(line in text for line in summary.verdict)
     assert "| images with random labels | 0 | 200 |" in text
 
 
@@ -100,13 +103,13 @@ def test_what_was_cut_short_is_shown_and_goes_on(tmp_path: Path) -> None:
     assert look_up(tasks[0]) == first
     assert look_up(tasks[1]) is None
     summary = asked.summary("scenario-1")
-    assert (len(summary["records"]), len(summary["left"])) == (1, 3)
-    assert summary["seconds_left"] > 0
-    assert summary["verdict"][-1] == "3 runs are still to come: what stands here may change."
+    assert (len(summary.records), len(summary.left)) == (1, 3)
+    assert summary.seconds_left > 0
+    assert summary.verdict[-1] == "3 runs are still to come: what stands here may change."
     assert progress(summary).startswith("1 of 4 runs are done, 3 are left, about")
     trained = {path: path.stat().st_mtime_ns for path in asked.folder.rglob("checkpoint.safetensors")}
     (whole,) = asked.run(progress=False)
-    assert whole["records"][0] == first
+    assert whole.records[0] == first
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
 
 
@@ -116,7 +119,7 @@ def test_the_page_is_written_also_when_the_work_is_interrupted(tmp_path: Path, m
             raise KeyboardInterrupt
         return perform(task)
 
-    monkeypatch.setattr(reproduce, "perform", interrupted)
+    monkeypatch.setattr(study, "perform", interrupted)
     asked = reproduction(tmp_path, "scenario-3")
     with pytest.raises(KeyboardInterrupt):
         asked.run(progress=False)
@@ -142,12 +145,12 @@ def test_failed_runs_are_listed_and_the_others_go_on(tmp_path: Path, monkeypatch
             raise FlatminimaError("no such luck")
         return perform(task)
 
-    monkeypatch.setattr(reproduce, "perform", perform_or_fail)
+    monkeypatch.setattr(study, "perform", perform_or_fail)
     (summary,) = asked.run(progress=False)
     names = before.folder.path.name, now.folder.path.name
-    assert "the loss is nan" in summary["failures"][names[0]]
-    assert summary["failures"][names[1]] == "no such luck"
-    assert {record["seed"] for record in summary["records"]} == {1}
+    assert "the loss is nan" in summary.failures[names[0]]
+    assert summary.failures[names[1]] == "no such luck"
+    assert {record.seed for record in summary.records} == {1}
     page = asked.page.read_text()
     assert "2 of 4 runs are done, 2 failed." in page
     assert "no such luck" in page
@@ -155,21 +158,21 @@ def test_failed_runs_are_listed_and_the_others_go_on(tmp_path: Path, monkeypatch
 
 def test_the_winner_is_trained_in_the_tables(tmp_path: Path) -> None:
     search, one, two = reproduction(tmp_path, "search", "table-1", "table-2").run(progress=False)
-    errors = {record["arm"]: record["validation_error"] for record in search["records"]}
-    winner = search["chosen"]["MLP, digits"]
+    errors = {record.arm: record.validation_error for record in search.records}
+    winner = search.chosen["MLP, digits"]
     assert errors[winner] == min(errors.values())
     beta = float(winner.split(",")[0].removeprefix("β="))
-    assert one["specs"][f"MLP, digits / {REGULARIZED}"]["regularizer"]["beta"] == beta
-    differences = [d for d in one["differences"] if d["against"] == PLAIN]
+    assert one.specs[f"MLP, digits / {REGULARIZED}"]["regularizer"]["beta"] == beta
+    differences = [d for d in one.differences if d.against == PLAIN]
     gains = [
-        a["test_error"] - b["test_error"]
-        for a in one["records"]
-        for b in one["records"]
-        if (a["arm"], b["arm"]) == (REGULARIZED, PLAIN) and a["seed"] == b["seed"]
+        a.test_error - b.test_error
+        for a in one.records
+        for b in one.records
+        if (a.arm, b.arm) == (REGULARIZED, PLAIN) and a.seed == b.seed
     ]
-    assert differences[0]["mean"] == pytest.approx(sum(gains) / 2)
-    assert {r["run"] for r in two["records"]} < {r["run"] for r in one["records"]}
-    assert "γ̂, normalized" in two["verdict"][0]
+    assert differences[0].mean == pytest.approx(sum(gains) / 2)
+    assert {r.run for r in two.records} < {r.run for r in one.records}
+    assert "γ̂, normalized" in two.verdict[0]
 
 
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
@@ -205,18 +208,18 @@ def test_default_regularizer_is_the_presets(tmp_path: Path) -> None:
 # Kills, full disks, damage: the same command again, and the same numbers
 # ---------------------------------------------------------------------------------------------------------------------
 
-LONGER = replace(TINY, scenario=replace(TINY.scenario, epochs=60))
+LONGER = replace(TINY, scenario=replace(TINY.scenario, epochs=40))
 SEEDS = (0, 1)
 COMMAND = """
 import sys
 from flatminima import cli
-from flatminima.lab import reproduce
+from flatminima.lab import study
 from flatminima.lab.experiments import presets
 from flatminima.lab.reports import pages
 from test_reproduce import LONGER, perform_noted
 presets.PRESETS["digits"] = LONGER
-reproduce.perform = perform_noted
-pages._figure = lambda summary: []
+study.perform = perform_noted
+pages.figures = lambda summary: []
 seeds = ["--seeds", "0", "1"]
 sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--workers", "2", *sys.argv[1:]]))
 """
@@ -224,7 +227,7 @@ sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--w
 
 def perform_noted(task: Task) -> Record:
     """A worker's part: its process is noted, and a resume point saved after every epoch."""
-    interrupts._EPOCH_END_SECONDS = 0.0
+    interrupts.EPOCH_END_SECONDS = 0.0
     task.root.mkdir(parents=True, exist_ok=True)
     (task.root / f"worker.{os.getpid()}").touch()
     return perform(task)
@@ -233,10 +236,9 @@ def perform_noted(task: Task) -> Record:
 @contextlib.contextmanager
 def command(out: Path) -> Iterator[subprocess.Popen[str]]:
     """The command as a process of its own."""
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": paths},
+        env=environment(Path(__file__).parent),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -264,16 +266,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name, preset in (("tiny", TINY), ("longer", LONGER)):
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), one_thread():
             warnings.simplefilter("ignore")
-            patch.setattr(pages, "_figure", lambda summary: [])
+            patch.setattr(pages, "figures", lambda summary: [])
             patch.setitem(presets.PRESETS, "digits", preset)
             out = tmp_path_factory.mktemp(name)
             found[name] = numbers(reproduction(out, "scenario-1", seeds=SEEDS).run(progress=False)[0])
     return found
 
 
-def numbers(summary: dict[str, Any]) -> dict[str, Any]:
+def numbers(summary: Summary) -> dict[str, Any]:
     """A summary as it is written, without times."""
-    values = json.loads(json.dumps(summary))
+    (values,) = plain([summary])
     for record in values["records"]:
         del record["seconds"]
     return {name: value for name, value in values.items() if name not in ("seconds_left", "workers")}
@@ -307,9 +309,10 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str] | No
     while not condition():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(0.05)  # the condition reads files: asked all the time, it takes a core from the workers
 
 
+@pytest.mark.timeout(900)
 def test_killed_commands_end_in_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
 ) -> None:
@@ -331,7 +334,7 @@ def test_killed_commands_end_in_the_same_numbers(
         for process in (first, second):
             said, errors = process.communicate()
             assert (process.returncode, errors) == (0, ""), said
-    (summary,) = json.loads(asked.page.with_suffix(".json").read_text())
+    (summary,) = read_summaries(asked.page.with_suffix(".json"))
     assert numbers(summary) == undisturbed["longer"]
     assert written(tasks).items() >= before.items()
     assert leftovers(tmp_path) == []
@@ -353,7 +356,7 @@ def no_space(monkeypatch: pytest.MonkeyPatch, *full: Path) -> None:
 @pytest.fixture
 def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reproduction, list[Task]]]:
     """Scenario I before its runs, with one thread and without pictures, which take longer than the runs."""
-    monkeypatch.setattr(pages, "_figure", lambda summary: [])
+    monkeypatch.setattr(pages, "figures", lambda summary: [])
     asked = reproduction(tmp_path, "scenario-1", seeds=SEEDS)
     with one_thread():
         yield asked, asked.experiment("scenario-1").tasks(asked.folder / "runs")
@@ -363,17 +366,17 @@ def test_a_full_disk_costs_its_runs_alone_until_there_is_space_again(
     scenario: tuple[Reproduction, list[Task]], monkeypatch: pytest.MonkeyPatch, undisturbed: Any
 ) -> None:
     asked, tasks = scenario
-    monkeypatch.setattr(interrupts, "_EPOCH_END_SECONDS", 0.0)
+    monkeypatch.setattr(interrupts, "EPOCH_END_SECONDS", 0.0)
     names = "state.safetensors", "result.json", "measures.json"
     full = [task.folder.path / name for task, name in zip(tasks, names, strict=False)]
     with monkeypatch.context() as patch:
         no_space(patch, *full)
         (summary,) = asked.run(progress=False)
-    assert summary["failures"] == {
+    assert summary.failures == {
         path.parent.name: f"cannot write {path}: No space left on device; free some space or choose another folder"
         for path in full
     }
-    assert len(summary["records"]) == len(tasks) - len(names)
+    assert len(summary.records) == len(tasks) - len(names)
     assert leftovers(asked.out) == []
     before = written(tasks)
     assert numbers(asked.run(progress=False)[0]) == undisturbed["tiny"]
@@ -384,7 +387,7 @@ def test_a_page_that_the_disk_does_not_take_costs_no_run(
     scenario: tuple[Reproduction, list[Task]], monkeypatch: pytest.MonkeyPatch, undisturbed: Any
 ) -> None:
     asked, tasks = replace(scenario[0], seeds=(0,)), scenario[1][:2]
-    monkeypatch.setattr(reproduce, "_REPORT_SECONDS", 0.0)  # after every run
+    monkeypatch.setattr(study, "REPORT_SECONDS", 0.0)  # after every run
     with monkeypatch.context() as patch:
         no_space(patch, asked.page)
         with pytest.raises(FlatminimaError, match=r"cannot write .*scenario-1\.html: No space left on device; free"):
@@ -425,10 +428,10 @@ def test_damaged_runs_are_made_again_and_nothing_is_mixed(
     for path in before:
         (other / path.name).write_bytes(path.read_bytes())
     shown = asked.summary("scenario-1")
-    assert shown["left"] == [weights.name, measures.name]
-    assert [record["run"] for record in shown["records"]] == [whole.name]
+    assert shown.left == (weights.name, measures.name)
+    assert [record.run for record in shown.records] == [whole.name]
     (summary,) = asked.run(progress=False)
-    assert summary["failures"] == {other.name: f"{other} holds another run than its name says; delete or rename it"}
+    assert summary.failures == {other.name: f"{other} holds another run than its name says; delete or rename it"}
     other.rename(tmp_path / "elsewhere")
     assert numbers(asked.run(progress=False)[0]) == undisturbed["tiny"]
     assert written(tasks[3:]) == before

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 import flatminima as fm
 from flatminima.errors import FlatminimaError
 from flatminima.measures.trials import perform_trials
+from support.collectives import free_port, run_in_processes
 
 OPTIONS = {"subset_size": 10, "trials": 7, "progress": False}
 
@@ -26,6 +26,7 @@ def network_and_data() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def rank_process(rank: int, world: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model, data = network_and_data()
     whole = fm.measure(model, data, distributed=True, **OPTIONS)
@@ -44,10 +45,7 @@ def rank_process(rank: int, world: int, port: int, out: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_rank_ends_with_the_result_of_a_single_process(world: int, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(rank_process, (world, port, str(tmp_path / "out")), nprocs=world)
+    run_in_processes(rank_process, world, world, free_port(), str(tmp_path / "out"))
     model, data = network_and_data()
     alone = fm.measure(model, data, **OPTIONS)
     stopped = fm.measure(model, data, max_standard_error=1e9, **OPTIONS)

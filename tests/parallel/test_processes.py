@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatminima as fm
-from flatminima.gramian.rules.table import RULES
+from flatminima.gramian.rules import RULES, rule, temporary_rules
 from flatminima.parallel.processes import Processes
-from support.collectives import spawn
+from support.collectives import free_port, run_in_processes
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
+    pytest.mark.xdist_group("processes"),
+]
 
 OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 3, "progress": False}
 ENDS_WITHIN = 90
@@ -85,7 +87,7 @@ def failing_rule(fails: bool, at: str) -> Any:
     """The rule for linear layers, or the forming of its rows, fails here."""
     original = RULES[F.linear]
 
-    def rule(*args: Any, **kwargs: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         if at == "rule":
             raise ValueError("no rule for this")
         uses = original(*args, **kwargs)
@@ -96,9 +98,9 @@ def failing_rule(fails: bool, at: str) -> Any:
     def no_memory(*args: Any) -> Tensor:
         raise torch.OutOfMemoryError("not enough memory")
 
-    with pytest.MonkeyPatch.context() as patch:
+    with temporary_rules():
         if fails:
-            patch.setitem(RULES, F.linear, rule)
+            rule(F.linear)(failing)
         yield
 
 
@@ -203,10 +205,7 @@ def in_each_process(rank: int, world: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("processes")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(in_each_process, request.param, request.param, port, str(folder), within=ENDS_WITHIN)
+    run_in_processes(in_each_process, request.param, request.param, free_port(), str(folder), within=ENDS_WITHIN)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

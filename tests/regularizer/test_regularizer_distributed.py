@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
-from support.collectives import counted_collectives
+from support.collectives import counted_collectives, run_in_processes
 from support.regularizer_cases import CASES, SEED, assert_same_bits, assert_same_gradients, gradients_of, make, snapshot
 
 PROCESSES = 2
@@ -29,7 +29,10 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("tied", {}),
 }
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
+    pytest.mark.xdist_group("regularizer_distributed"),
+]
 
 
 def count_exchanges(model: DistributedDataParallel) -> Callable[[], int]:
@@ -235,7 +238,7 @@ def count_collectives() -> Any:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(in_each_process, (str(folder),), nprocs=PROCESSES)
+    run_in_processes(in_each_process, PROCESSES, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

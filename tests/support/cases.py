@@ -26,7 +26,7 @@ class Case:
         torch.manual_seed(0)
         model, inputs = self.model().to(dtype), self.inputs()
         for module in model.modules():  # running statistics and affine parameters away from their initial 0 and 1
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.running_mean is not None:
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.5, 2)
         for parameter in model.parameters():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from flatminima.lab.jobs import PRELOADED
 
 
 @contextmanager
@@ -19,12 +23,24 @@ def counted_collectives() -> Iterator[dict[str, int]]:
     counts |= {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
 
 
-def spawn(function: Callable[..., None], processes: int, *args: Any, within: float) -> None:
-    """Run ``function(rank, *args)`` in so many processes; fail if they have not ended within so many seconds."""
-    context = torch.multiprocessing.spawn(function, args, nprocs=processes, join=False)
+def run_in_processes(function: Callable[..., None], processes: int, *args: Any, within: float = 240.0) -> None:
+    """Run ``function(rank, *args)`` in so many processes; fail if they have not ended within so many seconds.
+
+    Where that is safe they are forked from a server that has imported torch once for all tests of this process.
+    """
+    method = "forkserver" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.get_context(method).set_forkserver_preload([*PRELOADED, "torch.distributed.fsdp"])
+    context = torch.multiprocessing.start_processes(function, args, nprocs=processes, join=False, start_method=method)
     deadline = time.monotonic() + within
     while not context.join(timeout=max(0.1, deadline - time.monotonic())):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
             raise AssertionError(f"the processes have not ended within {within} s: they wait for each other")
+
+
+def free_port() -> int:
+    """A port where nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

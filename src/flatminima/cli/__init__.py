@@ -5,6 +5,7 @@ import sys
 try:
     from flatminima.cli.main import main
 except ModuleNotFoundError as missing:  # the library alone is installed
-    sys.exit(f"flatminima: error: the command line needs {missing.name}: pip install 'flatminima[lab]'")
+    package = (missing.name or "").partition(".")[0]
+    sys.exit(f"flatminima: error: the command line needs {package}: pip install 'flatminima[lab]'")
 
 __all__ = ["main"]

@@ -36,10 +36,13 @@ def _demo(given: list[str]) -> tuple[bool, Report]:
     options = parse(Demo, given, prog="demo")
     with standard_output_kept_clean():
         from flatminima.lab import demo
+        from flatminima.lab.experiments import plain
 
-        summary = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
-        page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({summary['seconds']:.0f} s).")
-        return options.output.json, Report(summary, Group(demo.table(summary), page))
+        report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
+        page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({report.seconds:.0f} s).")
+        status = int(any(summary.failures for summary in report.summaries))
+        found = {"experiments": plain(report.summaries), "seconds": report.seconds}
+        return options.output.json, Report(found, Group(demo.table(report.summaries), page), status)
 
 
 def _train(given: list[str]) -> tuple[bool, Report]:
@@ -165,7 +168,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
     with standard_output_kept_clean():
         from flatminima.lab import reproduce
-        from flatminima.lab.experiments import EXPERIMENTS
+        from flatminima.lab.experiments import EXPERIMENTS, plain
         from flatminima.lab.jobs import Executor, Local, Processes, Ray, available_cores
 
         known = [*EXPERIMENTS, "all"]
@@ -176,7 +179,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
                 )
         if not options.experiments:
             raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
-        chosen = EXPERIMENTS if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
+        chosen = tuple(EXPERIMENTS) if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
         workers = options.workers or available_cores()
         executors: dict[str, Executor] = {"local": Local(), "processes": Processes(workers), "ray": Ray()}
         reproduction = reproduce.Reproduction(
@@ -195,8 +198,8 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             return options.output.json, Report([dataclasses.asdict(row) for row in plan], shown)
         summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
-        status = int(any(summary["failures"] for summary in summaries))
-        return options.output.json, Report(summaries, Group(reproduce.table(summaries), page), status)
+        status = int(any(summary.failures for summary in summaries))
+        return options.output.json, Report(plain(summaries), Group(reproduce.table(summaries), page), status)
 
 
 COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +11,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
+from flatminima.cli.refusals import problems_handed_to, refusal
 from flatminima.errors import FlatminimaError
 from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 PROGRAM = "flatminima"
 REGULARIZERS = ("regularizer", "sam")
 """Groups of options of `train` of which at most one is switched on, by giving any of them."""
-
-_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 Options = TypeVar("Options")
 Flag = FlagCreatePairsOff[bool]
@@ -216,31 +212,26 @@ class Reproduce:
 
 def parse(command: type[Options], given: list[str], *, prog: str, **parsing: Any) -> Any:
     """The options given; what is wrong with them as a :class:`FlatminimaError` of one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        name = prog.split()[0]
-        raise FlatminimaError(f"{_unboxed(said.getvalue())} ({PROGRAM} {name} --help explains)") from None
+    name = prog.split()[0]
+
+    def refuse(problem: object) -> None:
+        said = refusal(problem, option_names(parsing.get("default") or command()))
+        if said:
+            raise FlatminimaError(f"{said} ({PROGRAM} {name} --help explains)")
+
+    with problems_handed_to(refuse):
+        return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
 
 
-def _unboxed(said: str) -> str:
-    """The message in tyro's box, and the names of the options it takes for the ones meant."""
-    lines = [_TERMINAL_CODES.sub("", line).strip(" │") for line in said.splitlines()]
-    sections: list[list[str]] = [[]]
-    for line in filter(None, lines[1:]):  # the first is the title
-        if set(line) <= set("─╰╯-"):
-            sections.append([])
-        else:
-            sections[-1].append(line)
-    sections = [section for section in sections if section]
-    message = re.sub(r"^Error parsing run[.\w]*: | Got errors:.*", "", " ".join(sections[0])).rstrip(".")
-    suggested = sections[1] if len(sections) > 1 and sections[1][:1] == ["Perhaps you meant:"] else []
-    names = [name for line in suggested if line.startswith("-") for name in re.findall(r"--[\w.-]+", line)[:1]]
-    return f"{message}; perhaps you meant {' or '.join(names)}" if names else message
+def option_names(options: Any) -> list[str]:
+    """A command's options as they are typed: of its groups' fields without the group's name, of theirs with it."""
+    names = []
+    for name, value in fields_of(options).items():
+        group = fields_of(value) if dataclasses.is_dataclass(value) else {name: value}
+        for first, inner in group.items():
+            names.append(first)
+            names += [f"{first}.{second}" for second in (fields_of(inner) if dataclasses.is_dataclass(inner) else ())]
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def fields_of(value: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flatminima.gramian.planning import (
 from flatminima.gramian.products import times_own_transpose
 from flatminima.gramian.recording import RecordedUse
 from flatminima.losses import LogitGradient
-from flatminima.network import float64_device
+from flatminima.network import float64_device, in_float64
 from flatminima.parallel import Processes
 
 ROWS_BUDGET_BYTES = 256 * 2**20
@@ -25,6 +25,9 @@ ROWS_BUDGET_BYTES = 256 * 2**20
 CACHED_ROWS_BYTES = 16 * 2**20
 """... on a CPU even of this: rows are multiplied out while they are in the cache, and their memory is used again, where
 fresh memory from the system would take as long as the arithmetic."""
+
+_SEED = 2024
+"""Of the weights for checks; any will do, and the same on all processes."""
 
 _EVEN_SLICE = 16
 """Longer slices are multiples of this, as kernels for convolutions and products like it."""
@@ -38,6 +41,8 @@ class Accumulator:
         loss: (N',) float64, of the samples noted so far.
         log_scale: (N',) float64, the logarithms of the norms of their gradients at the logits.
         shares: each parameter's own part by name, if asked for.
+        weights: (N',) float64, random weights c of the samples, for checks.
+        forms: (parameters, 2) float64, cᵀξ_p c of every parameter's part ξ_p, and the same of ξ_p's diagonal alone.
     """
 
     def __init__(self, n: int, parts: Mapping[str, Part], *, scale_invariant: bool, shares: bool) -> None:
@@ -47,6 +52,11 @@ class Accumulator:
         self.scale_invariant = scale_invariant
         self.unit = torch.zeros(n, n, dtype=torch.float64, device=float64_device(device))
         self.loss, self.log_scale = self.unit.new_zeros(n), self.unit.new_zeros(n)
+        generator = torch.Generator().manual_seed(_SEED)
+        weights = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+        weights *= torch.randint(0, 2, (n,), generator=generator, device="cpu") * 2 - 1
+        self.weights, self.forms = weights.to(self.unit), self.unit.new_zeros(len(parts), 2)
+        self._numbers = {key: number for number, key in enumerate(self.names)}
         self.shares = {name: torch.zeros_like(self.unit) for name in parts} if shares else None
 
     def __len__(self) -> int:
@@ -73,7 +83,7 @@ class Accumulator:
         arrived = [(use.use, use.grad) for use in uses if use.grad is not None]
         if len(arrived) == 1 and arrived[0][0].product is not None and not self.scale_invariant:
             use, grad = arrived[0]
-            self._add(parameter, use.product(grad, part.start, part.stop).to(self.unit.device))  # type: ignore[misc]
+            self._add(parameter, use.product(grad, part.start, part.stop))  # type: ignore[misc]
             return
         for start, stop in slices(parameter, len(self), part.start, part.stop):
             rows = _summed_rows(uses, start, stop)
@@ -86,7 +96,11 @@ class Accumulator:
             processes.add_up(part)
 
     def _add(self, parameter: nn.Parameter, product: Tensor) -> None:
+        product = in_float64(product).to(self.unit.device)
         self.unit += product
+        form = self.forms[self._numbers[id(parameter)]]
+        form[0] += self.weights @ (product @ self.weights)
+        form[1] += product.diagonal() @ self.weights.square()
         if self.shares is not None:
             self.shares[self.names[id(parameter)]] += product
 

@@ -1,4 +1,4 @@
-"""Rows of J by plain autograd, one sample at a time: for what no rule covers, for batch statistics, and as a check."""
+"""Rows of J by plain autograd, one sample at a time: for what no rule covers, and for batch statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError, WrongGradientError
+from flatminima.errors import FlatminimaError
 from flatminima.gramian.accumulator import ROWS_BUDGET_BYTES, Accumulator, slices
 from flatminima.gramian.parts import Part
 from flatminima.gramian.planning import (
@@ -16,9 +16,8 @@ from flatminima.gramian.planning import (
 )
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient
 from flatminima.network import Inputs, call_model, take
-from flatminima.parallel import Processes
 
-_Group = list[tuple[nn.Parameter, int, int]]
+Group = list[tuple[nn.Parameter, int, int]]
 """Slices of parameters' first dimensions: (parameter, start, stop)."""
 
 
@@ -58,10 +57,19 @@ def used_parameters(batch: Batch, candidates: Mapping[str, nn.Parameter], chunk:
     return found
 
 
+def note_losses(xi: Accumulator, batch: Batch, chunk: int) -> None:
+    """Keep the losses of all samples and the norms of their gradients at the logits."""
+    for start in range(0, len(xi), chunk):
+        rows = slice(start, min(start + chunk, len(xi)))
+        with torch.no_grad():
+            logits = batch.logits(rows)
+        xi.note(rows, batch.gradient_at(logits, rows))
+
+
 def add_one_by_one(xi: Accumulator, batch: Batch, parts: Mapping[str, Part]) -> None:
     """Add JJᵀ of ``parts`` by plain autograd, sample by sample, as many at once as the budget holds."""
-    for group in _groups(parts.values(), len(xi)):
-        _add_gradients(xi, group, [_gradients(batch, i, group) for i in range(len(xi))])
+    for group in groups(parts.values(), len(xi)):
+        add_gradients(xi, group, [_gradients(batch, i, group) for i in range(len(xi))])
 
 
 def add_with_batch_statistics(xi: Accumulator, batch: Batch, parts: Mapping[str, Part], chunk: int) -> None:
@@ -70,7 +78,7 @@ def add_with_batch_statistics(xi: Accumulator, batch: Batch, parts: Mapping[str,
         raise FlatminimaError(
             f"batchnorm={chunk} cannot be used with {len(xi)} samples: it must be at least 2 and divide the subset_size"
         )
-    for group in _groups(parts.values(), len(xi)):
+    for group in groups(parts.values(), len(xi)):
         gradients = []
         for start in range(0, len(xi), chunk):
             rows = slice(start, start + chunk)
@@ -80,21 +88,22 @@ def add_with_batch_statistics(xi: Accumulator, batch: Batch, parts: Mapping[str,
             for i in range(chunk):
                 one = torch.zeros_like(logits)
                 one[i] = delta.direction[i]
-                gradients.append(_gradient_of(logits, one, group, keep=i + 1 < chunk))
-        _add_gradients(xi, group, gradients)
+                gradients.append(gradient_of(logits, one, group, keep=i + 1 < chunk))
+        add_gradients(xi, group, gradients)
 
 
-def _add_gradients(xi: Accumulator, group: _Group, gradients: Sequence[Sequence[Tensor]]) -> None:
+def add_gradients(xi: Accumulator, group: Group, gradients: Sequence[Sequence[Tensor]]) -> None:
+    """Add JJᵀ of a group of slices, given each sample's gradients of them."""
     for (parameter, start, stop), rows in zip(group, zip(*gradients, strict=True), strict=True):
         xi.add_rows(parameter, torch.stack(rows), start, stop)
 
 
-def _groups(parts: Iterable[Part], n: int) -> Iterator[_Group]:
+def groups(parts: Iterable[Part], n: int) -> Iterator[Group]:
     """Consecutive slices of the parts whose rows for n samples fit the budget together.
 
     Every process has as many groups, as each takes passes through the model: shorter parts end in empty slices.
     """
-    group: _Group = []
+    group: Group = []
     left = ROWS_BUDGET_BYTES
     for part in parts:
         for start, stop in slices(part.parameter, n, 0, part.longest):
@@ -108,39 +117,21 @@ def _groups(parts: Iterable[Part], n: int) -> Iterator[_Group]:
         yield group
 
 
-def _gradients(batch: Batch, sample: int, group: _Group) -> list[Tensor]:
+def _gradients(batch: Batch, sample: int, group: Group) -> list[Tensor]:
     """One row of J over a group of slices, by plain autograd on that sample alone."""
     one = slice(sample, sample + 1)
     logits = batch.logits(one)
-    return _gradient_of(logits, batch.gradient_at(logits, one).direction, group)
+    return gradient_of(logits, batch.gradient_at(logits, one).direction, group)
 
 
-def _gradient_of(logits: Tensor, direction: Tensor, group: _Group, *, keep: bool = False) -> list[Tensor]:
+def gradient_of(logits: Tensor, direction: Tensor, group: Group, *, keep: bool = False) -> list[Tensor]:
+    """The gradients of a group of slices by plain autograd, for this gradient at the logits."""
     parameters = [parameter for parameter, _, _ in group]
     whole = torch.autograd.grad(
         logits, parameters, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
     )
     # Copied, so that a slice does not keep the whole gradient.
     return [_at_least_1d(g)[start:stop].clone() for (_, start, stop), g in zip(group, whole, strict=True)]
-
-
-def check_against_autograd(
-    xi: Accumulator, batch: Batch, parts: Mapping[str, Part], processes: Processes, tolerance: float
-) -> None:
-    """Compare the entries of the first and the last sample with plain autograd on each alone."""
-    samples = sorted({0, len(xi) - 1})
-    expected = Accumulator(len(samples), parts, scale_invariant=xi.scale_invariant, shares=False)
-    for group in _groups(parts.values(), len(samples)):
-        _add_gradients(expected, group, [_gradients(batch, i, group) for i in samples])
-    expected.add_up(processes)
-    norms = expected.unit.diagonal().sqrt()
-    difference = (xi.unit[samples][:, samples] - expected.unit).abs()
-    error = (difference / (norms[:, None] * norms).clamp_min(1e-300)).max().item()
-    if not error <= tolerance:
-        raise WrongGradientError(
-            f"gradients of samples {samples} in the batch differ from plain autograd on each alone by {error:.1e} "
-            f"(relative, allowed {tolerance:.0e}): samples interact, or are not the model's first dimension throughout"
-        )
 
 
 def _at_least_1d(values: Tensor) -> Tensor:

@@ -10,22 +10,24 @@ one sample at a time instead (:mod:`~flatminima.gramian.autograd`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import GenericPathWarning, require, warn
+from flatminima.errors import GenericPathWarning, WrongGradientError, require, warn
 from flatminima.gramian.accumulator import Accumulator, ChunkedRows, slice_length
 from flatminima.gramian.autograd import (
     Batch,
     add_one_by_one,
     add_with_batch_statistics,
-    check_against_autograd,
+    note_losses,
     used_parameters,
 )
+from flatminima.gramian.checks import Checks, Reference
 from flatminima.gramian.factored import FactoredGram
-from flatminima.gramian.parts import SPOT_CHECK_TOLERANCE, Part, common_dtype, trainable_parts
+from flatminima.gramian.parts import Part, common_dtype, trainable_parts
 from flatminima.gramian.planning import (
     FREE_SHARE,
     Plan,
@@ -53,11 +55,16 @@ from flatminima.network import (
     true_precision,
     undisturbed,
 )
-from flatminima.parallel import reshard, shared
+from flatminima.parallel import Processes, reshard, shared
 from flatminima.torch_compat import uncompiled
 
+PathName = Literal["rules", "generic"]
+"""How rows of J are formed: by layer rules where there are any, or all by plain autograd, one sample at a time."""
 
-def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy") -> Tensor:
+
+def gram(
+    model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cross_entropy", path: PathName = "rules"
+) -> Tensor:
     """ξ = JJᵀ, the Gram matrix of per-sample loss gradients over all trainable parameters (Jia & Su, Eq. 4–5).
 
     The model is run in eval mode (BatchNorm by its running statistics, no dropout) and left as it was found.
@@ -70,13 +77,15 @@ def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cro
         inputs: a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``) of tensors with N' rows.
         targets: (N',) class indices for the cross entropy; whatever ``loss`` takes otherwise.
         loss: ``"cross_entropy"``, or ``loss(logits, targets)`` → (N',) tensor of per-sample losses.
+        path: ``"rules"``, or ``"generic"`` for plain autograd, one sample at a time: slow, and without layer rules.
 
     Returns:
         (N', N') float64: entry i, j is the inner product of the loss gradients of samples i and j.
 
     Raises:
         NonFiniteError: for NaN or infinity in weights, logits or losses.
-        WrongGradientError: if a spot check against plain autograd fails (samples interact within the batch).
+        WrongGradientError: if a check against plain autograd fails also for gradients formed one sample at a time
+            (samples interact within the batch).
         FlatminimaError: for inputs, targets or a loss of the wrong kind, or no trainable parameter.
 
     Example:
@@ -86,8 +95,9 @@ def gram(model: nn.Module, inputs: Inputs, targets: Tensor, *, loss: Loss = "cro
         >>> flatminima.gram(model, x, y).shape
         torch.Size([5, 5])
     """
-    result = factored_gram(model, inputs, targets, loss=loss)
-    warn_generic(result.generic_parameters)
+    result = factored_gram(model, inputs, targets, loss=loss, path=path)
+    if path == "rules":
+        warn_generic(result.generic_parameters)
     return result.matrix()
 
 
@@ -102,7 +112,9 @@ def factored_gram(
     scale_invariant: bool = False,
     shares: bool = False,
     plan: Plan | None = None,
+    path: PathName = "rules",
     spot_check: bool = True,
+    checks: Checks | None = None,
 ) -> FactoredGram:
     """ξ in factored form. Arguments and errors as for :func:`gram`, and beside them those below.
 
@@ -117,7 +129,10 @@ def factored_gram(
         scale_invariant: weight the columns of J by the parameters' magnitudes.
         shares: keep every parameter's part of ξ̂.
         plan: from :func:`plan_for` (default: made here, for half of the free memory).
-        spot_check: compare the rows of two samples with plain autograd.
+        path: as for :func:`gram`.
+        spot_check: hold the rows against plain autograd (:mod:`~flatminima.gramian.checks`). Parameters whose rows by
+            layer rules are wrong take the generic path, with a :class:`GenericPathWarning`.
+        checks: what is known from earlier ξ of this model; what was checked before is not checked again.
     """
     model = unwrapped(model)
     with undisturbed(model), shared(model) as processes:
@@ -127,24 +142,25 @@ def factored_gram(
         processes.require_same("samples", lambda: _sums((inputs, targets)))
         parts = trainable_parts(model, processes)
         dtype = common_dtype(parts)
-        xi = Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
         batch = Batch(model, inputs, targets, loss, logit_normalization)
-        generic: dict[str, nn.Parameter] = {}
+
+        def empty() -> Accumulator:
+            return Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
+
         with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm():
             if isinstance(batchnorm, int):
+                generic: set[str] = set()
+                xi = empty()
                 with chunk_statistics(model):
                     add_with_batch_statistics(xi, batch, parts, batchnorm)
                 xi.add_up(processes)
+                refuse_non_finite("gradients", xi.unit)
             else:
-                generic, unseen = _add_by_rules(xi, batch, parts, plan)
-                if unseen:
-                    generic |= used_parameters(batch, unseen, plan.chunk)
-                add_one_by_one(xi, batch, {name: parts[name] for name in generic})
-                xi.add_up(processes)
-                if spot_check:
-                    check_against_autograd(xi, batch, parts, processes, SPOT_CHECK_TOLERANCE[dtype])
-        refuse_non_finite("gradients", xi.unit)
-        return FactoredGram(xi.unit, xi.log_scale, xi.loss, tuple(generic), dtype, xi.shares)
+                checks = checks or Checks()
+                one_by_one = set(parts) if path == "generic" else checks.distrusted & set(parts)
+                xi, generic = _checked(empty, batch, parts, plan, one_by_one, processes, checks if spot_check else None)
+        names = tuple(name for name in parts if name in generic)
+        return FactoredGram(xi.unit, xi.log_scale, xi.loss, names, dtype, xi.shares)
 
 
 def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = None) -> Plan:
@@ -176,26 +192,95 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
 def warn_generic(names: Sequence[str]) -> None:
     """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any."""
     if names:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         warn(
-            f"{len(names)} parameters ({shown}) are used in a way no layer rule covers: "
+            f"{_listed(names)} are used in a way no layer rule covers: "
             "their gradients were formed one sample at a time, which is exact but slower",
             GenericPathWarning,
         )
 
 
-def _add_by_rules(
-    xi: Accumulator, batch: Batch, parts: Mapping[str, Part], plan: Plan
-) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Add JJᵀ of every parameter that rules cover.
+def _checked(
+    empty: Callable[[], Accumulator],
+    batch: Batch,
+    parts: Mapping[str, Part],
+    plan: Plan,
+    one_by_one: set[str],
+    processes: Processes,
+    checks: Checks | None,
+) -> tuple[Accumulator, set[str]]:
+    """ξ̂, held against plain autograd where ``checks`` are given, and the parameters that took the generic path.
 
-    Returns:
-        The parameters that were given up, and those that no call showed.
+    Rows by layer rules that are wrong are formed once more, one sample at a time.
     """
-    given_up: dict[str, nn.Parameter] = {}
-    unseen: dict[str, nn.Parameter] = {}
+    reference: Reference | None = None
+    while True:
+        xi = empty()
+        recorded = _Recorded()
+        by_rules = {name: part for name, part in parts.items() if name not in one_by_one}
+        if by_rules:
+            _add_by_rules(xi, batch, by_rules, plan, recorded)
+        else:
+            note_losses(xi, batch, plan.chunk)
+        generic = one_by_one | set(recorded.given_up)
+        if recorded.unseen:
+            generic |= set(used_parameters(batch, recorded.unseen, plan.chunk))
+        add_one_by_one(xi, batch, {name: part for name, part in parts.items() if name in generic})
+        xi.add_up(processes)
+        refuse_non_finite("gradients", xi.unit)
+        signature = (*recorded.signatures, *sorted(map(hash, generic)))
+        if checks is None or (signature in checks.passed and not recorded.guessed):
+            return xi, generic
+        reference = reference or Reference(xi, batch, parts, plan.chunk)
+        wrong = reference.wrong_parameters(xi, processes, generic)
+        if not wrong:
+            reference.compare_samples_alone(xi, processes)
+            checks.passed.add(signature)
+            return xi, generic
+        if not generic.isdisjoint(wrong):
+            raise WrongGradientError(
+                f"gradients of {_listed(wrong)} in the batch differ from those of its samples one at a time: "
+                "samples interact, or are not the model's first dimension throughout"
+            )
+        warn(
+            f"what layer rules gave for {_listed(wrong)} differs from plain autograd: "
+            "their gradients are formed one sample at a time, which is exact but slower",
+            GenericPathWarning,
+        )
+        checks.distrusted.update(wrong)
+        one_by_one = one_by_one | set(wrong)
+
+
+@dataclass
+class _Recorded:
+    """What the forward passes showed.
+
+    Attributes:
+        given_up: parameters with a use that no rule covers.
+        unseen: parameters that no call showed.
+        signatures: of the sequence of calls and shapes of every pass.
+        guessed: whether it was only likely, somewhere, where the samples lie.
+    """
+
+    given_up: dict[str, nn.Parameter] = field(default_factory=dict)
+    unseen: dict[str, nn.Parameter] = field(default_factory=dict)
+    signatures: list[int] = field(default_factory=list)
+    guessed: bool = False
+
+    def add(self, recorder: Recorder) -> None:
+        """Take note of one forward pass."""
+        self.given_up |= recorder.given_up_parameters()
+        self.unseen |= recorder.unseen_parameters()
+        self.signatures.append(recorder.signature)
+        self.guessed |= recorder.guessed
+
+
+def _add_by_rules(xi: Accumulator, batch: Batch, parts: Mapping[str, Part], plan: Plan, recorded: _Recorded) -> None:
+    """Add JJᵀ of every parameter that rules cover."""
     with frozen([p for p in batch.model.parameters() if p.requires_grad]):
-        for pieces in plan.passes:
+        for planned in plan.passes:
+            pieces = [piece for piece in planned if piece.name in parts]
+            if not pieces:
+                continue
             wanted = {piece.name: parts[piece.name].parameter for piece in pieces}
             sink: Accumulator | ChunkedRows = xi if plan.at_once else ChunkedRows(plan.samples, pieces, parts)
             for start in range(0, plan.samples, plan.chunk):
@@ -204,16 +289,15 @@ def _add_by_rules(
                 logits = recorder.run(batch.model, take(batch.inputs, rows))
                 delta = batch.gradient_at(logits, rows)
                 xi.note(rows, delta)
-                given_up |= recorder.given_up_parameters()
-                unseen |= recorder.unseen_parameters()
+                recorded.add(recorder)
                 if isinstance(sink, ChunkedRows):
                     sink.samples = rows
                 _backward(logits, delta.direction, recorder, sink)
                 del logits, delta, recorder
             if isinstance(sink, ChunkedRows):
-                sink.add_to(xi, {id(p) for p in given_up.values()})
+                sink.add_to(xi, {id(p) for p in recorded.given_up.values()})
     reshard(batch.model)  # else what FSDP2 still holds gathered would stay frozen
-    return given_up, {name: p for name, p in unseen.items() if name not in given_up}
+    recorded.unseen = {name: p for name, p in recorded.unseen.items() if name not in recorded.given_up}
 
 
 def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: Accumulator | ChunkedRows) -> None:
@@ -237,6 +321,10 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: Accum
         torch.autograd.grad(logits, recorder.root, direction)
     for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
         sink.add_use(parameter, uses)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} parameters ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:

@@ -33,6 +33,9 @@ Task = TypeVar("Task")
 
 Result = TypeVar("Result")
 
+PRELOADED = ["flatminima.lab.experiments", "lightning_fabric"]
+"""What the server has imported before it forks a worker; Fabric takes longer than all else, and every run needs it."""
+
 _GRACE_SECONDS = 20.0  # what a worker that is told to stop gets for its present update and its resume point
 
 
@@ -276,7 +279,7 @@ def _context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flatminima.lab.runs.training"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

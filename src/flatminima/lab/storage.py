@@ -1,7 +1,8 @@
 """Files that are replaced as a whole, and tensors in them.
 
 Every file is written beside, synced and renamed, so a process killed at any moment leaves either the old file or the
-new one. Tensors are stored as safetensors together with their digest; nothing is ever unpickled.
+new one. Tensors are stored as safetensors together with their digest; nothing is ever unpickled. Whatever is read back
+may be damaged, which is a :class:`~flatminima.lab.errors.DamagedFileError` that names the file.
 """
 
 from __future__ import annotations
@@ -10,43 +11,80 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
 from flatminima.lab.errors import DamagedFileError
+from flatminima.lab.schema import RECORD, parse
+
+Kind = TypeVar("Kind")
 
 _NOTE = "flatminima"  # the one metadata entry of our safetensors files: safetensors writes several in random order
+
+
+@dataclass(frozen=True, config=RECORD)
+class _Signed:
+    """That entry: a note, and the digest of the tensors and the note."""
+
+    digest: str | None
+    note: str
+
+
+_UNSIGNED = _Signed(None, "{}")  # what files have that others wrote
+
+
+def digest_of(*parts: bytes | memoryview) -> str:
+    """The SHA-256 of the parts one after the other, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def read_record(path: Path, kind: type[Kind], **known: Any) -> Kind:
+    """What a file of JSON holds, as :func:`flatminima.lab.schema.parse` reads it.
+
+    Raises:
+        DamagedFileError: The file is missing, no JSON, or not that of such a value.
+    """
+    text = read_text(path)
+    try:
+        return parse(kind, text, **known)
+    except FlatminimaError as error:
+        raise damaged(path, str(error)) from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
     """Write tensors by name, and a note that JSON can hold, with the digest of both."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(note)
-    metadata = {_NOTE: json.dumps({"digest": _digest(stored, text), "note": text})}
+    metadata = {_NOTE: json.dumps(asdict(_Signed(_digest(stored, text), text)))}
     write_whole(path, safetensors.torch.save(stored, metadata=metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and note; the digest is checked, except in files that others wrote, which have none."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors and note, as JSON; the digest is checked, except in files that others wrote, which have none."""
     try:
         # One look: `safe_open` would open the file twice, and it may be replaced in between.
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
-        signed: dict[str, Any] = json.loads(_metadata(content).get(_NOTE, '{"digest": null, "note": "{}"}'))
-        digest, text = signed["digest"], signed["note"]
-        note: dict[str, Any] = json.loads(text)
+        written = _metadata(content).get(_NOTE)
+        signed = _UNSIGNED if written is None else parse(_Signed, written)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise damaged(path, f"it is missing, truncated or not a safetensors file: {one_line(error)}") from None
-    if digest is not None and digest != _digest(tensors, text):
+    if signed.digest is not None and signed.digest != _digest(tensors, signed.note):
         raise damaged(path, "it was altered after it was written: its digest does not match")
-    return tensors, note
+    return tensors, signed.note
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -57,11 +95,11 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 
 def _digest(tensors: Mapping[str, Tensor], note: str) -> str:
-    digest = hashlib.sha256(note.encode())
+    parts: list[bytes | memoryview] = [note.encode()]
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(bytes_of(tensors[name]))
-    return digest.hexdigest()
+        parts.append(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        parts.append(bytes_of(tensors[name]))
+    return digest_of(*parts)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -96,9 +134,24 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise unwritable(path, error) from None
 
 
+def write_file(path: Path, content: str | bytes) -> None:
+    """:func:`write_whole`, in a folder that is made if there is none.
+
+    Raises:
+        FlatminimaError: The disk is full, or the folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    write_whole(path, content)
+
+
 def beside(path: Path) -> Path:
-    """Where a process writes what will become ``path``."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Where a process writes what will become ``path``; each of its threads elsewhere."""
+    thread = threading.current_thread()
+    writer = f"{os.getpid()}" if thread is threading.main_thread() else f"{os.getpid()}-{thread.ident}"
+    return path.with_name(f".{path.name}.{writer}.tmp")
 
 
 def unwritable(path: Path, error: OSError) -> FlatminimaError:

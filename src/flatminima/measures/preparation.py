@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from flatminima.errors import require
-from flatminima.gramian import Plan, plan_for, trainable_parts, unwrapped
+from flatminima.gramian import Checks, Plan, plan_for, trainable_parts, unwrapped
 from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
@@ -50,6 +50,7 @@ class PreparedModel:
         plan: how ξ is formed within the memory budget.
         no_robustness: why the robustness is not defined for it, if it is not.
         constant_outputs: whether it returns the same for several samples.
+        checks: what the trials have found out about its rows of J; the one thing here that grows.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class PreparedModel:
     plan: Plan
     no_robustness: str | None
     constant_outputs: bool
+    checks: Checks
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
         """The samples of trial ``number`` on the model's device."""
@@ -115,6 +117,7 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
         plan,
         no_robustness,
         constant_outputs(logits),
+        Checks(),
     )
 
 

@@ -117,7 +117,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         scale_invariant=options.scale_invariant,
         shares=options.per_parameter,
         plan=prepared.plan,
-        spot_check=number == 0,
+        checks=prepared.checks,
     )
     robustness = _mean_robustness(prepared, inputs)
     log_det = _log_det(prepared, number, factored)

@@ -264,7 +264,7 @@ def _times_hessian(gradients: tuple[Tensor | None, ...], sub_batches: SubBatches
         for gradient, wanted in zip(gradients, sub_batches.weights.penalized, strict=True)
         if wanted and gradient is not None and gradient.requires_grad
     ]
-    if not penalized:  # the loss is linear in the weights
+    if not penalized:  # the loss uses none of them
         return (None,) * len(gradients)
     _require_second_derivatives(penalized)
     direction = [gradient.detach() for gradient in penalized]

@@ -9,6 +9,7 @@ from flatminima.lab.experiments.costs import cost, prices, remaining, seconds
 from flatminima.lab.experiments.experiment import Setting, Task
 from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from support.records import record_of
 
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, batch_size=50, epochs=10, evaluate_every=20)
 EVALUATION = (500 + 100) / 3
@@ -54,7 +55,7 @@ def test_measuring_is_counted_twice_and_robustness_once() -> None:
 
 def test_price_is_that_of_finished_runs_or_else_timed() -> None:
     known, other = task(SPEC), task(replace(SPEC, batch_size=25))
-    record = {"run": known.folder.path.name, "seconds": 5.0}
+    record = record_of("case", "arm", 0, 0.1, run=known.folder.path.name, seconds=5.0)
     price = prices([known, other], [record])
     assert price["mlp", 50] == pytest.approx(5 / cost(known).training)
     assert 0 < price["mlp", 25] < 0.1

@@ -9,8 +9,18 @@ from flatminima.errors import FlatminimaError
 from flatminima.lab.data.sources import load_data
 from flatminima.lab.experiments import paper
 from flatminima.lab.experiments.experiment import Experiment
-from flatminima.lab.experiments.paper import EXACT, EXPERIMENTS, MATCHED, PLAIN, REGULARIZED, SAM, build_experiment
-from flatminima.lab.experiments.presets import PRESETS, PresetName
+from flatminima.lab.experiments.paper import (
+    EXACT,
+    EXPERIMENTS,
+    MATCHED,
+    PLAIN,
+    REGULARIZED,
+    SAM,
+    Winners,
+    build_experiment,
+    registered,
+)
+from flatminima.lab.experiments.presets import PRESETS, Preset, PresetName
 from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, SharpnessAwareSpec
 
@@ -27,6 +37,22 @@ def test_the_papers_experiments_have_all_their_runs(name: str) -> None:
     tasks = built(name).tasks(Path("runs"))
     assert len(tasks) == RUNS[name]
     assert len({task.setting.spec.key for task in tasks}) == len(tasks)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_called_as_it_is_registered(name: str) -> None:
+    assert built(name).name == name
+
+
+def test_an_experiment_is_added_by_one_decorated_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "batches", EXPERIMENTS["scenario-3"])  # so that the entry goes with the test
+
+    @registered("batches")
+    def batches(preset: Preset, chosen: Winners) -> Experiment:
+        return replace(paper.scenario_3(preset, chosen), title="Batches")
+
+    assert (built("batches").name, built("batches").title) == ("batches", "Batches")
+    assert list(EXPERIMENTS)[-1] == "batches"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ from flatminima.lab.experiments.search import Case, Tuning, perform_trial, rungs
 from flatminima.lab.jobs import Failure, Local, Processes, run_all
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs.folder import RunFolder
+from support.commands import environment
+
+pytestmark = pytest.mark.xdist_group("search")  # they share one whole search
 
 TINY = replace(
     presets.PRESETS["digits"],
@@ -46,7 +48,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def grid() -> Experiment:
-    return paper.search(TINY)
+    return paper.search(TINY, {})
 
 
 def search(folder: Path, trials: int) -> Tuning:
@@ -61,7 +63,7 @@ def run(folder: Path, trials: int) -> list[dict[str, Any]]:
 
 
 def ended(folder: Path, trials: int) -> list[dict[str, Any]]:
-    return [trial.plain() for trial in search(folder, trials).progress({})]
+    return [asdict(trial.summary()) for trial in search(folder, trials).statuses({})]
 
 
 def made(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -120,7 +122,7 @@ def test_a_pruned_run_goes_on_when_the_grid_asks_for_it(whole: Path, tmp_path: P
         if file.is_file():
             (tmp_path / stopped.path.name / file.name).write_bytes(file.read_bytes())
     went_on, at_once = perform(task), perform(replace(task, root=tmp_path / "fresh"))
-    assert {**went_on, "seconds": 0} == {**at_once, "seconds": 0}
+    assert replace(went_on, seconds=0) == replace(at_once, seconds=0)
     for name, tensor in task.folder.read_checkpoint().items():
         assert tensor.equal(replace(task, root=tmp_path / "fresh").folder.read_checkpoint()[name])
 
@@ -184,7 +186,7 @@ def test_a_search_cut_short_anywhere_ends_the_same(
 
 
 def _die_at(monkeypatch: pytest.MonkeyPatch, moment: str, number: int, after: bool) -> None:
-    """Die at a function's so-manieth call, before or after it."""
+    """Die at a function's call of this number, before or after it."""
     owner, _, name = moment.rpartition(".")
     calls = 0
     module, _, kind = owner.rpartition(".")
@@ -206,8 +208,7 @@ def _die_at(monkeypatch: pytest.MonkeyPatch, moment: str, number: int, after: bo
 def test_a_search_is_killed_and_goes_on(whole: Path, tmp_path: Path) -> None:
     trials = 4
     script = f"import test_search; from pathlib import Path; test_search.run(Path({str(tmp_path)!r}), {trials})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment(Path(__file__).parent))
     while not list((tmp_path / "runs").glob("*/result.json")):
         assert process.poll() is None
         time.sleep(0.02)
@@ -247,9 +248,9 @@ def test_a_run_that_fails_is_a_failed_trial(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tuning, "train", fails)
     assert [trial["state"] for trial in run(tmp_path, 2)] == ["failed", "finished"]
     summary = search(tmp_path, 2).summary({}, 1)
-    assert "the loss is nan" in summary["failures"][f"{case}, trial 0"]
-    assert summary["chosen"][case] == ended(tmp_path, 2)[1]["arm"]
-    assert summary["verdict"][0].endswith("Of Optuna's 2 trials, 1 went to the end and 0 were pruned; 1 failed.")
+    assert "the loss is nan" in summary.failures[f"{case}, trial 0"]
+    assert summary.chosen[case] == ended(tmp_path, 2)[1]["arm"]
+    assert summary.verdict[0].endswith("Of Optuna's 2 trials, 1 went to the end and 0 were pruned; 1 failed.")
 
 
 def test_what_was_no_fault_of_the_run_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +261,7 @@ def test_what_was_no_fault_of_the_run_is_tried_again(tmp_path: Path, monkeypatch
         patched.setattr(tuning, "train", no_space)
         assert [trial["state"] for trial in run(tmp_path, 2)] == ["left", "left"]
         name = search(tmp_path, 2).tasks()[0].name
-        assert search(tmp_path, 2).summary({name: "cannot write"}, 1)["failures"] == {name: "cannot write"}
+        assert search(tmp_path, 2).summary({name: "cannot write"}, 1).failures == {name: "cannot write"}
     assert [trial["state"] for trial in run(tmp_path, 2)] == ["finished", "finished"]
     assert len(made(tmp_path)) == 2
 
@@ -275,16 +276,16 @@ def test_a_lost_run_folder_is_made_again(tmp_path: Path) -> None:
 def test_another_grid_is_another_study(tmp_path: Path) -> None:
     run(tmp_path, 1)
     shorter = replace(TINY, networks={"MLP, digits": replace(TINY.networks["MLP, digits"], epochs=3)})
-    asked = Tuning(paper.search(shorter), 1, tmp_path)
-    assert [trial.state for trial in asked.progress({})] == ["left"]
+    asked = Tuning(paper.search(shorter, {}), 1, tmp_path)
+    assert [trial.state for trial in asked.statuses({})] == ["left"]
     run_all(perform_trial, asked.tasks(), Local(), progress=False)
-    assert [trial.state for trial in asked.progress({})] == ["finished"]
+    assert [trial.state for trial in asked.statuses({})] == ["finished"]
 
 
 def test_before_any_trial_nothing_is_written(tmp_path: Path) -> None:
     summary = search(tmp_path, 20).summary({}, 1)
-    assert len(summary["left"]) == SETTINGS  # there are no more
-    assert summary["seconds_left"] > 0
+    assert len(summary.left) == SETTINGS  # there are no more
+    assert summary.seconds_left > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -318,11 +319,12 @@ def test_the_winner_is_kept_and_the_page_says_how_it_was_found(tmp_path: Path) -
     before = asked.plan()
     assert [(row.runs, row.left) for row in before] == [(8, 8)]
     (summary,) = asked.run(progress=False)
-    trials = {trial["arm"]: trial for trial in summary["trials"]}
-    finished = {arm: trial["validation_error"] for arm, trial in trials.items() if trial["state"] == "finished"}
+    assert summary.trials is not None
+    trials = {trial.arm: trial for trial in summary.trials}
+    finished = {arm: trial.validation_error for arm, trial in trials.items() if trial.state == "finished"}
     pruned = len(trials) - len(finished)
     assert pruned > 0
-    (winner,) = summary["chosen"].values()
+    (winner,) = summary.chosen.values()
     assert finished[winner] == min(finished.values())
     (chosen,) = json.loads((asked.folder / "chosen.json").read_text()).values()
     assert chosen["beta"] == float(winner.split(",")[0].removeprefix("β="))

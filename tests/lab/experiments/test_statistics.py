@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from flatminima.lab.experiments.statistics import Spread, paired_difference, rank_correlation
+from flatminima.lab.experiments.statistics import Spread, kendall, paired_difference, rank_correlation
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_spread() -> None:
@@ -20,6 +26,28 @@ def test_rank_correlation_over_models_and_over_settings() -> None:
     assert found.tau_of_settings == 1  # means 1.5, 3.5, 5.5 and 0.2, 0.3, 0.55
     assert found.low <= found.tau <= found.high
     assert found == rank_correlation(values, errors, ["a", "a", "b", "b", "c", "c"])
+
+
+def test_kendalls_tau_is_scipys_with_ties_along_any_axis() -> None:
+    x, y = np.random.default_rng(0).integers(0, 5, size=(2, 20, 9)).astype(float)
+    x[3], y[4, 2], y[5, 1] = 1.0, math.nan, math.inf
+    expected = [
+        stats.kendalltau(a, b).statistic if np.isfinite(b).all() else math.nan for a, b in zip(x, y, strict=True)
+    ]
+    assert np.isnan(expected).sum() == 3
+    assert kendall(x, y) == pytest.approx(expected, nan_ok=True)
+    assert kendall(x.T, y.T, axis=0) == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_published_intervals_are_found_again(number: int) -> None:
+    """Those of results/ were computed before scipy did it: the same resamples, and so the same intervals."""
+    (summary,) = json.loads((ROOT / f"results/small/scenario-{number}.json").read_text(encoding="utf-8"))
+    records = summary["records"]
+    for name, published in summary["correlations"].items():
+        values = [record["indicators"][name] for record in records]
+        errors, cases = [record["test_error"] for record in records], [record["case"] for record in records]
+        assert asdict(rank_correlation(values, errors, cases)) == pytest.approx(published, rel=1e-12)
 
 
 def test_rank_correlation_of_a_constant_is_undefined() -> None:

@@ -2,80 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
-from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record
+from flatminima.errors import FlatminimaError
+from flatminima.lab.experiments.analysis import summarize
+from flatminima.lab.experiments.experiment import Experiment
 from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, scenario_3, table_1
 from flatminima.lab.experiments.presets import PRESETS
-from flatminima.lab.experiments.summary import summarize
+from flatminima.lab.experiments.summary import Summary, Unfinished
+from support.records import record_of
 
 
-def record(case: str, arm: str, seed: int, test_error: float, **indicators: float) -> Record:
-    return {
-        "case": case,
-        "arm": arm,
-        "seed": seed,
-        "run": f"{case} {arm} {seed}",
-        "test_error": test_error,
-        "validation_error": None,
-        "train_accuracy": 1.0,
-        "indicators": {**dict.fromkeys(INDICATORS, 1.0), **indicators},
-    }
-
-
-def ranking(gamma: float, robustness: float) -> dict[str, Any]:
+def ranking(gamma: float, robustness: float) -> Summary:
     """Four settings whose test error rises; two measures rise or fall with it."""
-    experiment = scenario_3(PRESETS["paper"])
+    experiment = scenario_3(PRESETS["paper"], {})
     records = []
     for k, case in enumerate(experiment.cases):
         for seed in range(5):
             error = 0.1 * k + 0.01 * seed
             records.append(
-                record(case, PLAIN, seed, error, log_det_fisher=gamma * error, robustness=robustness * error)
+                record_of(case, PLAIN, seed, error, log_det_fisher=gamma * error, robustness=robustness * error)
             )
-    return summarize(experiment, records, {}, [])
+    return summarize(experiment, records)
 
 
 def test_all_measures_are_judged_by_one_yardstick() -> None:
-    both = ranking(1, 1)["verdict"]
+    both = ranking(1, 1).verdict
     assert both[0].startswith("γ̂ follows the test error through all settings, where the paper says it follows")
     assert any(line.startswith("Robustness follows the test error through all settings, where") for line in both)
-    against = ranking(-1, 1)["verdict"]
+    against = ranking(-1, 1).verdict
     assert against[0].startswith("γ̂ goes against the test error")
     assert any(line.startswith("Frobenius² shows no clear relation") and "undefined" in line for line in both)
 
 
 def test_settings_that_do_not_differ_are_called_so() -> None:
-    experiment = scenario_3(PRESETS["paper"])
+    experiment = scenario_3(PRESETS["paper"], {})
     records = [
-        record(case, PLAIN, seed, 0.1 * (seed + 1) + 0.001 * k, log_det_fisher=k)
+        record_of(case, PLAIN, seed, 0.1 * (seed + 1) + 0.001 * k, log_det_fisher=k)
         for k, case in enumerate(experiment.cases)
         for seed in range(5)
     ]
-    assert any("there is little to order" in line for line in summarize(experiment, records, {}, [])["verdict"])
+    assert any("there is little to order" in line for line in summarize(experiment, records).verdict)
 
 
 @pytest.mark.parametrize(("gain", "said"), [(-0.01, "holds here"), (0.01, "does not hold here")])
 def test_comparisons_say_whether_the_claim_holds(gain: float, said: str) -> None:
     experiment: Experiment = table_1(PRESETS["paper"], {})
     records = [
-        record(case, arm, seed, 0.1 + 0.001 * seed + (gain * (1 + 0.01 * seed) if arm == REGULARIZED else 0))
+        record_of(case, arm, seed, 0.1 + 0.001 * seed + (gain * (1 + 0.01 * seed) if arm == REGULARIZED else 0))
         for case in experiment.cases
         for arm in (PLAIN, REGULARIZED)
         for seed in range(5)
     ]
-    summary = summarize(experiment, records, {}, ["one more"])
-    assert summary["verdict"][0] == f"That the regularizer lowers the test error for every network {said}."
-    assert summary["verdict"][-1].startswith("1 runs are still to come")
-    (pooled,) = summary["pooled"]
-    assert pooled["pairs"] == 35
-    assert pooled["p_sign"] == pytest.approx(2 / 2**35)
+    summary = summarize(experiment, records, Unfinished(left=("one more",)))
+    assert summary.verdict[0] == f"That the regularizer lowers the test error for every network {said}."
+    assert summary.verdict[-1].startswith("1 runs are still to come")
+    (pooled,) = summary.pooled
+    assert pooled.pairs == 35
+    assert pooled.p_sign == pytest.approx(2 / 2**35)
 
 
 def test_networks_that_have_not_fitted_are_counted() -> None:
-    experiment = scenario_3(PRESETS["paper"])
-    records = [record(case, PLAIN, 0, 0.1 * k, log_det_fisher=k) for k, case in enumerate(experiment.cases)]
-    records[1]["train_accuracy"] = 0.5
-    assert any("1 of 4 networks classify less than 99%" in v for v in summarize(experiment, records, {}, [])["verdict"])
+    experiment = scenario_3(PRESETS["paper"], {})
+    records = [record_of(case, PLAIN, 0, 0.1 * k, log_det_fisher=k) for k, case in enumerate(experiment.cases)]
+    records[1] = replace(records[1], train_accuracy=0.5)
+    assert any("1 of 4 networks classify less than 99%" in v for v in summarize(experiment, records).verdict)
+
+
+def test_what_the_regularizer_has_kept_from_a_minimum_is_counted() -> None:
+    experiment, off = table_1(PRESETS["paper"], {}), [(REGULARIZED, 1), (PLAIN, 0)]
+    records = [
+        record_of(experiment.cases[0], arm, seed, 0.1, warnings=("the loss is too high",) if (arm, seed) in off else ())
+        for arm in (PLAIN, REGULARIZED)
+        for seed in range(3)
+    ]
+    verdict = summarize(experiment, records).verdict
+    assert any(line.startswith("1 of 3 runs of +reg end at a training loss too high") for line in verdict)
+
+
+def test_a_rival_that_orders_as_well_is_named() -> None:
+    equal, worse = (ranking(1, robustness).verdict for robustness in (1, -1))
+    assert "γ̂ is not alone here: at least as well are the minima ordered by robustness." in equal
+    assert "No rival orders the minima better here." in worse
+
+
+def test_a_contrast_of_other_arms_is_refused() -> None:
+    with pytest.raises(FlatminimaError, match="names other arms than"):
+        replace(table_1(PRESETS["paper"], {}), contrast=("+reg", "none"))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.networks.paper import MODEL_NAMES, DenseNetBC, PreActResNet, build_model
+from flatminima.lab.networks.paper import BUILDERS, MODEL_NAMES, DenseNetBC, PreActResNet, build_model, network
+from flatminima.lab.runs.spec import RunSpec
 
 DIGITS_MODELS = ("small-cnn", "mlp")
 
@@ -96,7 +97,7 @@ CLOSED_FORMS = {
 
 
 def test_every_model_has_a_count() -> None:
-    assert tuple(COUNTS) == MODEL_NAMES
+    assert tuple(COUNTS) == tuple(MODEL_NAMES)
 
 
 @pytest.mark.parametrize(("name", "classes"), [(name, k) for name, counts in COUNTS.items() for k in counts])
@@ -279,3 +280,16 @@ def test_impossible_counts(counts: dict[str, int]) -> None:
 def test_impossible_densenet_depth(depth: int) -> None:
     with pytest.raises(FlatminimaError, match=f"got {depth}"):
         DenseNetBC(depth=depth, growth_rate=4, compression=0.5, num_classes=3, in_channels=1)
+
+
+def test_a_registered_network_is_known_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILDERS, "linear", lambda classes, channels: nn.Identity())  # taken away after the test
+
+    @network("linear")
+    def linear(num_classes: int, in_channels: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
+
+    assert build_model("linear", num_classes=3, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    assert RunSpec(model="linear").model == "linear"
+    with pytest.raises(FlatminimaError, match="mlp, linear"):
+        build_model("transformer")

@@ -31,9 +31,9 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """A terminal of 80 columns, looked at without delay; what it has shown so far."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=80, height=20, color_system=None)
-    monkeypatch.setattr(watching, "Console", lambda **_: console)
-    monkeypatch.setattr(watching, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(watching, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr("flatminima.progress.Console", lambda **_: console)
+    monkeypatch.setattr("flatminima.progress.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(watching, "LOOK_SECONDS", 0.001)
     return file.getvalue
 
 

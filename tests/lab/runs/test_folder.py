@@ -1,147 +1,29 @@
 from __future__ import annotations
 
-import json
 import os
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from torch import nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import DamagedFileError
-from flatminima.lab.networks.checkpoints import load_weights
-from flatminima.lab.networks.paper import build_model
-from flatminima.lab.runs import folder as folder_file
-from flatminima.lab.runs import sets
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunProgress, RunResult
-from flatminima.lab.runs.sets import load_run, load_sets
+from flatminima.lab.runs.sets import load_run
 from flatminima.lab.runs.spec import RunSpec
-from flatminima.lab.runs.training import train
-from flatminima.measures.evaluation import evaluate
+from support.messages import one_line
 
 SPEC = RunSpec(
     model="mlp", data="digits", train_size=200, confusion=40, augmentation="no-aug", batch_size=40, epochs=2, seed=3
 )
+
+
 RECORDS = [
     EpochRecord(1, 6, 0.1, 2.25, 0.5, None, 0.1, 0.3),
     EpochRecord(2, 12, 0.1 + 0.2, 1 / 3, 0.75, 12.5, 0.05, 0.3),
 ]
-
-
-def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-
-
-def one_line(caught: pytest.ExceptionInfo[FlatminimaError]) -> str:
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights from files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.pth"])
-def test_weights_are_loaded_with_their_buffers(tmp_path: Path, name: str) -> None:
-    torch.manual_seed(0)
-    saved, loaded = network(), network()
-    saved(torch.randn(8, 3))  # moves the running statistics
-    path = tmp_path / name
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(saved.state_dict(), path)
-    else:
-        torch.save(saved.state_dict(), path)
-    load_weights(loaded, path)
-    for key, tensor in saved.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], tensor), key
-
-
-class Exploit:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("name", ["evil.pt", "evil.pth", "evil.safetensors"])
-@pytest.mark.parametrize("how", ["torch", "old torch", "bare pickle", "hidden in a state dict"])
-def test_code_in_a_checkpoint_is_refused_and_never_run(tmp_path: Path, name: str, how: str) -> None:
-    marker, path = tmp_path / "was-run", tmp_path / name
-    if how == "bare pickle":
-        path.write_bytes(pickle.dumps(Exploit(marker)))
-    elif how == "hidden in a state dict":
-        torch.save({**network().state_dict(), "extra": Exploit(marker)}, path)
-    else:
-        torch.save(Exploit(marker), path, _use_new_zipfile_serialization=how == "torch")
-    with pytest.raises(FlatminimaError) as caught:
-        load_weights(network(), path)
-    assert str(path) in one_line(caught)
-    assert not marker.exists()
-    pickle.loads(pickle.dumps(Exploit(marker)))  # the exploit is a real one
-    assert marker.exists()
-
-
-def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
-    torch.save(network(), tmp_path / "model.pt")
-    with pytest.raises(FlatminimaError, match=r"holds pickled code, which is never run; save model\.state_dict\(\)"):
-        load_weights(network(), tmp_path / "model.pt")
-
-
-def test_a_training_checkpoint_that_wraps_the_state_dict_is_refused(tmp_path: Path) -> None:
-    torch.save({"model": network().state_dict(), "epoch": 3}, tmp_path / "training.pt")
-    with pytest.raises(FlatminimaError, match="does not hold a plain state dict"):
-        load_weights(network(), tmp_path / "training.pt")
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\xff" * 100], ids=["empty", "text", "noise"])
-def test_an_unreadable_checkpoint_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
-    path = tmp_path / f"weights{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(FlatminimaError) as caught:
-        load_weights(network(), path)
-    assert str(path) in one_line(caught)
-
-
-def test_missing_and_unknown_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FlatminimaError, match="there is no checkpoint"):
-        load_weights(network(), tmp_path / "nowhere.safetensors")
-    (tmp_path / "weights.h5").write_bytes(b"")
-    with pytest.raises(FlatminimaError, match=r"save it as \.safetensors"):
-        load_weights(network(), tmp_path / "weights.h5")
-
-
-def test_another_models_names_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    safetensors.torch.save_file({f"module.{k}": v for k, v in network().state_dict().items()}, path)
-    with pytest.raises(FlatminimaError) as caught:
-        load_weights(network(), path)
-    assert "missing 0.bias, 0.weight, 1.bias and 6 more; unexpected module.0.bias" in one_line(caught)
-
-
-def test_another_class_count_is_refused_and_the_model_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    safetensors.torch.save_file(build_model("mlp", num_classes=100, in_channels=1).state_dict(), path)
-    model = build_model("mlp", num_classes=10, in_channels=1)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(FlatminimaError) as caught:
-        load_weights(model, path)
-    assert "(100, " in one_line(caught)
-    assert "is its number of classes" in one_line(caught)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def resume_point() -> ResumePoint:
@@ -327,13 +209,10 @@ def test_the_lock_excludes_others_and_is_freed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "seen"), [(0.0, 4), (1e9, 2)])
-def test_who_watches_reads_how_far_the_run_is(
-    seconds: float, seen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(folder_file, "_WATCH_SECONDS", seconds)
+def test_who_watches_reads_how_far_the_run_is(seconds: float, seen: int, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     assert (folder.read_progress(), folder.progress_written()) == (None, None)
-    with folder.watched() as note:
+    with folder.watched(seconds=seconds) as note:
         for iteration in (2, 4):
             note(RunProgress("training", iteration=iteration, iterations=8, epoch=1, epochs=2))
         progress = folder.read_progress()
@@ -358,81 +237,3 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FlatminimaError) as caught, RunFolder(tmp_path / "runs" / "run").lock():
         pass
     assert "choose another folder" in one_line(caught)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading a run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    return train(SPEC, tmp_path_factory.mktemp("runs"), progress=False)
-
-
-def test_a_run_is_loaded_as_it_was_trained(finished: RunResult) -> None:
-    spec, model, clean, test = load_run(finished.folder)
-    assert spec == SPEC
-    assert not model.training
-    assert (len(clean), len(test)) == (200, 500)
-    assert evaluate(model, test).error == finished.test_error
-    everything = evaluate(model, load_sets(SPEC).train)
-    assert (everything.loss, everything.accuracy) == (finished.train_loss, finished.train_accuracy)
-
-
-def test_measures_see_the_clean_part_only() -> None:
-    sets = load_sets(SPEC)
-    assert (len(sets.clean), len(sets.train)) == (200, 240)
-    assert torch.equal(sets.train.images[:200], sets.clean.images)
-    assert torch.equal(sets.train.labels[:200], sets.clean.labels)
-
-
-def test_the_whole_set_keeps_its_order_whatever_the_seed() -> None:
-    sets = [load_sets(RunSpec(data="digits", augmentation="no-aug", seed=seed)) for seed in (0, 1)]
-    assert torch.equal(sets[0].train.images, sets[1].train.images)
-    assert sets[0].clean is sets[0].train
-
-
-def test_held_out_images_are_never_trained_on_and_do_not_depend_on_the_seed() -> None:
-    sets = [load_sets(replace(SPEC, validation=300, seed=seed)) for seed in (0, 1)]
-    assert torch.equal(sets[0].validation.images, sets[1].validation.images)
-    everything = replace(SPEC, train_size=None, validation=300, confusion=0)
-    rest, whole = load_sets(everything), load_sets(replace(everything, validation=0))
-    assert len(whole.validation) == 0
-    assert (len(rest.train), len(rest.validation)) == (len(whole.train) - 300, 300)
-    # a digit may be there twice, so count them
-    together = torch.cat([rest.train.images, rest.validation.images]).flatten(1)
-    assert torch.equal(
-        *(images.unique(dim=0, return_counts=True)[1] for images in (together, whole.train.images.flatten(1)))
-    )
-    with pytest.raises(FlatminimaError, match="from 997"):
-        load_sets(replace(SPEC, validation=300, train_size=998))
-    assert rest.digest() != whole.digest()
-
-
-def test_an_unfinished_run_cannot_be_loaded(tmp_path: Path) -> None:
-    RunFolder(tmp_path).write_spec(SPEC)
-    with pytest.raises(FlatminimaError, match="is not finished; train it to the end first"):
-        load_run(tmp_path)
-
-
-def test_a_run_on_other_data_cannot_be_loaded(finished: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    def altered(source: str, *, cache_dir: Path | None) -> object:
-        train_set, test_set = load(source, cache_dir=cache_dir)
-        return train_set, replace(test_set, images=255 - test_set.images)
-
-    load = sets.load_data
-    monkeypatch.setattr(sets, "load_data", altered)
-    with pytest.raises(FlatminimaError, match="the data 'digits' have changed since"):
-        load_run(finished.folder)
-
-
-def test_the_checkpoint_is_plain_safetensors(finished: RunResult) -> None:
-    weights = safetensors.torch.load_file(finished.folder / "checkpoint.safetensors")
-    assert weights.keys() == build_model("mlp", in_channels=1).state_dict().keys()
-
-
-def test_the_result_is_plain_json(finished: RunResult) -> None:
-    values = json.loads((finished.folder / "result.json").read_text())
-    assert values["test_error"] == finished.test_error
-    assert set(values["environment"]) == {"flatminima", "torch", "device", "threads"}

@@ -167,9 +167,74 @@ def test_every_field_changes_the_key() -> None:
     assert len(keys | {RunSpec().key}) == len(changed) + 1
 
 
-def test_the_key_does_not_change_between_versions() -> None:
+COUNTS = RunSpec(
+    model="mlp",
+    data="digits",
+    train_size=100,
+    confusion=30,
+    validation=50,
+    augmentation="flip-only",
+    batch_size=32,
+    epochs=None,
+    iterations=10,
+    lr=1,
+    schedule=MultiStep((0.25, 0.5), factor=0.2),
+    momentum=0,
+    weight_decay=0,
+    label_smoothing=0.1,
+    evaluate_every=2,
+    seed=2**63 - 1,
+    data_folder="/data",
+)
+REGULARIZED = RunSpec(
+    model="wrn28-2",
+    data="cifar100",
+    regularizer=RegularizerSpec(
+        alpha=1,
+        beta=3,
+        num_sub_batches=4,
+        max_grad_norm=5,
+        start_epoch=2,
+        estimator="hvp",
+        main_gradient="sub-batches",
+        every=3,
+    ),
+    precision="bf16-mixed",
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "key"),
+    [
+        (RunSpec(), "3df6075f8b5c"),
+        (RECIPES["cnn"], "8576cdc47d3a"),
+        (RECIPES["resnet20"], "e46f7e0b8413"),
+        (RECIPES["wrn28-2"], "0571d6b15081"),
+        (RECIPES["densenet-bc-100"], "5c694ff74d69"),
+        (RECIPES["scenario"], "53640bd05cc4"),
+        (RECIPES["digits"], "ef71b3e66a79"),
+        (RunSpec(regularizer=SharpnessAwareSpec(rho=0.5, adaptive=True), precision="tf32"), "7ce8a4b79b9a"),
+        (
+            RunSpec(model="cnn", data="./flowers", schedule=Plateau(0.5, 0, 0.0), nesterov=True, weight_decay=5e-4),
+            "d674c0359867",
+        ),
+        (REGULARIZED, "d939b624ce6c"),
+        (COUNTS, "18c0256059b6"),
+    ],
+)
+def test_the_key_does_not_change_between_versions(spec: RunSpec, key: str) -> None:
     # A changed key orphans every run folder there is: raise this only with a reason to.
-    assert RunSpec().key == "3df6075f8b5c"
+    assert spec.key == key
+
+
+def test_the_text_of_a_spec_does_not_change_between_versions() -> None:
+    assert COUNTS.to_json() == (
+        '{"augmentation": "flip-only", "batch_size": 32, "confusion": 30, "data": "digits", "data_folder": "/data", '
+        '"epochs": null, "evaluate_every": 2, "iterations": 10, "label_smoothing": 0.1, "lr": 1.0, "model": "mlp", '
+        '"momentum": 0.0, "nesterov": false, "precision": "32-true", "regularizer": null, "schedule": {"factor": 0.2, '
+        '"kind": "MultiStep", "milestones": [0.25, 0.5]}, "seed": 9223372036854775807, "train_size": 100, '
+        '"validation": 50, "weight_decay": 0.0}'
+    )
 
 
 def test_where_the_data_lie_makes_no_other_run() -> None:
@@ -251,6 +316,7 @@ def test_a_bad_nested_field_is_named_in_one_line(build: Any, message: str) -> No
     ("edit", "message"),
     [
         (lambda values: values | {"optimizer": "adam"}, "RunSpec has no field optimizer"),
+        (lambda values: values | {"un\nknown": 1}, "RunSpec has no field un\\nknown"),
         (lambda values: values | {"schedule": {"kind": "Cosine"}}, "unknown schedule.kind 'Cosine'"),
         (lambda values: values | {"schedule": {"kind": "Plateau", "steps": 3}}, "Plateau has no field steps"),
         (lambda values: values | {"regularizer": {"beta": 1.0}}, "unknown regularizer.kind None"),

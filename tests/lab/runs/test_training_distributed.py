@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from flatminima.lab.runs.sets import load_sets
 from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
 from flatminima.lab.runs.training import launch, train
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
+from support.collectives import free_port, run_in_processes
 
 PROCESSES = 2
 # 4 updates in each of 3 epochs; the learning rate follows from the losses of both processes.
@@ -49,7 +49,10 @@ AGREEING = {
 BATCHNORM = replace(PLAIN, model="resnet20", train_size=24, batch_size=8, epochs=2)
 DIVERGING = replace(PLAIN, lr=1e15, schedule=MultiStep(()))
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
+    pytest.mark.xdist_group("training_distributed"),
+]
 
 
 def torchrun_environment(rank: int, port: int = 0) -> dict[str, str]:
@@ -105,7 +108,7 @@ def in_each_process(rank: int, folder: Path, port: int) -> None:
     seen["again"] = train(PLAIN, folder / "shared", accelerator="cpu").test_error
 
     run = Session(PLAIN, load_sets(PLAIN), launch(PLAIN, "cpu"))
-    seen["batch"] = run._next_batch()
+    seen["batch"] = run.next_batch()
 
     patch, compile_, graphs = pytest.MonkeyPatch(), torch.compile, []
 
@@ -170,10 +173,7 @@ def in_each_process(rank: int, folder: Path, port: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs of the two processes, and those of one process in ``alone``."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(in_each_process, (folder, port), nprocs=PROCESSES)
+    run_in_processes(in_each_process, PROCESSES, folder, free_port())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for spec in AGREEING.values():
@@ -218,7 +218,7 @@ def test_the_result_says_how_many_processes_there_were(folder: Path) -> None:
 
 def test_each_process_takes_its_part_of_the_batch(seen: list[dict[str, Any]]) -> None:
     run = Session(PLAIN, load_sets(PLAIN), launch(PLAIN, "cpu"))
-    for whole, *parts in zip(run._next_batch(), *(found["batch"] for found in seen), strict=True):
+    for whole, *parts in zip(run.next_batch(), *(found["batch"] for found in seen), strict=True):
         assert {len(part) for part in parts} == {16}
         torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
 

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flatminima.gramian.rules.base import split
 
+
+@split(F.multi_head_attention_forward)
 def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None] | None:
     """``F.multi_head_attention_forward``, with its projections as calls of their own; None where that is not done.
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatminima.gramian.products import has_onednn, times_transposes
-from flatminima.gramian.rules.base import ParameterUse, bias_use, sum_positions
+from flatminima.gramian.rules.base import ParameterUse, bias_use, rule, sum_positions
 from flatminima.torch_compat import convolution_backward
 
-_CACHE_BYTES = 2**22
+CACHE_BYTES = 2**22
 """What a core multiplies fastest: copies of a convolution's input that stay in its share of the cache."""
 
-_COPIES_BYTES = 2**28
+COPIES_BYTES = 2**28
 """The same on an accelerator, where large products are fastest and only memory limits them."""
 
 _BLOCK = 16
@@ -192,10 +192,11 @@ def _copy_overlap(source: Tensor, target: Tensor, starts: Sequence[int], strides
 
 def _samples_in_cache(sample_bytes: int, device: torch.device) -> int:
     """How many samples' copies to work on at once."""
-    budget = _CACHE_BYTES * torch.get_num_threads() if device.type == "cpu" else _COPIES_BYTES
+    budget = CACHE_BYTES * torch.get_num_threads() if device.type == "cpu" else COPIES_BYTES
     return max(1, budget // sample_bytes)
 
 
+@rule(F.conv1d, F.conv2d, F.conv3d)
 def convolution(
     n: int,
     input: Tensor,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from flatminima.gramian.rules.base import ParameterUse, Rule, sum_positions
+from flatminima.gramian.rules.base import ParameterUse, rule, sum_positions
 
 
+@rule(torch.Tensor.add_, torch.Tensor.__iadd__)
+@rule(torch.add, torch.Tensor.add, commutative=True)
 def add(n: int, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[ParameterUse] | None:
     """``y = x + p`` with a broadcast parameter."""
     if alpha != 1:
@@ -17,12 +20,14 @@ def add(n: int, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[Param
     return broadcast_use(n, input, other, lambda grad: grad)
 
 
+@rule(torch.Tensor.expand)
 def expand(n: int, input: Tensor, *sizes: Any) -> list[ParameterUse] | None:
     """``p.expand(N, ...)``: one copy of the parameter per sample (class tokens)."""
     shape = input.expand(*sizes)
     return broadcast_use(n, shape, input, lambda grad: grad) if shape.shape[0] == n else None
 
 
+@rule(torch.mul, torch.Tensor.mul, commutative=True)
 def multiply(n: int, input: Tensor, other: Tensor) -> list[ParameterUse] | None:
     """``y = x · p`` with a broadcast parameter (layer scale, hand-written RMSNorm)."""
     return broadcast_use(n, input, other, lambda grad: grad * input, reads=input)
@@ -45,14 +50,3 @@ def broadcast_use(
         return sum_positions(values.reshape(-1, *(parameter.shape or (1,))), n)[:, start:stop]
 
     return [ParameterUse(parameter, rows, reads)]
-
-
-def commuted(rule: Rule) -> Rule:
-    """The rule for a commutative function, with the parameter on either side."""
-
-    def either_side(n: int, input: Any, other: Any, **kwargs: Any) -> list[ParameterUse] | None:
-        if not (isinstance(input, Tensor) and isinstance(other, Tensor)):
-            return None
-        return [*(rule(n, input, other, **kwargs) or []), *(rule(n, other, input, **kwargs) or [])]
-
-    return either_side

@@ -1,13 +1,17 @@
-"""Embeddings, and look-ups that are the same for all samples."""
+"""Embeddings, and entries of a parameter that are the same for all samples: looked up, or taken by number."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flatminima.gramian.rules.base import ParameterUse, PutBack, positions
+from flatminima.gramian.rules.base import ParameterUse, PutBack, extract, positions, rule
 
 
+@rule(F.embedding, positionwise=True)
 def embedding(
     n: int,
     input: Tensor,
@@ -38,6 +42,7 @@ def embedding(
     return [ParameterUse(weight, rows, input, added=added)]
 
 
+@extract(F.embedding)
 def looked_up(
     input: Tensor,
     weight: Tensor,
@@ -47,12 +52,35 @@ def looked_up(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> tuple[Tensor, PutBack] | None:
-    """``F.embedding`` of one row of indices, which are the same for all samples."""
-    if max_norm is not None or scale_grad_by_freq or input.dim() != 1:
+    """``F.embedding`` of indices that are the same for all samples."""
+    if max_norm is not None or scale_grad_by_freq:
         return None
-    trained = slice(None) if padding_idx is None else input != padding_idx % len(weight)
+    indices = input.flatten()
+    trained = slice(None) if padding_idx is None else indices != padding_idx % len(weight)
 
     def put_back(rows: Tensor) -> Tensor:
-        return rows.new_zeros(len(rows), *weight.shape).index_add(1, input[trained], rows[:, trained])
+        of_indices = rows.reshape(len(rows), *indices.shape, -1)
+        return rows.new_zeros(len(rows), *weight.shape).index_add(1, indices[trained], of_indices[:, trained])
 
     return weight, put_back
+
+
+@extract(torch.Tensor.__getitem__)
+def entries(source: Tensor, index: Any) -> tuple[Tensor, PutBack] | None:
+    """``p[index]``, by numbers and slices."""
+    index = index if isinstance(index, tuple) else (index,)
+    if not all(part is None or part is Ellipsis or type(part) in (int, slice) for part in index):
+        return None
+
+    def put_back(rows: Tensor) -> Tensor:
+        whole = rows.new_zeros(len(rows), *source.shape)
+        whole[(slice(None), *index)] = rows
+        return whole
+
+    return source, put_back
+
+
+@extract(torch.unsqueeze, torch.Tensor.unsqueeze)
+def unsqueezed(source: Tensor, dim: int) -> tuple[Tensor, PutBack]:
+    """``p.unsqueeze(dim)``."""
+    return source, lambda rows: rows.reshape(len(rows), *source.shape)

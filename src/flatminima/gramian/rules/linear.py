@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flatminima.gramian.products import times_transposes
-from flatminima.gramian.rules.base import ParameterUse, bias_use, positions
+from flatminima.gramian.rules.base import ParameterUse, bias_use, positions, rule
 
 
+@rule(F.linear, positionwise=True)
 def linear(n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[ParameterUse]:
     """``y = x Wᵀ + b``: one outer product per position, summed over a sample's positions."""
     x = positions(input, n)
@@ -25,6 +28,7 @@ def linear(n: int, input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     ]
 
 
+@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, positionwise=True)
 def matmul(n: int, input: Tensor, other: Tensor) -> list[ParameterUse] | None:
     """``y = x W`` with a two-dimensional W of shape (in, out)."""
     if other.dim() != 2 or input.dim() < 2:
@@ -37,6 +41,7 @@ def matmul(n: int, input: Tensor, other: Tensor) -> list[ParameterUse] | None:
     return [ParameterUse(other, rows, input)]
 
 
+@rule(torch.addmm)
 def addmm(
     n: int, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> list[ParameterUse] | None:

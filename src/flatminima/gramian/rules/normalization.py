@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatminima.gramian.rules.base import ParameterUse, sum_channels, sum_positions
+from flatminima.gramian.rules.base import ParameterUse, rule, sum_channels, sum_positions
 from flatminima.torch_compat import batch_norm_backward
 
 
+@rule(F.batch_norm)
 def batch_norm(
     n: int,
     input: Tensor,
@@ -48,6 +49,7 @@ def batch_norm(
     return uses
 
 
+@rule(F.group_norm)
 def group_norm(
     n: int, input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> list[ParameterUse]:
@@ -57,6 +59,7 @@ def group_norm(
     )
 
 
+@rule(F.instance_norm)
 def instance_norm(
     n: int,
     input: Tensor,
@@ -76,6 +79,7 @@ def instance_norm(
     )
 
 
+@rule(F.layer_norm, positionwise=True)
 def layer_norm(
     n: int,
     input: Tensor,
@@ -95,6 +99,7 @@ def layer_norm(
     )
 
 
+@rule(F.rms_norm, positionwise=True)
 def rms_norm(
     n: int, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> list[ParameterUse]:

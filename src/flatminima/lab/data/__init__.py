@@ -1,7 +1,18 @@
 """Image data: where they come from, augmentation, held-out and confusion sets."""
 
 from flatminima.lab.data.augmentation import AUGMENTATIONS, augment, confuse, hold_out
+from flatminima.lab.data.cache import Decoded
 from flatminima.lab.data.images import ImageSet
-from flatminima.lab.data.sources import load_data
+from flatminima.lab.data.sources import data_set, hub_data_set, load_data
 
-__all__ = ["AUGMENTATIONS", "ImageSet", "augment", "confuse", "hold_out", "load_data"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Decoded",
+    "ImageSet",
+    "augment",
+    "confuse",
+    "data_set",
+    "hold_out",
+    "hub_data_set",
+    "load_data",
+]

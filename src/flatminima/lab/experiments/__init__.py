@@ -1,5 +1,6 @@
 """The paper's experiments: runs, sizes, search, costs, and what the records show."""
 
+from flatminima.lab.experiments.analysis import summarize
 from flatminima.lab.experiments.experiment import (
     INDICATORS,
     NORMALIZED,
@@ -9,14 +10,23 @@ from flatminima.lab.experiments.experiment import (
     Task,
     look_up,
     perform,
-    run_experiment,
     select,
-    value_of,
 )
-from flatminima.lab.experiments.paper import EXPERIMENTS, MATCHED_COST, build_experiment
+from flatminima.lab.experiments.files import plain, read_summaries, read_winners, write_winners
+from flatminima.lab.experiments.paper import EXPERIMENTS, MATCHED_COST, Winners, build_experiment, described, registered
 from flatminima.lab.experiments.presets import PRESETS, PresetName
-from flatminima.lab.experiments.search import Trial, Tuning, expected, perform_trial
-from flatminima.lab.experiments.summary import RIVALS, SHORT_NAMES, correlation, difference, plain, summarize
+from flatminima.lab.experiments.search import SearchTrial, TrialStatus, Tuning, expected, perform_trial
+from flatminima.lab.experiments.statistics import Difference, RankCorrelation, Spread, number
+from flatminima.lab.experiments.summary import (
+    RIVALS,
+    SHORT_NAMES,
+    Contrast,
+    Published,
+    SettingMeans,
+    Summary,
+    TrialSummary,
+    Unfinished,
+)
 
 __all__ = [
     "EXPERIMENTS",
@@ -26,23 +36,36 @@ __all__ = [
     "PRESETS",
     "RIVALS",
     "SHORT_NAMES",
+    "Contrast",
+    "Difference",
     "Experiment",
     "PresetName",
+    "Published",
+    "RankCorrelation",
     "Record",
+    "SearchTrial",
     "Setting",
+    "SettingMeans",
+    "Spread",
+    "Summary",
     "Task",
-    "Trial",
+    "TrialStatus",
+    "TrialSummary",
     "Tuning",
+    "Unfinished",
+    "Winners",
     "build_experiment",
-    "correlation",
-    "difference",
+    "described",
     "expected",
     "look_up",
+    "number",
     "perform",
     "perform_trial",
     "plain",
-    "run_experiment",
+    "read_summaries",
+    "read_winners",
+    "registered",
     "select",
     "summarize",
-    "value_of",
+    "write_winners",
 ]

@@ -117,7 +117,7 @@ def prices(tasks: Sequence[Task], records: Sequence[Record]) -> dict[tuple[str, 
         tasks: what is to be priced.
         records: what is finished of it.
     """
-    finished = {record["run"]: record["seconds"] for record in records}
+    finished = {record.run: record.seconds for record in records}
     found: dict[tuple[str, int], list[float]] = {}
     for task in tasks:
         seconds = finished.get(task.folder.path.name)

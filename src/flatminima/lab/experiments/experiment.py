@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from flatminima.errors import FlatminimaError, FlatminimaWarning
+from flatminima.errors import FlatminimaError, recorded_warnings
 from flatminima.lab.errors import DamagedFileError
-from flatminima.lab.jobs import Executor, Failure, run_all
 from flatminima.lab.runs import Measuring, RunFolder, RunResult, RunSpec, kept_measures, measure_run, train
 from flatminima.losses import LOGIT_NORMALIZATION
 from flatminima.measures import MEASURES, Characterization, jsonable
@@ -26,8 +24,40 @@ INDICATORS = {
 }
 """Everything that is set beside the test error, with its name in tables."""
 
-Record = dict[str, Any]
-"""One minimum as plain numbers, NaN as None: case, arm, seed, run, test_error, indicators, ..."""
+
+@dataclass(frozen=True)
+class Record:
+    """One minimum in numbers; None where a number is not known or not defined (a singular ξ has no γ̂)."""
+
+    case: str
+    """Of the experiment."""
+    arm: str
+    """How it was trained."""
+    seed: int
+    """The run's."""
+    run: str
+    """The run folder's name."""
+    test_error: float
+    """Fraction of the test images classified wrongly."""
+    validation_error: float | None
+    """Fraction of the held-out training images classified wrongly; None without such."""
+    train_accuracy: float
+    """Fraction of the training images classified rightly, confusion set included."""
+    indicators: Mapping[str, float | None]
+    """By the names of :data:`INDICATORS`; empty where nothing is measured."""
+    seconds: float
+    """Wall-clock time of training."""
+    warnings: tuple[str, ...]
+    """Given while it was measured."""
+    environment: Mapping[str, str | int]
+    """Versions, device and threads."""
+    log_det_fisher_standard_error: float | None = None
+    """γ̂'s, over trials."""
+
+    def value(self, quantity: str) -> float:
+        """test_error, validation_error, train_accuracy or an indicator; NaN where there is none."""
+        found = self.indicators.get(quantity) if quantity in INDICATORS else getattr(self, quantity)
+        return math.nan if found is None else float(found)
 
 
 @dataclass(frozen=True)
@@ -46,8 +76,6 @@ class Setting:
 class Experiment:
     """Settings, each trained with every seed, and the question that they answer."""
 
-    name: str
-    """As the command line calls it."""
     title: str
     """A heading."""
     question: str
@@ -64,10 +92,16 @@ class Experiment:
     """Every setting is trained once with each."""
     quantity: str = "test_error"
     """What a comparison or a choice compares: test_error, validation_error, or an indicator."""
+    contrast: tuple[str, str] | None = None
+    """The arms of which a comparison claims that the quantity of the first is less than that of the second."""
+    drawn: tuple[str, ...] = ()
+    """Quantities that get a figure over the cases each; a comparison tabulates them too."""
     published: Mapping[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
     """The paper's mean and standard deviation of the quantity by case and arm (errors in percent)."""
     captured: Mapping[str, bool] = field(default_factory=dict)
     """Whether, says the paper, an indicator follows the test error."""
+    name: str = ""
+    """As the command line and its page's address call it; a registered experiment's is that of its entry."""
 
     def __post_init__(self) -> None:
         seen: dict[RunSpec, Setting] = {}
@@ -78,6 +112,8 @@ class Experiment:
                     f"settings {other.arm!r}, {other.case!r} and {setting.arm!r}, {setting.case!r} are the same run: "
                     "leave one out"
                 )
+        if self.contrast is not None and not set(self.contrast) <= set(self.arms):
+            raise FlatminimaError(f"contrast {self.contrast} names other arms than {self.arms}")
 
     @property
     def cases(self) -> list[str]:
@@ -89,13 +125,21 @@ class Experiment:
         """The arms, in order."""
         return list(dict.fromkeys(setting.arm for setting in self.settings))
 
-    def tasks(self, root: Path) -> list[Task]:
-        """Every setting with every seed, seeds outermost: cut short, it has all settings with some of the seeds."""
-        return [
+    def tasks(self, root: Path, *, by_setting: bool = False) -> list[Task]:
+        """Every setting with every seed.
+
+        Args:
+            root: where run folders are kept.
+            by_setting: settings outermost, so that one after the other is finished; else seeds are, so that an
+                experiment cut short has all settings with some of the seeds.
+        """
+        tasks = [
             Task(replace(setting, spec=replace(setting.spec, seed=seed)), self.measuring, root)
             for seed in self.seeds
             for setting in self.settings
         ]
+        width = len(self.settings)
+        return [task for first in range(width) for task in tasks[first::width]] if by_setting else tasks
 
 
 @dataclass(frozen=True)
@@ -138,10 +182,9 @@ class Task:
 def perform(task: Task) -> Record:
     """Train (or take up, or find finished) one run and measure its minimum; both are kept in the run folder."""
     result = train(task.setting.spec, task.root, progress=False, wait=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FlatminimaWarning)
+    with recorded_warnings() as recorded:
         measured = [measure_run(result.folder, how, progress=False) for how in task.ways]
-    return _record(task, result, measured, [w for w in caught if issubclass(w.category, FlatminimaWarning)])
+    return _record(task, result, measured, [str(warning) for warning in recorded])
 
 
 def look_up(task: Task) -> Record | None:
@@ -158,69 +201,46 @@ def look_up(task: Task) -> Record | None:
         folder.require_spec(task.setting.spec)
     except DamagedFileError:
         return None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FlatminimaWarning)
+    with recorded_warnings() as recorded:
         measured = [kept_measures(result.folder, how) for how in task.ways]
     found = [characterization for characterization in measured if characterization is not None]
     if len(found) < len(measured):
         return None
-    return _record(task, result, found, [w for w in caught if issubclass(w.category, FlatminimaWarning)])
-
-
-def run_experiment(experiment: Experiment, *, root: Path, executor: Executor, progress: bool = True) -> list[Record]:
-    """Every setting with every seed, trained and measured. Finished runs are found again under ``root``.
-
-    Raises:
-        FlatminimaError: if a run failed; the others were carried to their end.
-    """
-    tasks = experiment.tasks(root)
-    found = run_all(perform, tasks, executor, description="training and measuring", progress=progress)
-    failures = [outcome for outcome in found if isinstance(outcome, Failure)]
-    if failures:
-        first = failures[0].task.setting
-        raise FlatminimaError(
-            f"{len(failures)} of {len(tasks)} runs failed; {first.arm}, {first.case} with seed {first.spec.seed}: "
-            f"{failures[0].error}"
-        )
-    return [outcome for outcome in found if not isinstance(outcome, Failure)]
+    return _record(task, result, found, [str(warning) for warning in recorded])
 
 
 def select(records: Sequence[Record], arm: str | None = None, case: str | None = None) -> list[Record]:
     """The records of one arm, or of one case, or of one setting."""
-    return [r for r in records if arm in (None, r["arm"]) and case in (None, r["case"])]
-
-
-def value_of(record: Record, quantity: str) -> float:
-    """A record's test_error, validation_error or indicator; NaN where it has none."""
-    value = record["indicators"].get(quantity) if quantity in INDICATORS else record[quantity]
-    return math.nan if value is None else float(value)
+    return [r for r in records if arm in (None, r.arm) and case in (None, r.case)]
 
 
 def _record(
     task: Task,
     result: RunResult,
     measured: Sequence[Characterization],
-    caught: Sequence[warnings.WarningMessage],
+    messages: Sequence[str],
 ) -> Record:
-    spec = task.setting.spec
-    record = {
-        "case": task.setting.case,
-        "arm": task.setting.arm,
-        "seed": spec.seed,
-        "run": result.folder.name,
-        "test_error": result.test_error,
-        "validation_error": result.validation_error,
-        "train_accuracy": result.train_accuracy,
-        "indicators": {},
-        "seconds": result.seconds,
-        "warnings": list(dict.fromkeys(str(warning.message) for warning in caught)),
-        "environment": dict(result.environment),
-    }
-    if measured:
-        plain, normalized = measured
-        means = {name: estimate.mean for name, estimate in plain.estimates().items()}
-        means[NORMALIZED] = normalized.log_det_fisher.mean
-        means["train_loss"] = plain.train_loss
-        record["indicators"] = {name: jsonable(means.get(name, math.nan)) for name in INDICATORS}
-        record["log_det_fisher_standard_error"] = jsonable(plain.log_det_fisher.standard_error)
-    return record
+    record = Record(
+        case=task.setting.case,
+        arm=task.setting.arm,
+        seed=task.setting.spec.seed,
+        run=result.folder.name,
+        test_error=result.test_error,
+        validation_error=result.validation_error,
+        train_accuracy=result.train_accuracy,
+        indicators={},
+        seconds=result.seconds,
+        warnings=tuple(dict.fromkeys(messages)),
+        environment=dict(result.environment),
+    )
+    if not measured:
+        return record
+    plain, normalized = measured
+    means = {name: estimate.mean for name, estimate in plain.estimates().items()}
+    means[NORMALIZED] = normalized.log_det_fisher.mean
+    means["train_loss"] = plain.train_loss
+    return replace(
+        record,
+        indicators={name: jsonable(means.get(name, math.nan)) for name in INDICATORS},
+        log_det_fisher_standard_error=jsonable(plain.log_det_fisher.standard_error),
+    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import load_data
 from flatminima.lab.experiments.experiment import NORMALIZED, Experiment, Setting
 from flatminima.lab.experiments.presets import Preset
+from flatminima.lab.experiments.summary import RIVALS
 from flatminima.lab.runs import RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 PLAIN, REGULARIZED, EXACT, SAM, MATCHED = "plain", "+reg", "+reg, hvp", "SAM", "plain, equal cost"
@@ -18,6 +21,9 @@ PLAIN, REGULARIZED, EXACT, SAM, MATCHED = "plain", "+reg", "+reg, hvp", "SAM", "
 
 MATCHED_COST = 3
 """Forward-backwards of a regularized update in plain ones: how much longer plain training gets at equal cost."""
+
+FIGURE = ("test_error", *RIVALS, "fisher_trace", "train_loss")
+"""What is drawn over the settings of a scenario: the paper's figures, and two more."""
 
 _PAPERS_TABLE_1 = {
     "CNN, CIFAR-10": ((8.52, 0.08), (7.46, 0.13)),
@@ -37,129 +43,38 @@ _PAPERS_TABLE_2 = {
 }
 
 
-def scenario_1(preset: Preset) -> Experiment:
-    """Figure 1: minima told apart by the size of a confusion set."""
-    base = replace(preset.scenario, train_size=preset.clean_images)
-    return Experiment(
-        name="scenario-1",
-        title="Scenario I: a confusion set of varying size",
-        question=(
-            f"{preset.clean_images:,} images with their own labels are trained on together with a set of other images "
-            "with random labels. The larger that set, the worse the minimum generalizes. Which measure, taken on the "
-            "clean images, follows? In the paper (Figure 1) all do but robustness."
-        ),
-        answers="ranking",
-        factor="images with random labels",
-        settings=tuple(Setting(f"{size:,}", PLAIN, replace(base, confusion=size)) for size in preset.confusion),
-        measuring=preset.measuring,
-        captured={"log_det_fisher": True, "spectral_radius": True, "frobenius_norm": True, "robustness": False},
-    )
+Winners: TypeAlias = Mapping[str, RegularizerSpec]
+"""What the search has chosen, by case; empty before it."""
+
+Builder: TypeAlias = Callable[[Preset, Winners], Experiment]
+
+EXPERIMENTS: dict[str, Builder] = {}
+"""Every registered experiment by name, in the order in which each finds what it needs."""
 
 
-def scenario_2(preset: Preset) -> Experiment:
-    """Figure 2: minima told apart by the augmentation they were trained with."""
-    return Experiment(
-        name="scenario-2",
-        title="Scenario II: varied data augmentation",
-        question=(
-            "The weaker the augmentation, the worse the minimum generalizes. Which measure, taken on the un-augmented "
-            "training images, follows? In the paper (Figure 2) γ̂ does, and all others fail."
-        ),
-        answers="ranking",
-        factor="augmentation",
-        settings=tuple(
-            Setting(scheme, PLAIN, replace(preset.augmented, augmentation=scheme)) for scheme in preset.augmentations
-        ),
-        measuring=preset.measuring,
-        captured={"log_det_fisher": True, "spectral_radius": False, "frobenius_norm": False, "robustness": False},
-    )
+def registered(name: str) -> Callable[[Builder], Builder]:
+    """Register an experiment; that is all it takes to add one.
+
+    The command line's names, ``all`` and its order, and the pages follow. What is decorated makes of a preset's sizes,
+    and of what the search has chosen, an :class:`~flatminima.lab.experiments.Experiment`: settings, how minima are
+    measured, which question they answer.
+    """
+
+    def enter(build: Builder) -> Builder:
+        @functools.wraps(build)
+        def named(preset: Preset, chosen: Winners) -> Experiment:
+            return replace(build(preset, chosen), name=name)
+
+        EXPERIMENTS[name] = named
+        return named
+
+    return enter
 
 
-def scenario_3(preset: Preset) -> Experiment:
-    """Figure 3: minima told apart by the batch size they were trained with."""
-    return Experiment(
-        name="scenario-3",
-        title="Scenario III: varied batch size",
-        question=(
-            "Large mini-batches lead to minima that generalize worse. Which measure follows? In the paper (Figure 3) "
-            "all do but robustness."
-        ),
-        answers="ranking",
-        factor="batch size",
-        settings=tuple(
-            Setting(f"{size:,}", PLAIN, replace(preset.scenario, batch_size=size)) for size in preset.batch_sizes
-        ),
-        measuring=preset.measuring,
-        captured={"log_det_fisher": True, "spectral_radius": True, "frobenius_norm": True, "robustness": False},
-    )
-
-
-def table_1(preset: Preset, chosen: Mapping[str, RegularizerSpec]) -> Experiment:
-    """Table 1: test errors with and without the regularizer, and what the paper lacks beside them."""
-    settings = []
-    for case, plain in preset.networks.items():
-        regularizer = chosen.get(case, preset.regularizer)
-        settings += [
-            Setting(case, PLAIN, plain),
-            Setting(case, REGULARIZED, replace(plain, regularizer=regularizer)),
-            Setting(case, EXACT, replace(plain, regularizer=replace(regularizer, estimator="hvp"))),
-            Setting(case, SAM, replace(plain, regularizer=SharpnessAwareSpec())),
-            Setting(case, MATCHED, _prolonged(plain, MATCHED_COST)),
-        ]
-    searched = [case for case in preset.networks if case in chosen]
-    return Experiment(
-        name="table-1",
-        title="Table 1: test errors with and without the regularizer",
-        question=(
-            "Does training with the regularizer (+reg, Algorithm 1) lower the test error? In the paper it does for "
-            "every network. Beside it, and not in the paper: the same penalty by exact Hessian-vector products (hvp), "
-            f"SAM with its usual ρ = {SharpnessAwareSpec.rho}, and plain training that is {MATCHED_COST} times as long "
-            "and so costs as much. " + _how_chosen(preset, searched)
-        ),
-        answers="comparison",
-        factor="network, data",
-        settings=tuple(settings),
-        measuring=None,
-        published={
-            (case, arm): numbers
-            for case, pair in _PAPERS_TABLE_1.items()
-            for arm, numbers in zip((PLAIN, REGULARIZED), pair, strict=True)
-        },
-    )
-
-
-def table_2(preset: Preset, chosen: Mapping[str, RegularizerSpec]) -> Experiment:
-    """Table 2: γ̂ with and without the regularizer; the runs are those of Table 1."""
-    settings = tuple(
-        setting
-        for setting in table_1(preset, chosen).settings
-        if setting.case in preset.measured and setting.arm in (PLAIN, REGULARIZED)
-    )
-    return Experiment(
-        name="table-2",
-        title="Table 2: γ̂ with and without the regularizer",
-        question=(
-            "Does the regularizer lead to minima with a smaller γ̂, as it should if that is why it works? In the paper "
-            "it does. As training losses differ, γ̂ is taken at normalized logits, z / (0.04 ‖z‖), as in the authors' "
-            "code."
-        ),
-        answers="comparison",
-        factor="network, data",
-        settings=settings,
-        measuring=preset.measuring,
-        quantity=NORMALIZED,
-        published={
-            (case, arm): numbers
-            for case, pair in _PAPERS_TABLE_2.items()
-            for arm, numbers in zip((PLAIN, REGULARIZED), pair, strict=True)
-        },
-    )
-
-
-def search(preset: Preset) -> Experiment:
+@registered("search")
+def search(preset: Preset, _: Winners) -> Experiment:
     """The grid of Sec. 7.2: β, M and τ by the error on held-out training images."""
     return Experiment(
-        name="search",
         title="Search: the regularizer's hyper-parameters",
         question=(
             f"Which β, M and τ give the least error on {preset.validation:,} held-out training images? The winners are "
@@ -175,6 +90,130 @@ def search(preset: Preset) -> Experiment:
         measuring=None,
         seeds=(0,),
         quantity="validation_error",
+    )
+
+
+@registered("scenario-1")
+def scenario_1(preset: Preset, _: Winners) -> Experiment:
+    """Figure 1: minima told apart by the size of a confusion set."""
+    base = replace(preset.scenario, train_size=preset.clean_images)
+    return Experiment(
+        title="Scenario I: a confusion set of varying size",
+        question=(
+            f"{preset.clean_images:,} images with their own labels are trained on together with a set of other images "
+            "with random labels. The larger that set, the worse the minimum generalizes. Which measure, taken on the "
+            "clean images, follows? In the paper (Figure 1) all do but robustness."
+        ),
+        answers="ranking",
+        factor="images with random labels",
+        settings=tuple(Setting(f"{size:,}", PLAIN, replace(base, confusion=size)) for size in preset.confusion),
+        measuring=preset.measuring,
+        drawn=FIGURE,
+        captured={"log_det_fisher": True, "spectral_radius": True, "frobenius_norm": True, "robustness": False},
+    )
+
+
+@registered("scenario-2")
+def scenario_2(preset: Preset, _: Winners) -> Experiment:
+    """Figure 2: minima told apart by the augmentation they were trained with."""
+    return Experiment(
+        title="Scenario II: varied data augmentation",
+        question=(
+            "The weaker the augmentation, the worse the minimum generalizes. Which measure, taken on the un-augmented "
+            "training images, follows? In the paper (Figure 2) γ̂ does, and all others fail."
+        ),
+        answers="ranking",
+        factor="augmentation",
+        settings=tuple(
+            Setting(scheme, PLAIN, replace(preset.augmented, augmentation=scheme)) for scheme in preset.augmentations
+        ),
+        measuring=preset.measuring,
+        drawn=FIGURE,
+        captured={"log_det_fisher": True, "spectral_radius": False, "frobenius_norm": False, "robustness": False},
+    )
+
+
+@registered("scenario-3")
+def scenario_3(preset: Preset, _: Winners) -> Experiment:
+    """Figure 3: minima told apart by the batch size they were trained with."""
+    return Experiment(
+        title="Scenario III: varied batch size",
+        question=(
+            "Large mini-batches lead to minima that generalize worse. Which measure follows? In the paper (Figure 3) "
+            "all do but robustness."
+        ),
+        answers="ranking",
+        factor="batch size",
+        settings=tuple(
+            Setting(f"{size:,}", PLAIN, replace(preset.scenario, batch_size=size)) for size in preset.batch_sizes
+        ),
+        measuring=preset.measuring,
+        drawn=FIGURE,
+        captured={"log_det_fisher": True, "spectral_radius": True, "frobenius_norm": True, "robustness": False},
+    )
+
+
+@registered("table-1")
+def table_1(preset: Preset, chosen: Winners) -> Experiment:
+    """Table 1: test errors with and without the regularizer, and what the paper lacks beside them."""
+    settings = []
+    for case, plain in preset.networks.items():
+        regularizer = chosen.get(case, preset.regularizer)
+        settings += [
+            Setting(case, PLAIN, plain),
+            Setting(case, REGULARIZED, replace(plain, regularizer=regularizer)),
+            Setting(case, EXACT, replace(plain, regularizer=replace(regularizer, estimator="hvp"))),
+            Setting(case, SAM, replace(plain, regularizer=SharpnessAwareSpec())),
+            Setting(case, MATCHED, _prolonged(plain, MATCHED_COST)),
+        ]
+    searched = [case for case in preset.networks if case in chosen]
+    return Experiment(
+        title="Table 1: test errors with and without the regularizer",
+        question=(
+            "Does training with the regularizer (+reg, Algorithm 1) lower the test error? In the paper it does for "
+            "every network. Beside it, and not in the paper: the same penalty by exact Hessian-vector products (hvp), "
+            f"SAM with its usual ρ = {SharpnessAwareSpec.rho}, and plain training that is {MATCHED_COST} times as long "
+            "and so costs as much. " + _how_chosen(preset, searched)
+        ),
+        answers="comparison",
+        contrast=(REGULARIZED, PLAIN),
+        factor="network, data",
+        settings=tuple(settings),
+        measuring=None,
+        published={
+            (case, arm): numbers
+            for case, pair in _PAPERS_TABLE_1.items()
+            for arm, numbers in zip((PLAIN, REGULARIZED), pair, strict=True)
+        },
+    )
+
+
+@registered("table-2")
+def table_2(preset: Preset, chosen: Winners) -> Experiment:
+    """Table 2: γ̂ with and without the regularizer; the runs are those of Table 1."""
+    settings = tuple(
+        setting
+        for setting in table_1(preset, chosen).settings
+        if setting.case in preset.measured and setting.arm in (PLAIN, REGULARIZED)
+    )
+    return Experiment(
+        title="Table 2: γ̂ with and without the regularizer",
+        question=(
+            "Does the regularizer lead to minima with a smaller γ̂, as it should if that is why it works? In the paper "
+            "it does. As training losses differ, γ̂ is taken at normalized logits, z / (0.04 ‖z‖), as in the authors' "
+            "code."
+        ),
+        answers="comparison",
+        contrast=(REGULARIZED, PLAIN),
+        factor="network, data",
+        settings=settings,
+        measuring=preset.measuring,
+        quantity=NORMALIZED,
+        published={
+            (case, arm): numbers
+            for case, pair in _PAPERS_TABLE_2.items()
+            for arm, numbers in zip((PLAIN, REGULARIZED), pair, strict=True)
+        },
     )
 
 
@@ -215,15 +254,12 @@ def _prolonged(spec: RunSpec, factor: int) -> RunSpec:
 
 _CLASSES = {"cifar10": 10, "cifar100": 100}
 
-EXPERIMENTS = ("search", "scenario-1", "scenario-2", "scenario-3", "table-1", "table-2")
-"""Their names, in an order in which each finds what it needs."""
-
 
 def build_experiment(
     name: str,
     preset: Preset,
     *,
-    chosen: Mapping[str, RegularizerSpec],
+    chosen: Winners,
     data: Path | None,
     seeds: tuple[int, ...] | None,
 ) -> Experiment:
@@ -237,15 +273,7 @@ def build_experiment(
             (None: from the Hugging Face hub).
         seeds: other seeds than the experiment's own; the search keeps its one.
     """
-    builders: dict[str, Callable[[], Experiment]] = {
-        "search": lambda: search(preset),
-        "scenario-1": lambda: scenario_1(preset),
-        "scenario-2": lambda: scenario_2(preset),
-        "scenario-3": lambda: scenario_3(preset),
-        "table-1": lambda: table_1(preset, chosen),
-        "table-2": lambda: table_2(preset, chosen),
-    }
-    built = builders[name]()
+    built = EXPERIMENTS[name](preset, chosen)
     folders = {name: _folder_of(name, data) for name in {setting.spec.data for setting in built.settings}}
     settings = tuple(replace(s, spec=replace(s.spec, data_folder=folders[s.spec.data])) for s in built.settings)
     return replace(built, settings=settings, seeds=built.seeds if seeds is None or name == "search" else seeds)

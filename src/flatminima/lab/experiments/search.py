@@ -12,24 +12,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from flatminima.errors import FlatminimaError, first_line
 from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.experiments import costs
+from flatminima.lab.experiments.analysis import summarize
 from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
-from flatminima.lab.experiments.summary import summarize
+from flatminima.lab.experiments.summary import Summary, TrialState, TrialSummary, Unfinished
 from flatminima.lab.runs import RegularizerSpec, Stop, train
+from flatminima.lab.storage import digest_of
 
 if TYPE_CHECKING:
     import optuna
@@ -57,8 +58,6 @@ _CANDIDATES = 4
 
 
 _PROPOSALS = 20  # until one is new
-
-State = Literal["finished", "pruned", "failed", "left"]
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,13 @@ class Tuning:
         )
         return replace(self.grid, question=f"{self.grid.question} {how}")
 
-    def tasks(self) -> list[Trial]:
+    def tasks(self) -> list[SearchTrial]:
         """Every trial, those that have ended among them; the first of every case before the second of any."""
         for case in self._cases:
             case.create()
         return self._trials
 
-    def progress(self, failures: dict[str, str]) -> list[Progress]:
+    def statuses(self, failures: Mapping[str, str]) -> list[TrialStatus]:
         """How far every trial is; nothing is trained.
 
         Args:
@@ -110,33 +109,31 @@ class Tuning:
         """
         made = {case.name: case.made() for case in self._cases}
         return [
-            trial.progress(made[trial.case.name], failures.get(trial.name))
+            trial.status(made[trial.case.name], failures.get(trial.name))
             for trial in sorted(self._trials, key=lambda trial: self.grid.cases.index(trial.case.name))
         ]
 
-    def summary(self, failures: dict[str, str], workers: int) -> dict[str, Any]:
+    def summary(self, failures: Mapping[str, str], workers: int) -> Summary:
         """What is known so far; nothing is trained.
 
         Args:
-            failures: as :meth:`progress` takes them.
+            failures: as :meth:`statuses` takes them.
             workers: trials at once, for the time left.
         """
-        progress = self.progress(failures)
-        summary = summarize(
-            self.experiment,
-            [trial.record for trial in progress if trial.record is not None],
-            {trial.trial.name: trial.failure for trial in progress if trial.failure is not None},
-            [trial.trial.name for trial in progress if trial.state == "left"],
-            [trial.plain() for trial in progress],
+        statuses = self.statuses(failures)
+        unfinished = Unfinished(
+            failures={status.trial.name: status.failure for status in statuses if status.failure is not None},
+            left=tuple(status.trial.name for status in statuses if status.state == "left"),
+            labels={
+                status.trial.name: status.task.label if status.begun else "not begun"
+                for status in statuses
+                if status.state in ("failed", "left")
+            },
+            seconds_left=sum(seconds for _, seconds in expected(statuses)) / workers,
+            workers=workers,
         )
-        summary["unfinished"] = {
-            trial.trial.name: trial.task.label if trial.begun else "not begun"
-            for trial in progress
-            if trial.state in ("failed", "left")
-        }
-        summary["seconds_left"] = sum(seconds for _, seconds in expected(progress)) / workers
-        summary["workers"] = workers
-        return summary
+        records = [status.record for status in statuses if status.record is not None]
+        return summarize(self.experiment, records, unfinished, [status.summary() for status in statuses])
 
     @property
     def _cases(self) -> list[Case]:
@@ -147,9 +144,11 @@ class Tuning:
         ]
 
     @property
-    def _trials(self) -> list[Trial]:
+    def _trials(self) -> list[SearchTrial]:
         cases = self._cases
-        return [Trial(case, number) for number in range(self.trials) for case in cases if number < len(case.settings)]
+        return [
+            SearchTrial(case, number) for number in range(self.trials) for case in cases if number < len(case.settings)
+        ]
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Case:
     def key(self) -> str:
         """A digest of the settings: a grid of other runs is another study."""
         identities = [task.setting.spec.identity() for task in self.settings]
-        return hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_of(json.dumps(identities, sort_keys=True).encode())[:12]
 
     def create(self) -> None:
         """Make the study, if it is not there."""
@@ -208,7 +207,7 @@ class Case:
         """Begin the next trial; at once and with its parameters, so that no kill leaves a half of it."""
         import optuna
 
-        seed = int.from_bytes(hashlib.sha256(f"{self._seed} {self.name} {number}".encode()).digest()[:4], "big")
+        seed = int(digest_of(f"{self._seed} {self.name} {number}".encode())[:8], base=16)
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=STARTUP_TRIALS,
             n_ei_candidates=_CANDIDATES,
@@ -284,7 +283,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SearchTrial:
     """One trial, for an executor."""
 
     case: Case
@@ -297,7 +296,7 @@ class Trial:
         """What it is called in reports."""
         return f"{self.case.name}, trial {self.number}"
 
-    def progress(self, made: Sequence[optuna.trial.FrozenTrial], failure: str | None) -> Progress:
+    def status(self, made: Sequence[optuna.trial.FrozenTrial], failure: str | None) -> TrialStatus:
         """How far it is.
 
         Args:
@@ -305,30 +304,30 @@ class Trial:
             failure: why it failed, if that left no note in the run folder.
         """
         if self.number >= len(made):
-            state: State = "left" if failure is None else "failed"
-            return Progress(self, state, self.case.settings[0], begun=False, failure=failure)
+            state: TrialState = "left" if failure is None else "failed"
+            return TrialStatus(self, state, self.case.settings[0], begun=False, failure=failure)
         trial = made[self.number]
         task = self.case.task(trial.params)
         if trial.state.name == "PRUNED":
             step = trial.last_step
             assert step is not None
-            return Progress(self, "pruned", task, epoch=step, validation_error=trial.intermediate_values[step])
+            return TrialStatus(self, "pruned", task, epoch=step, validation_error=trial.intermediate_values[step])
         try:
             record = look_up(task) if trial.state.is_finished() else None
         except FlatminimaError as error:
-            return Progress(self, "failed", task, failure=str(error))
+            return TrialStatus(self, "failed", task, failure=str(error))
         if record is not None:
-            return Progress(self, "finished", task, record=record, validation_error=record["validation_error"])
-        return Progress(self, "left" if failure is None else "failed", task, failure=failure)
+            return TrialStatus(self, "finished", task, record=record, validation_error=record.validation_error)
+        return TrialStatus(self, "left" if failure is None else "failed", task, failure=failure)
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrialStatus:
     """How far a trial is."""
 
-    trial: Trial
+    trial: SearchTrial
     """Which."""
-    state: State
+    state: TrialState
     """Left are those that are not begun, that go on, and whose run folder is gone."""
     task: Task
     """Its run; before it is begun some other of the case, which costs the same."""
@@ -348,28 +347,22 @@ class Progress:
         """What the trial takes from its beginning if it is not pruned, in forward-backwards of one image."""
         return costs.cost(self.task).total + len(RUNGS) * costs.FORWARD * self.task.setting.spec.validation
 
-    def plain(self) -> dict[str, Any]:
-        """For a summary."""
-        return {
-            "case": self.trial.case.name,
-            "trial": self.trial.number,
-            "arm": self.task.setting.arm if self.begun else None,
-            "state": self.state,
-            "epoch": self.epoch,
-            "validation_error": self.validation_error,
-        }
+    def summary(self) -> TrialSummary:
+        """For the experiment's summary."""
+        arm = self.task.setting.arm if self.begun else None
+        return TrialSummary(self.trial.case.name, self.trial.number, arm, self.state, self.epoch, self.validation_error)
 
 
-def expected(progress: Sequence[Progress]) -> list[tuple[Progress, float]]:
+def expected(statuses: Sequence[TrialStatus]) -> list[tuple[TrialStatus, float]]:
     """The trials left, and the seconds of one worker that each takes if it is not pruned."""
-    left = [trial for trial in progress if trial.state == "left"]
-    kinds = {costs.kind(trial.task) for trial in left}
-    records = [trial.record for trial in progress if trial.record is not None]
-    price = costs.prices([trial.task for trial in progress if costs.kind(trial.task) in kinds], records)
-    return [(trial, trial.cost * price[costs.kind(trial.task)]) for trial in left]
+    left = [status for status in statuses if status.state == "left"]
+    kinds = {costs.kind(status.task) for status in left}
+    records = [status.record for status in statuses if status.record is not None]
+    price = costs.prices([status.task for status in statuses if costs.kind(status.task) in kinds], records)
+    return [(status, status.cost * price[costs.kind(status.task)]) for status in left]
 
 
-def perform_trial(trial: Trial) -> Record | None:
+def perform_trial(trial: SearchTrial) -> Record | None:
     """Begin a trial (or take it up, or find it ended) and train its run to the end, or until it is pruned.
 
     Returns:

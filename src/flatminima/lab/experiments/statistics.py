@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator
 from scipy import stats
 
 Key = TypeVar("Key", bound=Hashable)
 
-_BOOTSTRAP_SAMPLES = 1000
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float that JSON has as null where it is not finite; null is read as NaN."""
+
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation (NaN for a single value) of ``count`` values."""
 
-    mean: float
-    std: float
+    mean: Number
+    std: Number
     count: int
 
     @classmethod
@@ -41,16 +47,23 @@ class RankCorrelation:
         tau_of_settings: τ over the settings' means.
     """
 
-    tau: float
-    low: float
-    high: float
-    tau_of_settings: float
+    tau: Number
+    low: Number
+    high: Number
+    tau_of_settings: Number
+
+    @property
+    def defined(self) -> bool:
+        """Whether τ over models is a number."""
+        return not math.isnan(self.tau)
 
 
 def rank_correlation(
     values: Sequence[float], errors: Sequence[float], settings: Sequence[Hashable], *, seed: int = 0
 ) -> RankCorrelation:
     """How well an indicator orders minima by test error (τ-b; Kendall 1945).
+
+    The interval is :func:`scipy.stats.bootstrap`'s, over resamples whose τ is defined.
 
     Args:
         values: the indicator, one per model.
@@ -59,16 +72,39 @@ def rank_correlation(
         seed: draws the bootstrap samples.
     """
     x, y = np.array(values, dtype=float), np.array(errors, dtype=float)
-    draws = np.random.default_rng(seed).integers(len(x), size=(_BOOTSTRAP_SAMPLES, len(x)))
-    bootstrap = [_kendall(x[draw], y[draw]) for draw in draws]
-    low, high = np.nanquantile(bootstrap, [0.025, 0.975]) if not np.isnan(bootstrap).all() else (math.nan, math.nan)
     members = [[k for k, other in enumerate(settings) if other == setting] for setting in dict.fromkeys(settings)]
     means = np.array([(x[member].mean(), y[member].mean()) for member in members])
-    return RankCorrelation(_kendall(x, y), float(low), float(high), _kendall(*means.T))
+    tau, tau_of_settings = float(kendall(x, y)), float(kendall(*means.T))
+    if math.isnan(tau):
+        return RankCorrelation(math.nan, math.nan, math.nan, tau_of_settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of resamples without a τ, left out below
+        resampled = stats.bootstrap(
+            (x, y),
+            kendall,
+            paired=True,
+            vectorized=True,
+            n_resamples=_RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    low, high = np.nanquantile(resampled.bootstrap_distribution, [0.025, 0.975])
+    return RankCorrelation(tau, float(low), float(high), tau_of_settings)
 
 
-def _kendall(a: Any, b: Any) -> float:
-    return float(stats.kendalltau(a, b).statistic) if np.isfinite(a).all() and len(set(a)) > 1 else math.nan
+def kendall(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+    """Kendall's τ-b along an axis, many samples at once; NaN where a sample is constant or not finite.
+
+    That of :func:`scipy.stats.kendalltau`, whose p-value a bootstrap would compute a thousand times in vain.
+    """
+    x, y = np.moveaxis(x, axis, -1), np.moveaxis(y, axis, -1)
+    first, second = np.triu_indices(x.shape[-1], 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        up, right = np.sign(x[..., first] - x[..., second]), np.sign(y[..., first] - y[..., second])
+        pairs = np.sqrt((up**2).sum(axis=-1) * (right**2).sum(axis=-1))
+        tau = (up * right).sum(axis=-1) / pairs
+    finite = np.isfinite(x).all(axis=-1) & np.isfinite(y).all(axis=-1)
+    return np.where(finite, tau, np.nan)
 
 
 @dataclass(frozen=True)
@@ -86,14 +122,14 @@ class Difference:
         p_sign: p-value of the sign test, ties left out; likewise.
     """
 
-    mean: float
-    low: float
-    high: float
+    mean: Number
+    low: Number
+    high: Number
     pairs: int
     below: int
-    p_t: float
-    p_wilcoxon: float
-    p_sign: float
+    p_t: Number
+    p_wilcoxon: Number
+    p_sign: Number
 
     @property
     def clear(self) -> bool:
@@ -121,3 +157,8 @@ def paired_difference(first: Mapping[Key, float], second: Mapping[Key, float]) -
         p_wilcoxon=float(stats.wilcoxon(differences).pvalue) if below + above else math.nan,
         p_sign=float(stats.binomtest(below, below + above).pvalue) if below + above else math.nan,
     )
+
+
+def number(value: float | None, form: str) -> str:
+    """A number for people; a dash where there is none, or none that is finite."""
+    return "–" if value is None or not math.isfinite(value) else format(value, form)

@@ -3,11 +3,18 @@
 Every network maps images ``(B, C, H, W)`` to logits ``(B, num_classes)``; the softmax belongs to the loss. The first
 five end in a global average pool and accept any image size that survives their pooling, the other two take 8×8
 only. Weights are drawn from torch's global generator: seed it before :func:`build_model`.
+
+A network is one registered builder, known from then on to :func:`build_model`, to specifications and to the command
+line::
+
+    @network("linear")
+    def _linear(num_classes: int, in_channels: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 8 * 8, num_classes))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import torch
@@ -16,7 +23,25 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError, did_you_mean
 
+Builder = Callable[[int, int], nn.Module]
+
+BUILDERS: dict[str, Builder] = {}
+"""The registered builders by name."""
+
+MODEL_NAMES: Collection[str] = BUILDERS.keys()
+"""The names :func:`build_model` knows: the paper's four networks, a small one, the two for the digits, your own."""
+
 _DIGIT_SIZE = 8
+
+
+def network(name: str) -> Callable[[Builder], Builder]:
+    """Register the decorated builder, a function of ``(num_classes, in_channels)``, as the network ``name``."""
+
+    def register(builder: Builder) -> Builder:
+        BUILDERS[name] = builder
+        return builder
+
+    return register
 
 
 def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
@@ -34,68 +59,19 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3) -> nn
         >>> build_model("resnet20")(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    if name not in _BUILDERS:
+    if name not in BUILDERS:
         hint = did_you_mean(name.lower(), MODEL_NAMES)
         raise FlatminimaError(f"unknown model {name!r}{hint}; use one of {', '.join(MODEL_NAMES)}")
     if num_classes < 1 or in_channels < 1:
         raise FlatminimaError(
             f"model {name!r} needs num_classes >= 1 and in_channels >= 1, got {num_classes} and {in_channels}"
         )
-    return _BUILDERS[name](num_classes, in_channels)
+    return BUILDERS[name](num_classes, in_channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain networks: no normalization layer, biases everywhere
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _cnn(num_classes: int, in_channels: int) -> nn.Module:
-    """The paper's six-layer CNN; the classifier after the pool is linear."""
-    layers: list[nn.Module] = []
-    channels = in_channels
-    for i, width in enumerate((64, 64, 128, 128, 192, 192), start=1):
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-        if i in (2, 4):
-            layers.append(nn.MaxPool2d(2))
-        channels = width
-    return _initialize_plain(nn.Sequential(*layers, *_classifier(channels, num_classes)))
-
-
-def _small_cnn(num_classes: int, in_channels: int) -> nn.Module:
-    """Three convolutions and one pool for 8×8 images.
-
-    It ends in a flatten, not in the global pool of its larger sibling: that fits random labels in a fraction of the
-    epochs, and a confusion set is what the digits are for.
-    """
-    return _initialize_plain(
-        nn.Sequential(
-            _RequireDigits("small-cnn", in_channels),
-            nn.Conv2d(in_channels, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * (_DIGIT_SIZE // 2) ** 2, num_classes),
-        )
-    )
-
-
-def _mlp(num_classes: int, in_channels: int) -> nn.Module:
-    """Two hidden layers for 8×8 images."""
-    return _initialize_plain(
-        nn.Sequential(
-            _RequireDigits("mlp", in_channels),
-            nn.Flatten(),
-            nn.Linear(in_channels * _DIGIT_SIZE**2, 128),
-            nn.ReLU(),
-            nn.Linear(128, 128),
-            nn.ReLU(),
-            nn.Linear(128, num_classes),
-        )
-    )
 
 
 class _RequireDigits(nn.Module):
@@ -305,6 +281,25 @@ def _transition(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(in_channels), nn.ReLU(), _conv(in_channels, out_channels, 1), nn.AvgPool2d(2))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks by name
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@network("cnn")
+def _cnn(num_classes: int, in_channels: int) -> nn.Module:
+    """The paper's six-layer CNN; the classifier after the pool is linear."""
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for i, width in enumerate((64, 64, 128, 128, 192, 192), start=1):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        if i in (2, 4):
+            layers.append(nn.MaxPool2d(2))
+        channels = width
+    return _initialize_plain(nn.Sequential(*layers, *_classifier(channels, num_classes)))
+
+
+@network("resnet20")
 def _resnet20(num_classes: int, in_channels: int) -> nn.Module:
     # Option A, as the CIFAR networks of He et al. (2016a) have it: every shortcut is free of parameters.
     return PreActResNet(
@@ -312,6 +307,23 @@ def _resnet20(num_classes: int, in_channels: int) -> nn.Module:
     )
 
 
+@network("wrn28-2")
+def _wrn28_2(num_classes: int, in_channels: int) -> nn.Module:
+    return PreActResNet(
+        widths=(32, 64, 128),
+        blocks_per_stage=4,
+        shortcut="projection",
+        num_classes=num_classes,
+        in_channels=in_channels,
+    )
+
+
+@network("densenet-bc-100")
+def _densenet_bc_100(num_classes: int, in_channels: int) -> nn.Module:
+    return DenseNetBC(depth=100, growth_rate=12, compression=0.5, num_classes=num_classes, in_channels=in_channels)
+
+
+@network("resnet8")
 def _resnet8(num_classes: int, in_channels: int) -> nn.Module:
     # A thirteenth of ResNet-20's arithmetic: one block per stage, and the first convolution halves the image.
     return PreActResNet(
@@ -324,29 +336,40 @@ def _resnet8(num_classes: int, in_channels: int) -> nn.Module:
     )
 
 
-def _wrn28_2(num_classes: int, in_channels: int) -> nn.Module:
-    return PreActResNet(
-        widths=(32, 64, 128),
-        blocks_per_stage=4,
-        shortcut="projection",
-        num_classes=num_classes,
-        in_channels=in_channels,
+@network("small-cnn")
+def _small_cnn(num_classes: int, in_channels: int) -> nn.Module:
+    """Three convolutions and one pool for 8×8 images.
+
+    It ends in a flatten, not in the global pool of its larger sibling: that fits random labels in a fraction of the
+    epochs, and a confusion set is what the digits are for.
+    """
+    return _initialize_plain(
+        nn.Sequential(
+            _RequireDigits("small-cnn", in_channels),
+            nn.Conv2d(in_channels, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * (_DIGIT_SIZE // 2) ** 2, num_classes),
+        )
     )
 
 
-def _densenet_bc_100(num_classes: int, in_channels: int) -> nn.Module:
-    return DenseNetBC(depth=100, growth_rate=12, compression=0.5, num_classes=num_classes, in_channels=in_channels)
-
-
-_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "cnn": _cnn,
-    "resnet20": _resnet20,
-    "wrn28-2": _wrn28_2,
-    "densenet-bc-100": _densenet_bc_100,
-    "resnet8": _resnet8,
-    "small-cnn": _small_cnn,
-    "mlp": _mlp,
-}
-
-MODEL_NAMES: tuple[str, ...] = tuple(_BUILDERS)
-"""The names :func:`build_model` knows: the paper's four networks, a small one, then the two for the digits."""
+@network("mlp")
+def _mlp(num_classes: int, in_channels: int) -> nn.Module:
+    """Two hidden layers for 8×8 images."""
+    return _initialize_plain(
+        nn.Sequential(
+            _RequireDigits("mlp", in_channels),
+            nn.Flatten(),
+            nn.Linear(in_channels * _DIGIT_SIZE**2, 128),
+            nn.ReLU(),
+            nn.Linear(128, 128),
+            nn.ReLU(),
+            nn.Linear(128, num_classes),
+        )
+    )

@@ -7,22 +7,20 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import rich.table
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.progress import TaskID
 
+from flatminima import progress
 from flatminima.lab.experiments import Task
 from flatminima.lab.jobs import Failure
 from flatminima.lab.runs import RunProgress
-from flatminima.progress import PATIENCE_SECONDS
 
 Outcome = TypeVar("Outcome")
 
-_LOOK_SECONDS = 1.0
-
-
-_SPEED_SECONDS = 120.0  # the past from which the time left is told
+LOOK_SECONDS = 1.0
+"""How often the folders are looked at."""
 
 
 def watch(
@@ -33,8 +31,8 @@ def watch(
     An overall bar of ``total`` runs, and beneath it a line for every run in progress: epoch, loss, time left. On
     standard error, once it has taken two seconds; gone at the end.
     """
-    console = Console(stderr=True)
-    if not (enabled and console.is_terminal):
+    console = progress.terminal(enabled)
+    if console is None:
         yield from ended
         return
     view = _View(total, runs, description, console)
@@ -55,19 +53,9 @@ class _View:
         self._stale = [run.folder.progress_written() for run in runs]
         self._ended = self._failed = 0
         self._lines: dict[int, TaskID] = {}
-        self._progress = Progress(
-            TextColumn(
-                "{task.description}", markup=False, table_column=Column(ratio=4, no_wrap=True, overflow="ellipsis")
-            ),
-            BarColumn(None, table_column=Column(ratio=1)),
-            TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[loss]}", markup=False, table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(),
-            auto_refresh=False,
-            speed_estimate_period=_SPEED_SECONDS,
-        )
+        self._bars = progress.live_bars()
         self._live = Live(console=console, transient=True, auto_refresh=False, get_renderable=self._table)
-        self._overall = self._progress.add_task(description, total=total, status="", loss="")
+        self._overall = self._bars.add_task(description, total=total, status="", loss="")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look_on, daemon=True)
         self._thread.start()
@@ -83,16 +71,16 @@ class _View:
             self._live.stop()
 
     def _look_on(self) -> None:
-        appears_at = time.monotonic() + PATIENCE_SECONDS
-        while not self._closed.wait(_LOOK_SECONDS):
+        appears_at = time.monotonic() + progress.PATIENCE_SECONDS
+        while not self._closed.wait(LOOK_SECONDS):
             self._look()
             if not self._live.is_started and time.monotonic() >= appears_at:
                 self._live.start()
             self._live.refresh()
 
-    def _table(self) -> Table:
+    def _table(self) -> rich.table.Table:
         """As wide as the terminal, but for the ``^C`` that it may write after the last line."""
-        table = self._progress.make_tasks_table(self._progress.tasks)
+        table = self._bars.make_tasks_table(self._bars.tasks)
         table.width = max(1, self._console.width - len(" ^C"))
         return table
 
@@ -100,23 +88,23 @@ class _View:
         begun = 0.0
         for number, run in enumerate(self._runs):
             written = run.folder.progress_written()
-            progress = None if written in (None, self._stale[number]) else run.folder.read_progress()
-            if progress is not None:
-                self._show(number, progress)
-                begun += progress.fraction
+            told = None if written in (None, self._stale[number]) else run.folder.read_progress()
+            if told is not None:
+                self._show(number, told)
+                begun += told.fraction
             elif number in self._lines:
-                self._progress.remove_task(self._lines.pop(number))
+                self._bars.remove_task(self._lines.pop(number))
         status = f"{self._ended}/{self._total} runs" + (f", {self._failed} failed" if self._failed else "")
-        self._progress.update(self._overall, completed=min(self._ended + begun, self._total), status=status)
+        self._bars.update(self._overall, completed=min(self._ended + begun, self._total), status=status)
 
-    def _show(self, number: int, progress: RunProgress) -> None:
+    def _show(self, number: int, told: RunProgress) -> None:
         if number not in self._lines:
             label = f"  {self._runs[number].label}"
-            self._lines[number] = self._progress.add_task(label, total=1.0, status="", loss="")
-        training = progress.doing == "training"
-        self._progress.update(
+            self._lines[number] = self._bars.add_task(label, total=1.0, status="", loss="")
+        training = told.doing == "training"
+        self._bars.update(
             self._lines[number],
-            completed=progress.fraction,
-            status=f"epoch {progress.epoch}/{progress.epochs}" if training else progress.doing,
-            loss="" if progress.loss is None else f"loss {progress.loss:.3g}",
+            completed=told.fraction,
+            status=f"epoch {told.epoch}/{told.epochs}" if training else told.doing,
+            loss="" if told.loss is None else f"loss {told.loss:.3g}",
         )

@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flatminima.lab.runs.folder import RunFolder
@@ -33,7 +32,9 @@ def event_log(run: Session, folder: RunFolder) -> Iterator[Callable[[EpochRecord
 class _EventLog:
     """The history for TensorBoard, by epochs. Every sitting writes it anew, so that no epoch is there twice.
 
-    Written here and now, not by the thread of torch's ``SummaryWriter``, which dies with a traceback on a full disk.
+    Written here and now, in the format's own messages and records: all public writers (torch's ``SummaryWriter``, which
+    Fabric's logger uses, and ``tensorboard.summary.Writer``) hand them to a thread, which on a full disk prints a
+    traceback of its own beside our error.
     """
 
     def __init__(self, folder: Path, history: list[EpochRecord]) -> None:
@@ -51,12 +52,11 @@ class _EventLog:
 
     def add(self, record: EpochRecord) -> None:
         self._wall_time += record.seconds
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in asdict(record).items()
-            if name not in ("epoch", "iteration", "seconds") and value is not None
-        ]
-        self._write(Event(wall_time=self._wall_time, step=record.epoch, summary=Summary(value=values)))
+        event = Event(wall_time=self._wall_time, step=record.epoch)
+        for name, value in asdict(record).items():
+            if name not in ("epoch", "iteration", "seconds") and value is not None:
+                event.summary.value.add(tag=name, simple_value=value)
+        self._write(event)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what a full disk did not take was said when it was written

@@ -8,18 +8,17 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import filelock
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import DamagedFileError
-from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunProgress, RunResult
+from flatminima.lab.runs.records import EpochRecord, ResumeNote, ResumePoint, RunFailure, RunProgress, RunResult
 from flatminima.lab.runs.spec import RunSpec
-from flatminima.lab.storage import beside, damaged, read_tensors, read_text, write_tensors, write_whole
-
-Record = TypeVar("Record")
+from flatminima.lab.schema import parse, plain
+from flatminima.lab.storage import beside, damaged, read_record, read_tensors, read_text, write_tensors, write_whole
 
 _FILES = (
     "spec.json",
@@ -33,7 +32,7 @@ _FILES = (
 )
 
 
-_WATCH_SECONDS = 1.0  # between two notes of how far the run is
+_NOTED = tuple(field.name for field in dataclasses.fields(ResumeNote))
 
 
 class RunFolder:
@@ -126,15 +125,17 @@ class RunFolder:
         lines = read_text(path).splitlines() if path.exists() else []
         records = []
         for number, line in enumerate(lines, start=1):
-            record = _record(EpochRecord, line)
-            if record is None or record.epoch != number:
+            try:
+                records.append(parse(EpochRecord, line))
+            except FlatminimaError as error:
+                raise damaged(path, f"line {number} is not the record of epoch {number}: {error}") from None
+            if records[-1].epoch != number:
                 raise damaged(path, f"line {number} is not the record of epoch {number}")
-            records.append(record)
         return records
 
     def write_history(self, history: list[EpochRecord]) -> None:
         """Write ``history.jsonl``."""
-        lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in history]
+        lines = [json.dumps(plain(record)) + "\n" for record in history]
         write_whole(self._file("history.jsonl"), "".join(lines))
 
     def read_resume_point(self) -> ResumePoint | None:
@@ -148,19 +149,15 @@ class RunFolder:
             return None
         tensors, note = read_tensors(path)
         try:
-            history = tuple(EpochRecord(**record) for record in note.pop("history"))
-            return ResumePoint(tensors=tensors, sums=EpochSums(**note.pop("sums")), history=history, **note)
-        except (KeyError, TypeError):
-            raise damaged(path, "it is not a resume point of this version") from None
+            known = parse(ResumeNote, note)
+        except FlatminimaError as error:
+            raise damaged(path, f"it is not a resume point of this version: {error}") from None
+        return ResumePoint(**{name: getattr(known, name) for name in _NOTED}, tensors=tensors)
 
     def write_resume_point(self, point: ResumePoint) -> None:
         """Write ``state.safetensors``, counters and history within, and ``history.jsonl`` for readers."""
-        note = {
-            field.name: getattr(point, field.name) for field in dataclasses.fields(point) if field.name != "tensors"
-        }
-        note["sums"] = dataclasses.asdict(point.sums)
-        note["history"] = [dataclasses.asdict(record) for record in point.history]
-        write_tensors(self._file("state.safetensors"), point.tensors, note)
+        note = ResumeNote(**{name: getattr(point, name) for name in _NOTED})
+        write_tensors(self._file("state.safetensors"), point.tensors, plain(note))
         self.write_history(list(point.history))
 
     def read_result(self) -> RunResult | None:
@@ -175,9 +172,7 @@ class RunFolder:
         path = self._file("result.json")
         if not path.exists():
             return None
-        result = _record(RunResult, read_text(path), folder=self.path)
-        if result is None:
-            raise damaged(path, "it is not a result")
+        result = read_record(path, RunResult, folder=str(self.path))
         self.read_checkpoint()
         return result
 
@@ -193,15 +188,14 @@ class RunFolder:
         """Finish the run: checkpoint and history first, then the result that vouches for them."""
         write_tensors(self._file("checkpoint.safetensors"), weights, {})
         self.write_history(history)
-        values = dataclasses.asdict(result)
-        del values["folder"]
+        values = {name: value for name, value in plain(result).items() if name != "folder"}
         write_whole(self._file("result.json"), json.dumps(values, indent=2) + "\n")
         self._file("state.safetensors").unlink(missing_ok=True)
 
     def write_failure(self, message: str, history: list[EpochRecord]) -> None:
         """Mark the run as failed; it is deterministic, so it would fail again."""
         self.write_history(history)
-        write_whole(self._file("failure.json"), json.dumps({"error": message}) + "\n")
+        write_whole(self._file("failure.json"), json.dumps(plain(RunFailure(message))) + "\n")
         self._file("state.safetensors").unlink(missing_ok=True)
 
     def read_measures(self) -> str | None:
@@ -214,10 +208,13 @@ class RunFolder:
         write_whole(self._file("measures.json"), text)
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[Callable[[RunProgress], None]]:
-        """What it yields notes down how far the run is, once a second at most; the note ends with the context.
+    def watched(self, *, seconds: float = 1.0) -> Iterator[Callable[[RunProgress], None]]:
+        """What it yields notes down how far the run is; the note ends with the context.
 
         It is there for whoever watches. No run fails because it cannot be written.
+
+        Args:
+            seconds: At least this long between two notes; what is said in between is not written.
         """
         path = self._file("progress.json")
         due = 0.0
@@ -226,10 +223,10 @@ class RunFolder:
             nonlocal due
             if time.monotonic() < due:
                 return
-            due = time.monotonic() + _WATCH_SECONDS
+            due = time.monotonic() + seconds
             temporary = beside(path)
             with contextlib.suppress(OSError):
-                temporary.write_text(json.dumps(dataclasses.asdict(progress)))
+                temporary.write_text(json.dumps(plain(progress)))
                 temporary.replace(path)
 
         try:
@@ -241,8 +238,8 @@ class RunFolder:
     def read_progress(self) -> RunProgress | None:
         """How far the run is; None if nobody says so."""
         try:
-            return _record(RunProgress, self._file("progress.json").read_text())
-        except (OSError, ValueError):
+            return read_record(self._file("progress.json"), RunProgress)
+        except DamagedFileError:
             return None
 
     def progress_written(self) -> int | None:
@@ -265,18 +262,11 @@ class RunFolder:
 
     def _failure(self) -> str:
         try:
-            error = json.loads(read_text(self._file("failure.json")))["error"]
-        except (ValueError, TypeError, KeyError):
+            error = read_record(self._file("failure.json"), RunFailure).error
+        except DamagedFileError:
             error = "its failure.json is damaged"
+        error = " ".join(error.split())
         return f"this run failed before: {error} (delete {self.path} to train it again)"
 
     def _file(self, name: str) -> Path:
         return self.path / name
-
-
-def _record(kind: Callable[..., Record], text: str, **extra: Any) -> Record | None:
-    """The dataclass written as JSON in ``text``; None if it is anything else."""
-    try:
-        return kind(**json.loads(text), **extra)
-    except (ValueError, TypeError):
-        return None

@@ -11,10 +11,10 @@ from types import FrameType
 
 from flatminima.parallel import Processes
 
-_EPOCH_END_SECONDS = 5.0  # at an epoch's end, save only if the last resume point is older than this
-
-
-_ASKING_SECONDS = 1.0  # how often processes ask each other whether to save or to stop
+EPOCH_END_SECONDS = 5.0
+"""At an epoch's end, save only if the last resume point is older than this."""
+ASKING_SECONDS = 1.0
+"""How often processes ask each other whether to save or to stop."""
 
 
 class Breaks:
@@ -26,35 +26,35 @@ class Breaks:
 
     def __init__(self, processes: Processes, iteration: int, checkpoint_seconds: float) -> None:
         self._processes, self._checkpoint_seconds = processes, checkpoint_seconds
-        self._saved = self._asked = time.monotonic()
-        self._asked_after = self._asks_next = iteration
+        self._save_time = self._question_time = time.monotonic()
+        self._question_iteration = self._next_question = iteration
 
     def agree(self, iteration: int, epoch_ended: bool, interrupted: bool) -> tuple[bool, bool]:
         """Whether to save now, and whether to stop; an interruption of any process stops all."""
-        if iteration < self._asks_next and not epoch_ended:
+        if iteration < self._next_question and not epoch_ended:
             return False, False
         now = time.monotonic()
-        patience = min(self._checkpoint_seconds, _EPOCH_END_SECONDS) if epoch_ended else self._checkpoint_seconds
+        patience = min(self._checkpoint_seconds, EPOCH_END_SECONDS) if epoch_ended else self._checkpoint_seconds
         answers = self._processes.gather(
-            lambda: (interrupted, now - self._saved >= patience, self._ahead(iteration, now))
+            lambda: (interrupted, now - self._save_time >= patience, self._ahead(iteration, now))
         )
-        self._asked, self._asked_after = now, iteration
+        self._question_time, self._question_iteration = now, iteration
         _, overdue, ahead = answers[0]
-        self._asks_next = iteration + ahead
+        self._next_question = iteration + ahead
         stops = any(answer[0] for answer in answers)
         return stops or overdue, stops
 
     def saved(self) -> None:
         """The run was saved just now."""
-        self._saved = time.monotonic()
+        self._save_time = time.monotonic()
 
     def _ahead(self, iteration: int, now: float) -> int:
         """Updates until the processes ask again, at the pace since they last did."""
         if self._processes.size == 1:
             return 1
-        seconds = max(now - self._asked, 1e-9)
-        wanted = min(_ASKING_SECONDS, self._checkpoint_seconds)
-        return max(1, int((iteration - self._asked_after) / seconds * wanted))
+        seconds = max(now - self._question_time, 1e-9)
+        wanted = min(ASKING_SECONDS, self._checkpoint_seconds)
+        return max(1, int((iteration - self._question_iteration) / seconds * wanted))
 
 
 @contextlib.contextmanager

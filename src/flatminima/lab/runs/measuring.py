@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic.dataclasses import dataclass as record
 from torch import Tensor, nn
 
 from flatminima import errors
@@ -22,7 +22,9 @@ from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
 from flatminima.lab.networks import load_model, resolve_device
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunProgress
-from flatminima.lab.runs.sets import load_run
+from flatminima.lab.runs.sets import digest_of_images, load_run
+from flatminima.lab.schema import RECORD, parse, plain
+from flatminima.lab.storage import digest_of
 from flatminima.measures import Characterization, Comparison, PlainOptions, compare, comparison_of, measure
 from flatminima.network import float64_device
 from flatminima.progress import track
@@ -77,6 +79,18 @@ class Measuring(PlainOptions):
         return {**options, "memory_budget": None if gib is None else int(gib * 2**30)}
 
 
+@record(frozen=True, config=RECORD)
+class KeptMeasures:
+    """One of the measurements in ``measures.json``."""
+
+    asked: dict[str, Any]
+    """What must be equal for it to be the answer: options, weights, device, version."""
+    warnings: list[tuple[str, str]]
+    """Category and text of the warnings given when it was taken."""
+    characterization: dict[str, Any]
+    """The measures, as :meth:`Characterization.to_json` writes them."""
+
+
 def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: bool = True) -> Characterization:
     """The measures of a finished run on its clean, un-augmented training images.
 
@@ -93,18 +107,18 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder = RunFolder(path)
     if folder.read_spec() and folder.read_result() is None:
         raise FlatminimaError(f"the run in {path} is not finished: train it to the end first")
-    found = _kept(folder, _asked(folder, how, device))
+    found = _answer(folder, _question(folder, how, device))
     if found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured
-            asked = _asked(folder, how, device)
-            found = _kept(folder, asked) or _measured(folder, how, asked, device, progress)
-    return _as_taken(found)
+            asked = _question(folder, how, device)
+            found = _answer(folder, asked) or _new_answer(folder, how, asked, device, progress)
+    return _with_warnings(found)
 
 
-def _measured(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> dict[str, Any]:
+def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> KeptMeasures:
     """A new entry, kept beside the others; the caller holds the folder alone."""
     try:
-        others = _read_kept(folder)
+        others = read_kept(folder)
     except DamagedFileError as error:
         warn(f"measured again: {error}", DamagedRunWarning)
         others = []
@@ -113,16 +127,16 @@ def _measured(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: 
         note(RunProgress("measuring"))
         characterization = how.of(model, clean, device=device, progress=progress)
     messages = [(type(warning).__name__, str(warning)) for warning in recorded]
-    entry = {"asked": asked, "warnings": messages, "characterization": json.loads(characterization.to_json())}
-    folder.write_measures(json.dumps([*others, entry]) + "\n")
+    entry = KeptMeasures(asked, messages, json.loads(characterization.to_json()))
+    folder.write_measures(json.dumps([plain(kept) for kept in (*others, entry)]) + "\n")
     return entry
 
 
 def kept_measures(path: Path, how: Measuring, *, device: str = "auto") -> Characterization | None:
     """What :func:`measure_run` would read from a finished run's folder; None if it would have to measure."""
     folder = RunFolder(path)
-    found = _kept(folder, _asked(folder, how, device))
-    return None if found is None else _as_taken(found)
+    found = _answer(folder, _question(folder, how, device))
+    return None if found is None else _with_warnings(found)
 
 
 def compare_runs(
@@ -217,54 +231,58 @@ def _type_of(model: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in model.parameters()), torch.float32)
 
 
-def _asked(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
+def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer."""
     options = dataclasses.asdict(how)
     del options["memory_gib"]
     return {
         **options,
         "device": resolve_device(device).type,
-        "weights": hashlib.sha256((folder.path / "checkpoint.safetensors").read_bytes()).hexdigest(),
+        "weights": digest_of((folder.path / "checkpoint.safetensors").read_bytes()),
         "flatminima": importlib.metadata.version("flatminima"),
     }
 
 
-def _kept(folder: RunFolder, asked: dict[str, Any]) -> dict[str, Any] | None:
+def _answer(folder: RunFolder, asked: dict[str, Any]) -> KeptMeasures | None:
     """The entry that is the answer; None if there is none that can be read."""
     with contextlib.suppress(DamagedFileError):
-        return next((entry for entry in _read_kept(folder) if entry["asked"] == asked), None)
+        return next((entry for entry in read_kept(folder) if entry.asked == asked), None)
     return None
 
 
-def _read_kept(folder: RunFolder) -> list[dict[str, Any]]:
+def read_kept(folder: RunFolder) -> list[KeptMeasures]:
     """All entries.
 
     Raises:
         DamagedFileError: they cannot be read.
     """
     try:
-        kept = json.loads(folder.read_measures() or "[]")
+        kept = parse(list[KeptMeasures], folder.read_measures() or "[]")
         for entry in kept:
-            entry["asked"], [(category, message) for category, message in entry["warnings"]]
-            Characterization.from_json(json.dumps(entry["characterization"]))
-    except (FlatminimaError, ValueError, TypeError, KeyError):
+            _characterization(entry)
+    except (FlatminimaError, AttributeError):
         raise DamagedFileError(f"the measures kept in {folder.path} are damaged or of another version") from None
-    return list(kept)
+    return kept
 
 
-def _as_taken(found: dict[str, Any]) -> Characterization:
+def _characterization(kept: KeptMeasures) -> Characterization:
+    """The measures of an entry, every value of its declared type."""
+    values = dataclasses.asdict(Characterization.from_json(json.dumps(kept.characterization)))
+    return parse(Characterization, json.dumps(values), strict=True)
+
+
+def _with_warnings(found: KeptMeasures) -> Characterization:
     """A kept entry's measures, with the warnings that were given when they were taken."""
-    for category, message in found["warnings"]:
-        warn(message, getattr(errors, category, FlatminimaWarning))
-    return Characterization.from_json(json.dumps(found["characterization"]))
+    for name, message in found.warnings:
+        category = getattr(errors, name, None)
+        if not (isinstance(category, type) and issubclass(category, FlatminimaWarning)):
+            category = FlatminimaWarning
+        warn(message, category)
+    return _characterization(found)
 
 
 def _clean_digest(path: Path) -> str:
-    clean: ImageSet = load_run(path)[2]
-    digest = hashlib.sha256()
-    for tensor in (clean.images, clean.labels):
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+    return digest_of_images(load_run(path)[2])
 
 
 def _require_two(runs: Mapping[str, Path]) -> None:

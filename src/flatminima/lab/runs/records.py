@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from flatminima.lab.schema import RECORD, Count
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, config=RECORD)
 class EpochRecord:
     """One line of ``history.jsonl``."""
 
-    epoch: int
+    epoch: Count
     """Counted from 1."""
-    iteration: int
+    iteration: Count
     """Updates made when the epoch ended."""
     lr: float
     """Learning rate of the epoch's last update."""
@@ -34,31 +37,31 @@ class EpochRecord:
     """Fraction of the held-out images classified wrongly, likewise; None without such."""
 
 
-@dataclass
+@dataclass(config=RECORD)
 class EpochSums:
     """The unfinished epoch: what its record will be the mean of."""
 
     loss: float = 0.0
     """Sum of the mini-batch losses."""
-    correct: int = 0
+    correct: Count = 0
     """Images classified rightly."""
     trace: float = 0.0
     """Sum of the regularizer's trace estimates."""
-    penalized: int = 0
+    penalized: Count = 0
     """Updates with a penalty."""
     seconds: float = 0.0
     """Wall-clock time."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=RECORD)
 class RunResult:
     """How a finished run ended. Loss and accuracy are those of the un-augmented training set in evaluation mode."""
 
     folder: Path
     """The run folder."""
-    epochs: int
+    epochs: Count
     """Epochs begun; the last may be cut short by a limit in iterations."""
-    iterations: int
+    iterations: Count
     """Updates made."""
     train_loss: float
     """Mean cross entropy (nats, no label smoothing) over the whole training set, confusion set included."""
@@ -70,21 +73,19 @@ class RunResult:
     """Wall-clock time of training, over all sittings."""
     data_digest: str
     """Digest of the training and test images and labels."""
-    environment: Mapping[str, str | int]
+    environment: Mapping[str, str | int | bool]
     """Versions, device and threads."""
     validation_error: float | None = None
     """Fraction of the held-out training images classified wrongly; None without such."""
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """All that a run needs to go on to the same bits: every random draw is a function of (seed, epoch, iteration)."""
+@dataclass(frozen=True, config=RECORD)
+class ResumeNote:
+    """What a resume point holds beside tensors."""
 
-    tensors: Mapping[str, Tensor]
-    """Weights, buffers and the optimizer's state, by name."""
     regularizer: Mapping[str, int]
     """The regularizer's counters; empty without one."""
-    iteration: int
+    iteration: Count
     """Updates made."""
     sums: EpochSums
     """The unfinished epoch so far."""
@@ -92,23 +93,31 @@ class ResumePoint:
     """The finished epochs."""
     data_digest: str
     """Digest of the data trained on."""
-    environment: Mapping[str, str | int]
+    environment: Mapping[str, str | int | bool]
     """Versions, device and threads."""
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
+class ResumePoint(ResumeNote):
+    """All that a run needs to go on to the same bits: every random draw is a function of (seed, epoch, iteration)."""
+
+    tensors: Mapping[str, Tensor]
+    """Weights, buffers and the optimizer's state, by name."""
+
+
+@dataclass(frozen=True, config=RECORD)
 class RunProgress:
     """How far a run in progress is: what a live view shows of it."""
 
     doing: Literal["training", "measuring"]
     """Training, or measuring the minimum."""
-    iteration: int = 0
+    iteration: Count = 0
     """Updates made."""
-    iterations: int = 0
+    iterations: Count = 0
     """Updates in all."""
-    epoch: int = 0
+    epoch: Count = 0
     """The present one, counted from 1."""
-    epochs: int = 0
+    epochs: Count = 0
     """How many there will be."""
     loss: float | None = None
     """Mean mini-batch loss of the last finished epoch, if there is one."""
@@ -116,4 +125,14 @@ class RunProgress:
     @property
     def fraction(self) -> float:
         """How much of the training is done."""
-        return self.iteration / self.iterations if self.doing == "training" else 1.0
+        if self.doing == "measuring":
+            return 1.0
+        return self.iteration / self.iterations if self.iterations else 0.0
+
+
+@dataclass(frozen=True, config=RECORD)
+class RunFailure:
+    """Why a run failed."""
+
+    error: str
+    """The message, in one line."""

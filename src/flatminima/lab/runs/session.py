@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import math
 import platform
@@ -24,6 +23,7 @@ from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, Run
 from flatminima.lab.runs.sam import SharpnessAwareGradient
 from flatminima.lab.runs.sets import TrainingSets
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.storage import digest_of
 from flatminima.measures import evaluate
 from flatminima.parallel import Processes
 from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """What one update observed, in scalar tensors: reading one waits for all that a GPU has still to do."""
 
     iteration: int
@@ -77,8 +77,8 @@ class Session:
         self.iteration = 0
         self.sums = EpochSums()
         self.history: list[EpochRecord] = []
-        self._unread: list[_Update] = []
-        self._reads_at_once = device.type == "cpu" and self.processes.size == 1  # where there is nothing to wait for
+        self.unread: list[Update] = []
+        self.reads_at_once = device.type == "cpu" and self.processes.size == 1  # where there is nothing to wait for
         self._permutation = torch.empty(0, dtype=torch.int64)
         self._permuted_epoch = -1
         self._clock = time.perf_counter()
@@ -105,16 +105,27 @@ class Session:
             NonFiniteError: The loss is NaN or infinite; the weights are those before the update. On a GPU, and with
                 several processes, such a loss is found when it is :meth:`read` or, with the regularizer, here.
         """
-        images, labels = self._next_batch()
+        images, labels = self.next_batch()
         self.sgd.param_groups[0]["lr"] = self._learning_rate()
         self.optimizer.zero_grad()
-        torch.manual_seed(derived_seed(self.spec.seed, self._update_purpose(), self.iteration))
-        loss, correct, trace = self._backward(images, labels)
-        self._unread.append(_Update(self.iteration, loss, correct, trace))
-        if self._reads_at_once:
+        self._seed(derived_seed(self.spec.seed, self._update_purpose(), self.iteration))
+        loss, correct, trace = self.backward(images, labels)
+        self.unread.append(Update(self.iteration, loss, correct, trace))
+        if self.reads_at_once:
             self.read()
         self.optimizer.step()
         self.iteration += 1
+
+    def _seed(self, seed: int) -> None:
+        """Seed what the update draws from.
+
+        On a CPU that one generator: ``torch.manual_seed`` would note down the stack for every other kind of device
+        that is not there, at a third of a small network's update, and keep the notes.
+        """
+        if self.fabric.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     def read(self) -> None:
         """Add what the updates have observed since the last reading to the epoch's sums.
@@ -123,9 +134,9 @@ class Session:
             NonFiniteError: A loss was NaN or infinite. :attr:`iteration` is then the update's; if others followed it,
                 the weights are NaN, and nothing of them has been saved: whoever saves reads first.
         """
-        if not self._unread:
+        if not self.unread:
             return
-        updates, self._unread = self._unread, []
+        updates, self.unread = self.unread, []
         own = (
             _values([update.loss for update in updates]),
             _values([update.correct for update in updates]),
@@ -263,7 +274,7 @@ class Session:
     def _error(self, images: ImageSet) -> float | None:
         return evaluate(self.network, images).error if len(images) else None
 
-    def _next_batch(self) -> tuple[Tensor, Tensor]:
+    def next_batch(self) -> tuple[Tensor, Tensor]:
         """This process's part of the next mini-batch, augmented and normalized, on the device."""
         if self._permuted_epoch != self.epoch:
             permutation = torch.randperm(len(self.train_set), generator=self._generator("permutation", self.epoch))
@@ -291,7 +302,7 @@ class Session:
         losses = [record.train_loss for record in self.history]
         return self.spec.lr * self.spec.schedule.multiplier(self.iteration, self.total_iterations, losses)
 
-    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Set the gradients; return the loss, the number of images classified rightly, and the trace if penalized."""
         correct: list[Tensor] = []
         counted: list[Tensor] = []
@@ -352,7 +363,7 @@ def _regularizer(
 
 def derived_seed(seed: int, purpose: str, index: int) -> int:
     """An independent seed for each purpose and each epoch or iteration."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {index}".encode()).digest()[:8], "big") >> 1
+    return int(digest_of(f"{seed} {purpose} {index}".encode())[:16], base=16) >> 1
 
 
 def processes_of(fabric: Fabric) -> Processes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
 from flatminima.lab.networks import build_model, load_weights
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.spec import RunSpec
-from flatminima.lab.storage import bytes_of
+from flatminima.lab.storage import bytes_of, digest_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,12 @@ class TrainingSets:
 
     def digest(self) -> str:
         """A digest of all images and labels."""
-        digest = hashlib.sha256()
-        for images in (self.train, self.test, self.validation):
-            digest.update(bytes_of(images.images))
-            digest.update(bytes_of(images.labels))
-        return digest.hexdigest()
+        return digest_of_images(self.train, self.test, self.validation)
+
+
+def digest_of_images(*sets: ImageSet) -> str:
+    """A digest of the images and labels of some sets."""
+    return digest_of(*(bytes_of(tensor) for images in sets for tensor in (images.images, images.labels)))
 
 
 def load_sets(spec: RunSpec, *, cache_dir: Path | None = None) -> TrainingSets:

@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Sequence
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
 
 from flatminima.errors import FlatminimaError, did_you_mean, require
 from flatminima.lab.data import AUGMENTATIONS
 from flatminima.lab.networks import MODEL_NAMES
+from flatminima.lab.schema import STRICT, Kinded, kind_of, parse, plain, refusing
+from flatminima.lab.storage import digest_of
 from flatminima.regularizer import Estimator, MainGradient
 
 Precision = Literal["32-true", "bf16-mixed", "tf32"]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+AtLeastZero = Annotated[int, Field(ge=0)]
 
 _KEY_LENGTH = 12  # hexadecimal digits: 48 bits, so 10,000 runs under one root collide with probability 2e-7
 
 
-@dataclass(frozen=True)
-class MultiStep:
+@refusing("schedule")
+@dataclass(frozen=True, config=STRICT)
+class MultiStep(Kinded):
     """Multiply the learning rate at fixed points of the run; without milestones it stays constant.
 
     Milestones are fractions of the run, so that a shortened run keeps the shape of its schedule: the usual "÷10 at
     epochs 100 and 150 of 200", "at 32k and 48k of 64k iterations" and "at 50 % and 75 %" are all ``(0.5, 0.75)``.
     """
 
-    milestones: tuple[float, ...] = (0.5, 0.75)
+    milestones: Annotated[tuple[float, ...], Field(strict=False)] = (0.5, 0.75)
     """Where the learning rate changes, as fractions of the run, increasing (none: it stays constant)."""
-    factor: float = 0.1
+    factor: Positive = 0.1
     """What the learning rate is multiplied by at every milestone."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
         increasing = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 1.0), strict=True))
         require(increasing, f"schedule.milestones must increase between 0 and 1, got {self.milestones}")
 
@@ -46,25 +53,20 @@ class MultiStep:
         return self.factor**passed
 
 
-@dataclass(frozen=True)
-class Plateau:
+@refusing("schedule")
+@dataclass(frozen=True, config=STRICT)
+class Plateau(Kinded):
     """Multiply the learning rate when the training loss of an epoch stops improving.
 
     Names and meaning are those of :class:`torch.optim.lr_scheduler.ReduceLROnPlateau` in its relative mode.
     """
 
-    factor: float = 0.1
+    factor: Positive = 0.1
     """What the learning rate is multiplied by on a plateau."""
-    patience: int = 10
+    patience: AtLeastZero = 10
     """Epochs without improvement that are tolerated; the next one multiplies the learning rate."""
-    threshold: float = 1e-4
+    threshold: Fraction = 1e-4
     """Relative decrease of the training loss below its best that counts as an improvement."""
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        require(self.factor > 0, f"schedule.factor must be positive, got {self.factor}")
-        require(self.patience >= 0, f"schedule.patience must not be negative, got {self.patience}")
-        require(0 <= self.threshold < 1, f"schedule.threshold must be in [0, 1), got {self.threshold}")
 
     def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
         """The learning rate after epochs with these training losses, relative to the initial one."""
@@ -79,64 +81,55 @@ class Plateau:
         return self.factor**passed
 
 
-@dataclass(frozen=True)
-class RegularizerSpec:
+@refusing("regularizer")
+@dataclass(frozen=True, config=STRICT)
+class RegularizerSpec(Kinded):
     """Hyper-parameters of Algorithm 1 (Jia & Su, Sec. 6)."""
 
-    alpha: float = 1e-4
+    alpha: Positive = 1e-4
     """α, the length of the finite-difference step along a sub-batch's gradient."""
-    beta: float = 10.0
+    beta: NotNegative = 10.0
     """β, the weight of the penalty."""
-    num_sub_batches: int = 8
+    num_sub_batches: AtLeastOne = 8
     """M, the number of equal sub-batches a mini-batch is split into."""
-    max_grad_norm: float | None = None
+    max_grad_norm: Positive | None = None
     """τ, the global norm the gradient is clipped to (none: not clipped)."""
-    start_epoch: int = 0
+    start_epoch: AtLeastZero = 0
     """Epochs trained without the penalty before it is switched on."""
     estimator: Estimator = "finite-difference"
     """How the penalty's gradient is formed: by the paper's finite difference, or exactly, its limit for small α."""
     main_gradient: MainGradient = "whole-batch"
     """The main gradient by a pass of its own, or as the mean of the sub-batches', which saves that pass."""
-    every: int = 1
-    """Only each so-manieth update has the penalty, that many times as strong."""
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        require(self.alpha > 0, f"regularizer.alpha must be positive, got {self.alpha}")
-        require(self.beta >= 0, f"regularizer.beta must not be negative, got {self.beta}")
-        require(self.num_sub_batches >= 1, f"regularizer.num_sub_batches must be >= 1, got {self.num_sub_batches}")
-        require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            f"regularizer.max_grad_norm must be positive or None, got {self.max_grad_norm}",
-        )
-        require(self.start_epoch >= 0, f"regularizer.start_epoch must not be negative, got {self.start_epoch}")
-        require(self.every >= 1, f"regularizer.every must be >= 1, got {self.every}")
+    every: AtLeastOne = 1
+    """Only every k-th update has the penalty, k times as strong."""
 
 
-@dataclass(frozen=True)
-class SharpnessAwareSpec:
+@refusing("sam")
+@dataclass(frozen=True, config=STRICT)
+class SharpnessAwareSpec(Kinded):
     """Hyper-parameters of the regularizer's rival: SAM (Foret et al., 2021) or ASAM (Kwon et al., 2021)."""
 
-    rho: float = 0.05
+    rho: Positive = 0.05
     """ρ, how far the loss is looked at from the weights (SAM: about 0.05; ASAM: 0.5 to 2)."""
     adaptive: bool = False
     """ASAM: measure that distance relative to the weights' magnitudes."""
-    max_grad_norm: float | None = None
+    max_grad_norm: Positive | None = None
     """The global norm the gradient is clipped to (none: not clipped)."""
-    start_epoch: int = 0
+    start_epoch: AtLeastZero = 0
     """Epochs of plain training before it is switched on."""
 
-    def __post_init__(self) -> None:
-        _check_types(self)
-        require(self.rho > 0, f"sam.rho must be positive, got {self.rho}")
-        require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            f"sam.max_grad_norm must be positive or None, got {self.max_grad_norm}",
-        )
-        require(self.start_epoch >= 0, f"sam.start_epoch must not be negative, got {self.start_epoch}")
+
+Schedule = Annotated[
+    Annotated[MultiStep, Tag("MultiStep")] | Annotated[Plateau, Tag("Plateau")], Discriminator(kind_of)
+]
+Regularizer = Annotated[
+    Annotated[RegularizerSpec, Tag("RegularizerSpec")] | Annotated[SharpnessAwareSpec, Tag("SharpnessAwareSpec")],
+    Discriminator(kind_of),
+]
 
 
-@dataclass(frozen=True)
+@refusing()
+@dataclass(frozen=True, config=STRICT)
 class RunSpec:
     """One training run: everything that decides its bits on a given machine.
 
@@ -157,78 +150,63 @@ class RunSpec:
     """Network: cnn, resnet20, wrn28-2, densenet-bc-100, or for the digits small-cnn, mlp."""
     data: str = "cifar10"
     """Data set: digits, cifar10, cifar100, or a folder of parquet files train-*.parquet and test-*.parquet."""
-    train_size: int | None = None
+    train_size: AtLeastOne | None = None
     """Train on this many images with their own labels, drawn at random (none: on all that are not confused)."""
-    confusion: int = 0
+    confusion: AtLeastZero = 0
     """Add this many other training images with random labels (the confusion set of Sec. 7.1, scenario I)."""
-    validation: int = 0
+    validation: AtLeastZero = 0
     """Hold out this many training images, the same whatever the seed, and evaluate on them; they are never trained on.
     """
     augmentation: str = "4-crop-f"
     """Augmentation of the training images: no-aug, flip-only, 1-crop-f, 4-crop-f (Sec. 7.1, scenario II)."""
-    batch_size: int = 128
+    batch_size: AtLeastOne = 128
     """Images in a mini-batch."""
-    epochs: int | None = 200
+    epochs: AtLeastOne | None = 200
     """Stop after this many epochs (none: only `iterations` limits the run)."""
-    iterations: int | None = None
+    iterations: AtLeastOne | None = None
     """Stop after this many updates (none: only `epochs` limits the run); the earlier limit counts."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Initial learning rate."""
-    schedule: MultiStep | Plateau = field(default_factory=MultiStep)
+    schedule: Schedule = field(default_factory=MultiStep)
     """How the learning rate decreases: at fixed fractions of the run, or on a plateau of the training loss."""
-    momentum: float = 0.9
+    momentum: Fraction = 0.9
     """Momentum of stochastic gradient descent."""
     nesterov: bool = False
     """Nesterov momentum."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """Weight decay (L2) on all parameters."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Probability moved from the label to the uniform distribution."""
-    regularizer: RegularizerSpec | SharpnessAwareSpec | None = None
+    regularizer: Regularizer | None = None
     """The Fisher trace regularizer, or its rival (none: plain training)."""
-    evaluate_every: int = 1
+    evaluate_every: AtLeastOne = 1
     """Evaluate on the test images (and those held out) after every so many epochs, and after the last."""
     precision: Precision = "32-true"
     """Arithmetic of the training passes (tf32: that of GPUs which have it, float32 elsewhere); penalties and evaluation
     are float32 in any case."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the initial weights, the training subset, the confusion set, the batches and the augmentation."""
     data_folder: str | None = field(default=None, compare=False)
     """Where the parquet files of `data` lie (none: where its name says); no part of what makes two runs the same."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
         _require_one_of("model", self.model, MODEL_NAMES)
         _require_one_of("augmentation", self.augmentation, AUGMENTATIONS)
         require(self.data != "", "data must name a data set or a folder, got an empty string")
-        require(self.train_size is None or self.train_size >= 1, f"train_size must be >= 1, got {self.train_size}")
-        require(self.confusion >= 0, f"confusion must not be negative, got {self.confusion}")
-        require(self.validation >= 0, f"validation must not be negative, got {self.validation}")
-        require(self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}")
         require(
             self.epochs is not None or self.iterations is not None,
             "epochs and iterations are both None: give at least one, or the run would never end",
         )
-        require(self.epochs is None or self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
-        require(self.iterations is None or self.iterations >= 1, f"iterations must be >= 1, got {self.iterations}")
-        require(self.evaluate_every >= 1, f"evaluate_every must be >= 1, got {self.evaluate_every}")
-        require(self.lr > 0, f"lr must be positive, got {self.lr}")
-        require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
         require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")
-        require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        require(0 <= self.seed < 2**63, f"seed must be in [0, 2**63), got {self.seed}")
 
     @property
     def key(self) -> str:
         """The run's name: the first 12 hexadecimal digits of the SHA-256 of what makes it equal to another."""
-        return hashlib.sha256(_canonical(self.identity()).encode()).hexdigest()[:_KEY_LENGTH]
+        return digest_of(_canonical(self.identity()).encode())[:_KEY_LENGTH]
 
     def identity(self) -> dict[str, Any]:
         """What makes it equal to another, JSON-able: every value but where the data lie."""
-        identity = self._values()
-        del identity["data_folder"]
-        return identity
+        return {name: value for name, value in plain(self).items() if name != "data_folder"}
 
     @property
     def source(self) -> str:
@@ -256,7 +234,7 @@ class RunSpec:
 
     def to_json(self) -> str:
         """The canonical text: one line, fields sorted, floats in their shortest exact form."""
-        return _canonical(self._values())
+        return _canonical(plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> RunSpec:
@@ -266,84 +244,16 @@ class RunSpec:
             FlatminimaError: The text is not JSON, or not that of a RunSpec.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            return parse(cls, text)
+        except FlatminimaError as error:
             raise FlatminimaError(f"not a run specification: {error}") from None
-        require(isinstance(values, dict), f"not a run specification: {text[:60]!r}")
-        for name, kinds in {
-            "schedule": (MultiStep, Plateau),
-            "regularizer": (RegularizerSpec, SharpnessAwareSpec),
-        }.items():
-            if isinstance(values.get(name), dict):
-                values[name] = _build_one_of(name, kinds, values[name])
-        spec: RunSpec = _build(cls, values)
-        return spec
-
-    def _values(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        values["schedule"]["kind"] = type(self.schedule).__name__
-        if self.regularizer is not None:
-            values["regularizer"]["kind"] = type(self.regularizer).__name__
-        return values
 
 
-def _canonical(values: Mapping[str, Any]) -> str:
+def _canonical(values: dict[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def _build_one_of(name: str, kinds: Sequence[type[Any]], values: Mapping[str, Any]) -> Any:
-    """The nested description that its entry ``kind`` names."""
-    by_name = {kind.__name__: kind for kind in kinds}
-    rest = dict(values)
-    kind = rest.pop("kind", None)
-    _require_one_of(f"{name}.kind", kind, tuple(by_name))
-    return _build(by_name[kind], rest)
-
-
-def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    unknown = set(values) - {field.name for field in dataclasses.fields(kind)}
-    require(
-        not unknown, f"{kind.__name__} has no field {', '.join(sorted(unknown))}; was it written by another version?"
-    )
-    return kind(**values)
-
-
-def _check_types(spec: Any) -> None:
-    """Refuse values of the wrong type, and turn an int (or a list) into the float (or tuple) the field declares.
-
-    A spec may come from a file that somebody edited; and ``lr=1`` and ``lr=1.0`` have to be one run, with one key.
-    """
-    for name, hint in get_type_hints(type(spec)).items():
-        value = getattr(spec, name)
-        try:
-            object.__setattr__(spec, name, _as_declared(value, hint))
-        except TypeError:
-            declared = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise FlatminimaError(f"{type(spec).__name__}.{name} must be {declared}, got {value!r}") from None
-
-
-def _as_declared(value: Any, hint: Any) -> Any:
-    """``value`` as the declared type; TypeError where it is of another."""
-    kind, options = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        if value in options:
-            return value
-    elif kind is tuple:
-        if isinstance(value, (list, tuple)):
-            return tuple(_as_declared(item, options[0]) for item in value)
-    elif options:  # a union
-        for option in options:
-            with contextlib.suppress(TypeError):
-                return _as_declared(value, option)
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif type(value) is hint:  # not isinstance: True is an int
-        return value
-    raise TypeError
-
-
-def _require_one_of(what: str, value: Any, names: Sequence[str]) -> None:
+def _require_one_of(what: str, value: Any, names: Collection[str]) -> None:
     hint = did_you_mean(str(value), names)
     require(value in names, f"unknown {what} {value!r}{hint}; use one of {', '.join(names)}")
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flatminima.errors import FlatminimaError, NonFiniteError, warn
 from flatminima.lab.errors import (
@@ -38,6 +33,7 @@ from flatminima.lab.runs.sets import TrainingSets, load_sets
 from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec
 from flatminima.network import float32_products
 from flatminima.parallel import Processes
+from flatminima.progress import ProgressBar
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -48,8 +44,6 @@ Stop = Callable[[int, int, Callable[[], float | None]], bool]
 The error is evaluated when it is asked for, which changes nothing in the run; it is None without held-out images.
 """
 
-
-_BAR_DELAY = 2.0  # seconds a run must last before it is worth a progress bar
 
 logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces every run's precision and device
 
@@ -228,7 +222,7 @@ def _train_to_end(
     breaks = Breaks(run.processes, run.iteration, checkpoint_seconds)
     with (
         deferred_interrupt() as interrupted,
-        _ProgressBar(run.iteration, run.total_iterations, shown=progress) as bar,
+        ProgressBar("", run.total_iterations, completed=run.iteration, enabled=progress, elapsed=True) as bar,
         event_log(run, folder) as log,
         folder.watched() as note,
     ):
@@ -293,36 +287,3 @@ def _reproducible(*, tf32: bool) -> Iterator[None]:
             restored.callback(setattr, torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
             setattr(torch.backends.cudnn, name, value)
         yield
-
-
-class _ProgressBar:
-    """A bar with the time left, on standard error; it appears on a terminal only, after a wait that was worth one."""
-
-    def __init__(self, completed: int, total: int, *, shown: bool) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=total, completed=completed)
-        self._appears_at = time.monotonic() + _BAR_DELAY if shown and console.is_terminal else math.inf
-
-    def __enter__(self) -> _ProgressBar:
-        return self
-
-    def update(self, completed: int, headline: str) -> None:
-        self._progress.update(self._task, completed=completed, description=headline)
-        if time.monotonic() >= self._appears_at:
-            self._appears_at = math.inf
-            self._progress.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._progress.live.is_started:  # otherwise `stop` prints an empty line
-            self._progress.stop()

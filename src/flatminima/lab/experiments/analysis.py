@@ -1,0 +1,146 @@
+"""From records to a summary: means, rank correlations, paired differences, the best arm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record, select
+from flatminima.lab.experiments.statistics import (
+    Difference,
+    RankCorrelation,
+    Spread,
+    paired_difference,
+    rank_correlation,
+)
+from flatminima.lab.experiments.summary import Contrast, Published, SettingMeans, Summary, TrialSummary, Unfinished
+from flatminima.lab.experiments.verdicts import verdict
+
+
+def summarize(
+    experiment: Experiment,
+    records: Sequence[Record],
+    unfinished: Unfinished | None = None,
+    trials: Sequence[TrialSummary] | None = None,
+) -> Summary:
+    """What the records show so far.
+
+    Args:
+        experiment: what is asked.
+        records: the finished minima.
+        unfinished: the other runs (None: there are no others).
+        trials: how far every trial is, if a choice is searched for by trials instead of over all settings.
+    """
+    unfinished = unfinished or Unfinished()
+    ranks = experiment.answers == "ranking" and len({record.case for record in records}) > 1
+    compares = experiment.answers == "comparison"
+    summary = Summary(
+        name=experiment.name,
+        title=experiment.title,
+        question=experiment.question,
+        answers=experiment.answers,
+        factor=experiment.factor,
+        quantity=experiment.quantity,
+        cases=tuple(experiment.cases),
+        arms=tuple(experiment.arms),
+        seeds=experiment.seeds,
+        specs={f"{s.case} / {s.arm}": s.spec.identity() for s in experiment.settings},
+        measuring=experiment.measuring,
+        published=tuple(
+            Published(case, arm, mean, std)
+            for (case, arm), (mean, std) in experiment.published.items()
+            if case in experiment.cases
+        ),
+        captured=experiment.captured,
+        records=tuple(records),
+        failures=unfinished.failures,
+        left=unfinished.left,
+        means=tuple(_means(records, case, arm) for case in experiment.cases for arm in experiment.arms),
+        seconds_left=unfinished.seconds_left,
+        workers=unfinished.workers,
+        verdict=(),
+        unfinished=unfinished.labels,
+        contrast=experiment.contrast,
+        drawn=experiment.drawn,
+        correlations={name: correlation(records, name) for name in INDICATORS} if ranks else {},
+        differences=_contrasts(experiment, records, experiment.quantity) if compares else (),
+        pooled=_contrasts(experiment, records, experiment.quantity, pooled=True) if compares else (),
+        beside={
+            name: _contrasts(experiment, records, name)
+            for name in experiment.drawn
+            if compares and name != experiment.quantity
+        },
+        trials=None if trials is None else tuple(trials),
+        chosen=_chosen(experiment, records, trials) if experiment.answers == "choice" else {},
+    )
+    return dataclasses.replace(summary, verdict=tuple(verdict(summary)))
+
+
+def spread(records: Sequence[Record], quantity: str) -> Spread | None:
+    """Mean and deviation of a quantity over records; None where any lacks it, or there is none."""
+    values = [record.value(quantity) for record in records]
+    return None if not values or any(math.isnan(value) for value in values) else Spread.of(values)
+
+
+def correlation(records: Sequence[Record], indicator: str) -> RankCorrelation:
+    """How an indicator orders minima by test error, over records and over cases."""
+    return rank_correlation(
+        [record.value(indicator) for record in records],
+        [record.test_error for record in records],
+        [record.case for record in records],
+    )
+
+
+def _contrasts(
+    experiment: Experiment, records: Sequence[Record], quantity: str, *, pooled: bool = False
+) -> tuple[Contrast, ...]:
+    """The contrast's first arm minus every other, by case or over all of them."""
+    ours = (experiment.contrast or experiment.arms)[0]
+    return tuple(
+        Contrast(**vars(found), arm=ours, against=other, case=case)
+        for case in ([None] if pooled else experiment.cases)
+        for other in experiment.arms
+        if other != ours and (found := _paired(select(records, case=case), ours, other, quantity)) is not None
+    )
+
+
+def _paired(records: Sequence[Record], arm: str, against: str, quantity: str) -> Difference | None:
+    """Paired by case and seed; minima without the quantity (a singular ξ has no γ̂) left out."""
+    first, second = (
+        {
+            (record.case, record.seed): value
+            for record in select(records, name)
+            if not math.isnan(value := record.value(quantity))
+        }
+        for name in (arm, against)
+    )
+    return paired_difference(first, second)
+
+
+def _means(records: Sequence[Record], case: str, arm: str) -> SettingMeans:
+    of_setting = select(records, arm, case)
+    quantities = ["test_error", "validation_error", "train_accuracy", *INDICATORS]
+    return SettingMeans(case, arm, len(of_setting), {name: spread(of_setting, name) for name in quantities})
+
+
+def _chosen(experiment: Experiment, records: Sequence[Record], trials: Sequence[TrialSummary] | None) -> dict[str, str]:
+    best = {
+        case: _best(_contenders(experiment, case, trials), select(records, case=case), experiment.quantity)
+        for case in experiment.cases
+    }
+    return {case: arm for case, arm in best.items() if arm is not None}
+
+
+def _contenders(experiment: Experiment, case: str, trials: Sequence[TrialSummary] | None) -> list[str | None]:
+    """The arms that a case's best is chosen from; None for trials that are not begun."""
+    if trials is None:
+        return [setting.arm for setting in experiment.settings if setting.case == case]
+    return [trial.arm for trial in trials if trial.case == case and trial.state in ("finished", "left")]
+
+
+def _best(arms: Sequence[str | None], records: Sequence[Record], quantity: str) -> str | None:
+    """The arm with the least quantity, once all arms are there; of equals the first."""
+    means = {arm: None if arm is None else spread(select(records, arm), quantity) for arm in arms}
+    known = {arm: value.mean for arm, value in means.items() if value is not None}
+    return min(known, key=known.__getitem__) if known and len(known) == len(means) else None

@@ -1,0 +1,193 @@
+"""Experiments from end to end: run, report. Whatever is finished is kept, and never done twice."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+
+from flatminima.errors import FlatminimaError
+from flatminima.lab.data import load_data
+from flatminima.lab.experiments import (
+    Experiment,
+    Record,
+    SearchTrial,
+    Summary,
+    Task,
+    Tuning,
+    Unfinished,
+    costs,
+    look_up,
+    perform,
+    perform_trial,
+    select,
+    summarize,
+    write_winners,
+)
+from flatminima.lab.jobs import Executor, Failure
+from flatminima.lab.reports import failed, line_of, progress, tables, watch, write_reports
+
+REPORT_SECONDS = 60.0
+"""How often the page is brought up to date while runs go on."""
+
+
+class Study(abc.ABC):
+    """Experiments that share a folder and a page; a subclass says which, and where."""
+
+    names: tuple[str, ...]
+    """The experiments."""
+    executor: Executor
+    """Where runs go."""
+    workers: int
+    """Runs at once, as far as estimates of time need to know."""
+    by_setting = False
+    """Whether one setting is finished after the other; else one seed is."""
+
+    @property
+    @abc.abstractmethod
+    def folder(self) -> Path:
+        """Where everything is; runs are in its folder ``runs``."""
+
+    @property
+    @abc.abstractmethod
+    def page(self) -> Path:
+        """The page of these experiments; beside it stands the same as Markdown and as JSON."""
+
+    @property
+    @abc.abstractmethod
+    def heading(self) -> str:
+        """The page's."""
+
+    @property
+    @abc.abstractmethod
+    def lead(self) -> str:
+        """What the page begins with."""
+
+    @abc.abstractmethod
+    def experiment(self, name: str) -> Experiment:
+        """One of them, with what is known of it so far."""
+
+    def tuning(self, name: str) -> Tuning | None:
+        """How an experiment is searched by trials, if it is."""
+        return None
+
+    def tasks(self, name: str) -> list[Task]:
+        """One experiment's runs."""
+        return self.experiment(name).tasks(self.folder / "runs", by_setting=self.by_setting)
+
+    def run(self, *, progress: bool = True, tell: Callable[[str], None] | None = None) -> list[Summary]:
+        """Train and measure what is not yet, and report; a failed run is reported and the others go on.
+
+        Args:
+            progress: show a live view on a terminal.
+            tell: called with a line as soon as all seeds of a setting are known.
+
+        Returns:
+            The summary of every experiment.
+
+        Raises:
+            FlatminimaError: the data cannot be loaded.
+        """
+        used = {setting.spec.source for name in self.names for setting in self.experiment(name).settings}
+        for source in sorted(used):
+            load_data(source)  # now, and not in every run: what is wrong is said once, and what is slow is done once
+        failures: dict[str, str] = {}
+        try:
+            for name in self.names:
+                self._run(name, failures, progress, tell)
+        finally:
+            summaries = [self.summary(name, failures) for name in self.names]
+            self.report(summaries)
+        return summaries
+
+    def _run(self, name: str, failures: dict[str, str], progress: bool, tell: Callable[[str], None] | None) -> None:
+        """One experiment; the page is brought up to date now and then."""
+        experiment, reported = self.experiment(name), time.monotonic()
+        tuning, runs = self.tuning(name), self.tasks(name)
+        work: Callable[[Any], Any] = perform if tuning is None else perform_trial
+        tasks: Sequence[Task | SearchTrial] = runs if tuning is None else tuning.tasks()
+        records: list[Record] = []
+        with contextlib.closing(self.executor.run(work, tasks)) as ended:
+            for number, outcome in watch(ended, len(tasks), runs, name, progress):
+                if isinstance(outcome, Failure):
+                    failures[tasks[number].name] = outcome.error
+                elif outcome is not None:
+                    records.append(outcome)
+                    of_setting = select(records, outcome.arm, outcome.case)
+                    if tell is not None and len(of_setting) == len(experiment.seeds):
+                        tell(line_of(experiment, of_setting))
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    with contextlib.suppress(FlatminimaError):  # a full disk: the last page says so, if it is then
+                        self.report([self.summary(each, failures) for each in self.names])
+                    reported = time.monotonic()
+        if experiment.answers == "choice":
+            write_winners(self.folder, experiment, self.summary(name, failures))
+
+    def summary(self, name: str, failures: Mapping[str, str] | None = None) -> Summary:
+        """What is known of one experiment; nothing is trained or measured.
+
+        Args:
+            name: which.
+            failures: runs that failed without leaving a note in their folders, and why.
+        """
+        experiment, tuning = self.experiment(name), self.tuning(name)
+        if tuning is not None:
+            return tuning.summary(failures or {}, self.workers)
+        tasks = self.tasks(name)
+        state = State.of(tasks, failures or {})
+        price = costs.prices(tasks, state.records) if state.left else {}
+        left = {task.name for task in state.left}
+        unfinished = Unfinished(
+            failures=state.failures,
+            left=tuple(task.name for task in state.left),
+            labels={task.name: task.label for task in tasks if task.name in state.failures or task.name in left},
+            seconds_left=sum(costs.seconds(task, price) for task in state.left) / self.workers,
+            workers=self.workers,
+        )
+        return summarize(experiment, state.records, unfinished)
+
+    def report(self, summaries: Sequence[Summary]) -> None:
+        """Write the page, and the same as Markdown and as JSON."""
+        write_reports(summaries, self.page.with_suffix(""), heading=self.heading, lead=self.lead)
+
+
+def table(summaries: Sequence[Summary]) -> Group:
+    """The summaries for a terminal."""
+    parts: list[Any] = []
+    for summary in summaries:
+        parts += [*tables(summary), *(f"• {line}" for line in summary.verdict), progress(summary), ""]
+        parts += failed(summary)
+    return Group(*parts)
+
+
+@dataclass(frozen=True)
+class State:
+    """How far tasks are."""
+
+    records: list[Record]
+    failures: dict[str, str]
+    left: list[Task]
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task], failures: Mapping[str, str]) -> State:
+        """By what their folders hold, and by failures that left no note there."""
+        records, failed, left = [], {}, []
+        for task in tasks:
+            try:
+                record = look_up(task)
+            except FlatminimaError as error:
+                failed[task.name] = str(error)
+                continue
+            if record is not None:
+                records.append(record)
+            elif task.name in failures:
+                failed[task.name] = failures[task.name]
+            else:
+                left.append(task)
+        return cls(records, failed, left)

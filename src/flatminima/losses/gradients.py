@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flatminima.errors import FlatminimaError, NonFiniteError, require
+from flatminima.errors import FlatminimaError, NonFiniteError, WrongGradientError, require
 from flatminima.network import back_like, in_float64
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -125,11 +125,11 @@ def _refuse_interacting(loss: PerSampleLoss, logits: Tensor, targets: Tensor, lo
         with torch.no_grad():
             alone = _values(loss, logits[one], targets[one])[0].item()
         among = losses[sample].item()
-        require(
-            abs(alone - among) <= _ALONE_TOLERANCE * losses.abs().max().item(),
-            f"the loss of a sample is {alone:.6g} alone but {among:.6g} among {len(logits)}: it must depend on that "
-            "sample only, so divide by, or compare with, nothing of the batch",
-        )
+        if not abs(alone - among) <= _ALONE_TOLERANCE * losses.abs().max().item():
+            raise WrongGradientError(
+                f"the loss gives a sample another value in another batch ({alone:.6g} alone, {among:.6g} among "
+                f"{len(logits)}): return a loss that depends on the sample alone, divided by nothing of the batch"
+            )
 
 
 def _at_normalized_logits(

@@ -58,7 +58,7 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
         )
         refuse_non_finite("logits", logits)
         if not logits.requires_grad:  # nor is any path from the input to them differentiable
-            return torch.zeros(len(logits), dtype=torch.float64)
+            return in_float64(logits.new_zeros(len(logits)))
         scales, directions = _softmax_jacobian(in_float64(logits.detach()))
         rows = []
         for k in range(directions.shape[2]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -100,6 +100,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A hint at the one of ``names`` that was probably meant, to be put behind the wrong one; or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def require_one_of(what: str, name: str, names: Collection[str]) -> None:
+    """Raise :class:`FlatminimaError` for a name that is none of ``names``, all lower case; hint at the one meant."""
+    require(name in names, f"unknown {what} {name!r}{did_you_mean(name.lower(), names)}; use one of {', '.join(names)}")
 
 
 def one_line(said: BaseException | str) -> str:

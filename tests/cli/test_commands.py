@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flatminima import cli
-from flatminima.lab import demo
+from flatminima.lab import demo, study
 from flatminima.lab.experiments import Summary
 from flatminima.lab.networks.paper import build_model
 from flatminima.lab.reproduce import Reproduction
@@ -146,14 +146,14 @@ def test_what_other_code_prints_is_kept_out_of_standard_output(
 def test_demo_prints_the_table_and_where_the_report_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake(out: Path, *, workers: int | None, progress: bool) -> demo.Report:
+    def fake(out: Path, *, workers: int | None, progress: bool) -> demo.DemoResult:
         given.append((out, workers, progress))
-        return demo.Report([], 1.0)
+        return demo.DemoResult([], 1.0)
 
     given: list[Any] = []
 
     monkeypatch.setattr(demo, "demo", fake)
-    monkeypatch.setattr(demo, "table", lambda summaries: "THE TABLE")
+    monkeypatch.setattr(study, "table", lambda summaries: "THE TABLE")
     assert cli.main(["demo", "--out", str(tmp_path), "--workers", "1"]) == 0
     out = capsys.readouterr().out
     assert "THE TABLE" in out

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from flatminima.lab import demo
+from flatminima.lab import demo, study
 from flatminima.lab.experiments import INDICATORS, Summary, json_of, read_summaries, select, summarize
 from flatminima.lab.jobs import Local
 from flatminima.lab.runs.measuring import Measuring
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("demo")  # they share one demo
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[demo.Report, Path, str]]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[demo.DemoResult, Path, str]]:
     """The whole demo on two sizes, two seeds and short runs; and what it says meanwhile."""
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
@@ -34,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[demo.Repor
         yield demo.demo(out, workers=2), out, said.getvalue()
 
 
-def test_summary_holds_every_run_and_survives_json(small: tuple[demo.Report, Path, str]) -> None:
+def test_summary_holds_every_run_and_survives_json(small: tuple[demo.DemoResult, Path, str]) -> None:
     report, out, _ = small
     minima, regularizer = report.summaries
     assert len(regularizer.records) == 2 * 2 * 3
@@ -47,7 +47,7 @@ def test_summary_holds_every_run_and_survives_json(small: tuple[demo.Report, Pat
     assert "NaN" not in (out / "report.json").read_text()
 
 
-def test_statistics_are_those_of_the_outcomes(small: tuple[demo.Report, Path, str]) -> None:
+def test_statistics_are_those_of_the_outcomes(small: tuple[demo.DemoResult, Path, str]) -> None:
     minima, regularizer = small[0].summaries
     rows = minima.records
     tau = stats.kendalltau([r.value("fisher_trace") for r in rows], [r.test_error for r in rows]).statistic
@@ -61,7 +61,7 @@ def test_statistics_are_those_of_the_outcomes(small: tuple[demo.Report, Path, st
     assert found.mean == pytest.approx(losses)
 
 
-def test_every_setting_is_said_in_a_line_once_it_is_known(small: tuple[demo.Report, Path, str]) -> None:
+def test_every_setting_is_said_in_a_line_once_it_is_known(small: tuple[demo.DemoResult, Path, str]) -> None:
     report, _, said = small
     lines = said.splitlines()
     assert len(lines) == 2 + 2 * 3
@@ -87,7 +87,7 @@ class _Page(HTMLParser):
         assert tag != "script"
 
 
-def test_page_is_self_contained(small: tuple[demo.Report, Path, str]) -> None:
+def test_page_is_self_contained(small: tuple[demo.DemoResult, Path, str]) -> None:
     _, out, _ = small
     text = (out / "report.html").read_text(encoding="utf-8")
     page = _Page()
@@ -98,12 +98,12 @@ def test_page_is_self_contained(small: tuple[demo.Report, Path, str]) -> None:
     assert "#0101" not in text
 
 
-def test_table_and_conclusions_are_made_from_the_numbers(small: tuple[demo.Report, Path, str]) -> None:
+def test_table_and_conclusions_are_made_from_the_numbers(small: tuple[demo.DemoResult, Path, str]) -> None:
     minima, regularizer = small[0].summaries
     text = printed(minima, regularizer)
     assert "Kendall's τ" in text
     assert f"{minima.correlations['log_det_fisher'].tau:+.2f}" in text
-    experiment = demo.Demo(Path("nowhere"), Local(), 1).experiment("regularizer")
+    experiment = demo.DemoStudy(Path("nowhere"), Local(), 1).experiment("regularizer")
     plainly = {record.seed: record.test_error for record in select(regularizer.records, "plain, equal cost", "0")}
     harmed = [
         dataclasses.replace(record, test_error=plainly[record.seed] + 0.1 + 1e-4 * (-1) ** record.seed)
@@ -117,11 +117,11 @@ def test_table_and_conclusions_are_made_from_the_numbers(small: tuple[demo.Repor
 
 def printed(*summaries: Summary) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(demo.table(summaries))
+    console.print(study.table(summaries))
     return console.export_text()
 
 
-def test_a_second_call_trains_nothing(small: tuple[demo.Report, Path, str]) -> None:
+def test_a_second_call_trains_nothing(small: tuple[demo.DemoResult, Path, str]) -> None:
     report, out, _ = small
     checkpoints = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/checkpoint.safetensors")}
     assert len(checkpoints) == len(report.summaries[1].records)

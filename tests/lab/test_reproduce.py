@@ -31,7 +31,7 @@ from flatminima.lab.experiments.experiment import Record, Task, look_up, perform
 from flatminima.lab.experiments.paper import PLAIN, REGULARIZED
 from flatminima.lab.jobs import Failure, Local
 from flatminima.lab.reports import pages
-from flatminima.lab.reports.pages import progress
+from flatminima.lab.reports.pages import progress_line
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs import interrupts
 from flatminima.lab.runs.measuring import Measuring
@@ -106,7 +106,7 @@ def test_what_was_cut_short_is_shown_and_goes_on(tmp_path: Path) -> None:
     assert (len(summary.records), len(summary.left)) == (1, 3)
     assert summary.seconds_left > 0
     assert summary.verdict[-1] == "3 runs are still to come: what stands here may change."
-    assert progress(summary).startswith("1 of 4 runs are done, 3 are left, about")
+    assert progress_line(summary).startswith("1 of 4 runs are done, 3 are left, about")
     trained = {path: path.stat().st_mtime_ns for path in asked.folder.rglob("checkpoint.safetensors")}
     (whole,) = asked.run(progress=False)
     assert whole.records[0] == first

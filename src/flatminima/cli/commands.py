@@ -28,7 +28,7 @@ from flatminima.cli.options import (
     parse,
 )
 from flatminima.cli.output import Report, say, standard_output_kept_clean
-from flatminima.errors import FlatminimaError, did_you_mean
+from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.lab.runs import RECIPES
 
 
@@ -37,12 +37,13 @@ def _demo(given: list[str]) -> tuple[bool, Report]:
     with standard_output_kept_clean():
         from flatminima.lab import demo
         from flatminima.lab.experiments import json_of
+        from flatminima.lab.study import table
 
         report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
         page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({report.seconds:.0f} s).")
         status = int(any(summary.failures for summary in report.summaries))
         found = {"experiments": json_of(report.summaries), "seconds": report.seconds}
-        return options.output.json, Report(found, Group(demo.table(report.summaries), page), status)
+        return options.output.json, Report(found, Group(table(report.summaries), page), status)
 
 
 def _train(given: list[str]) -> tuple[bool, Report]:
@@ -100,9 +101,7 @@ class _Subject:
 def recipe_of(given: list[str]) -> tuple[str, list[str]]:
     """The recipe and the options that change it."""
     if given and not given[0].startswith("-"):
-        if given[0] not in RECIPES:
-            hint = did_you_mean(given[0], list(RECIPES))
-            raise FlatminimaError(f"unknown recipe {given[0]!r}{hint}: choose from {', '.join(RECIPES)}")
+        require_one_of("recipe", given[0], RECIPES)
         return given[0], given[1:]
     subject, _ = parse(_Subject, given, prog="train", add_help=False, return_unknown_args=True)
     if subject.data == "digits":
@@ -170,13 +169,11 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
         from flatminima.lab import reproduce
         from flatminima.lab.experiments import EXPERIMENTS, json_of
         from flatminima.lab.jobs import Executor, Local, Ray, WorkerPool, available_cores
+        from flatminima.lab.study import table
 
         known = [*EXPERIMENTS, "all"]
         for name in options.experiments:
-            if name not in known:
-                raise FlatminimaError(
-                    f"unknown experiment {name!r}{did_you_mean(name, known)}: choose from {', '.join(known)}"
-                )
+            require_one_of("experiment", name, known)
         if not options.experiments:
             raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
         chosen = tuple(EXPERIMENTS) if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
@@ -199,7 +196,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
         summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
         status = int(any(summary.failures for summary in summaries))
-        return options.output.json, Report(json_of(summaries), Group(reproduce.table(summaries), page), status)
+        return options.output.json, Report(json_of(summaries), Group(table(summaries), page), status)
 
 
 COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {

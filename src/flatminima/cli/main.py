@@ -16,7 +16,7 @@ from rich.text import Text
 from flatminima.cli.commands import COMMANDS
 from flatminima.cli.options import PROGRAM, Compare, Demo, Measure, Reproduce, Train
 from flatminima.cli.output import say, show_warning
-from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError, did_you_mean
+from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError, require_one_of
 from flatminima.lab.errors import TrainingInterrupted
 from flatminima.parallel import Processes
 
@@ -70,9 +70,7 @@ def _run(given: list[str]) -> int:
 
         print(PROGRAM, version(PROGRAM))  # noqa: T201
         return 0
-    if given[0] not in COMMANDS:
-        hint = did_you_mean(given[0], list(COMMANDS))
-        raise FlatminimaError(f"unknown command {given[0]!r}{hint}: choose from {', '.join(COMMANDS)}")
+    require_one_of("command", given[0], COMMANDS)
     processes = Processes.launched()
     if processes.size > 1 and given[0] != "train":
         raise FlatminimaError(f"only `train` can be shared by several processes: start `{given[0]}` without torchrun")

@@ -25,9 +25,7 @@ from flatminima.lab.experiments import (
 )
 from flatminima.lab.jobs import Executor, WorkerPool, available_cores
 from flatminima.lab.runs import Measuring
-from flatminima.lab.study import Study, table
-
-__all__ = ["ARMS", "CONFUSION", "MEASURING", "SEEDS", "Demo", "Report", "demo", "table"]
+from flatminima.lab.study import Study
 
 CONFUSION = (0, 100, 200, 300)
 SEEDS = (100, 101, 102, 103, 104)
@@ -45,7 +43,7 @@ MEASURING = Measuring(subset_size=100, trials=20, robustness_samples=20, on_sing
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoResult:
     """What the demo has found."""
 
     summaries: list[Summary]
@@ -55,7 +53,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Demo(Study):
+class DemoStudy(Study):
     """Two experiments on one page; the second's plain runs are the first's."""
 
     out: Path
@@ -93,7 +91,7 @@ class Demo(Study):
         return _minima() if name == "minima" else _regularizer()
 
 
-def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> Report:
+def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> DemoResult:
     """Train and measure every minimum, and write ``report.html``, ``.md`` and ``.json`` into ``out``.
 
     Finished runs are kept under ``out/runs``: a second call, or one after an interruption, does not repeat them.
@@ -105,8 +103,8 @@ def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> Rep
     """
     started, workers = time.monotonic(), workers or available_cores()
     tell: Callable[[str], None] | None = _say if progress else None
-    summaries = Demo(out, WorkerPool(workers), workers).run(progress=progress, tell=tell)
-    return Report(summaries, round(time.monotonic() - started, 1))
+    summaries = DemoStudy(out, WorkerPool(workers), workers).run(progress=progress, tell=tell)
+    return DemoResult(summaries, round(time.monotonic() - started, 1))
 
 
 def _say(line: str) -> None:

@@ -30,7 +30,6 @@ from flatminima.progress import track
 
 Task = TypeVar("Task")
 
-
 Result = TypeVar("Result")
 
 PRELOADED = ["flatminima.lab.experiments", "lightning_fabric"]

@@ -23,10 +23,7 @@ from flatminima.lab.experiments import (
 )
 from flatminima.lab.jobs import Executor, WorkerPool
 from flatminima.lab.reports import Table, counted, duration
-from flatminima.lab.study import State, Study, table
-
-__all__ = ["Planned", "Reproduction", "plan_table", "table"]
-
+from flatminima.lab.study import State, Study
 
 _LEADS = {
     "paper": "Networks, data and training are the paper's.",

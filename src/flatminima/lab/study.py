@@ -25,13 +25,13 @@ from flatminima.lab.experiments import (
     costs,
     look_up,
     perform,
-    perform_trial,
+    perform_search_trial,
     select,
     summarize,
     write_winners,
 )
 from flatminima.lab.jobs import Executor, Failure
-from flatminima.lab.reports import failed, line_of, progress, tables, watch, write_reports
+from flatminima.lab.reports import failure_lines, line_of, progress_line, tables, watch, write_reports
 
 REPORT_SECONDS = 60.0
 """How often the page is brought up to date while runs go on."""
@@ -110,7 +110,7 @@ class Study(abc.ABC):
         """One experiment; the page is brought up to date now and then."""
         experiment, reported = self.experiment(name), time.monotonic()
         tuning, runs = self.tuning(name), self.tasks(name)
-        work: Callable[[Any], Any] = perform if tuning is None else perform_trial
+        work: Callable[[Any], Any] = perform if tuning is None else perform_search_trial
         tasks: Sequence[Task | SearchTrial] = runs if tuning is None else tuning.tasks()
         records: list[Record] = []
         with contextlib.closing(self.executor.run(work, tasks)) as ended:
@@ -161,8 +161,8 @@ def table(summaries: Sequence[Summary]) -> Group:
     """The summaries for a terminal."""
     parts: list[Any] = []
     for summary in summaries:
-        parts += [*tables(summary), *(f"• {line}" for line in summary.verdict), progress(summary), ""]
-        parts += failed(summary)
+        parts += [*tables(summary), *(f"• {line}" for line in summary.verdict), progress_line(summary), ""]
+        parts += failure_lines(summary)
     return Group(*parts)
 
 

@@ -11,11 +11,10 @@ from flatminima.parallel.fsdp import (
     shared,
     whole,
 )
-from flatminima.parallel.processes import Processes, Result
+from flatminima.parallel.processes import Processes
 
 __all__ = [
     "Processes",
-    "Result",
     "fsdp_modules",
     "gathered_parameters",
     "is_sharded",

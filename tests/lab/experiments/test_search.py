@@ -20,7 +20,7 @@ from flatminima.errors import FlatminimaError
 from flatminima.lab.experiments import paper, presets
 from flatminima.lab.experiments import search as tuning
 from flatminima.lab.experiments.experiment import Experiment, perform
-from flatminima.lab.experiments.search import Case, Tuning, perform_trial, rungs
+from flatminima.lab.experiments.search import Case, Tuning, perform_search_trial, rungs
 from flatminima.lab.jobs import Failure, Local, WorkerPool, run_all
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs.folder import RunFolder
@@ -58,7 +58,7 @@ def search(folder: Path, trials: int) -> Tuning:
 def run(folder: Path, trials: int) -> list[dict[str, Any]]:
     """Perform all trials one after another; how they ended."""
     asked = search(folder, trials)
-    run_all(perform_trial, asked.tasks(), Local(), progress=False)
+    run_all(perform_search_trial, asked.tasks(), Local(), progress=False)
     return ended(folder, trials)
 
 
@@ -222,7 +222,7 @@ def test_a_search_is_killed_and_goes_on(whole: Path, tmp_path: Path) -> None:
 
 def test_several_workers_share_the_trials(tmp_path: Path) -> None:
     asked = search(tmp_path, 4)
-    outcomes = run_all(perform_trial, asked.tasks(), WorkerPool(2), progress=False)
+    outcomes = run_all(perform_search_trial, asked.tasks(), WorkerPool(2), progress=False)
     assert not [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     trials = ended(tmp_path, 4)
     assert len({trial["arm"] for trial in trials}) == len(made(tmp_path)) == 4
@@ -278,7 +278,7 @@ def test_another_grid_is_another_study(tmp_path: Path) -> None:
     shorter = replace(TINY, networks={"MLP, digits": replace(TINY.networks["MLP, digits"], epochs=3)})
     asked = Tuning(paper.search(shorter, {}), 1, tmp_path)
     assert [trial.state for trial in asked.statuses({})] == ["left"]
-    run_all(perform_trial, asked.tasks(), Local(), progress=False)
+    run_all(perform_search_trial, asked.tasks(), Local(), progress=False)
     assert [trial.state for trial in asked.statuses({})] == ["finished"]
 
 

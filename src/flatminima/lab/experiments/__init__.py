@@ -15,10 +15,9 @@ from flatminima.lab.experiments.experiment import (
 from flatminima.lab.experiments.files import json_of, read_summaries, read_winners, write_winners
 from flatminima.lab.experiments.paper import EXPERIMENTS, MATCHED_COST, Winners, build_experiment, described, registered
 from flatminima.lab.experiments.presets import PRESETS, PresetName
-from flatminima.lab.experiments.search import SearchTrial, TrialStatus, Tuning, expected, perform_trial
+from flatminima.lab.experiments.search import SearchTrial, Tuning, expected, perform_search_trial
 from flatminima.lab.experiments.statistics import Difference, RankCorrelation, Spread, number
 from flatminima.lab.experiments.summary import (
-    RIVALS,
     SHORT_NAMES,
     Contrast,
     Published,
@@ -34,7 +33,6 @@ __all__ = [
     "MATCHED_COST",
     "NORMALIZED",
     "PRESETS",
-    "RIVALS",
     "SHORT_NAMES",
     "Contrast",
     "Difference",
@@ -49,7 +47,6 @@ __all__ = [
     "Spread",
     "Summary",
     "Task",
-    "TrialStatus",
     "TrialSummary",
     "Tuning",
     "Unfinished",
@@ -61,7 +58,7 @@ __all__ = [
     "look_up",
     "number",
     "perform",
-    "perform_trial",
+    "perform_search_trial",
     "read_summaries",
     "read_winners",
     "registered",

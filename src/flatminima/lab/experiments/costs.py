@@ -22,12 +22,9 @@ from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec
 FORWARD = 1 / 3
 """A forward pass in forward-backwards: two products backward for each one forward."""
 
-
 _GRAM = 2.0  # a sample in ξ: its forward-backward, and about as much again for the rows and their products
 
-
 _EXACT_PENALTY = 4.0  # a Hessian-vector product beside its gradient, as measured (benchmarks/regularizer.py)
-
 
 _TIMED_UPDATES = 3
 

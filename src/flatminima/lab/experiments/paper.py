@@ -42,7 +42,6 @@ _PAPERS_TABLE_2 = {
     "DenseNet, CIFAR-10": ((-850.3, 23.5), (-886.2, 20.5)),
 }
 
-
 Winners: TypeAlias = Mapping[str, RegularizerSpec]
 """What the search has chosen, by case; empty before it."""
 
@@ -253,6 +252,7 @@ def _prolonged(spec: RunSpec, factor: int) -> RunSpec:
 
 
 _CLASSES = {"cifar10": 10, "cifar100": 100}
+"""Of the data sets that a folder of files can stand for."""
 
 
 def build_experiment(
@@ -281,7 +281,7 @@ def build_experiment(
 
 def _folder_of(name: str, folder: Path | None) -> str | None:
     """Where a data set's files lie, if not on the hub."""
-    if folder is None or name == "digits":
+    if folder is None or name not in _CLASSES:
         return None
     inside = folder / name
     if inside.is_dir():

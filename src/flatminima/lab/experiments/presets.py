@@ -94,7 +94,6 @@ _SMALL_RUN = RunSpec(
     evaluate_every=1000,  # a test takes as long as two epochs: only at the end
 )
 
-
 _SMALL = Preset(
     scenario=_SMALL_RUN,
     augmented=replace(_SMALL_RUN, train_size=1000, epochs=240, lr=0.05),
@@ -125,7 +124,6 @@ _DIGITS_RUN = RunSpec(
     weight_decay=5e-4,
     evaluate_every=10,
 )
-
 
 _DIGITS = Preset(
     scenario=_DIGITS_RUN,

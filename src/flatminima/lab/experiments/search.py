@@ -56,7 +56,6 @@ STARTUP_RUNS = 5
 # sixth.
 _CANDIDATES = 4
 
-
 _PROPOSALS = 20  # until one is new
 
 
@@ -362,7 +361,7 @@ def expected(statuses: Sequence[TrialStatus]) -> list[tuple[TrialStatus, float]]
     return [(status, status.cost * price[costs.kind(status.task)]) for status in left]
 
 
-def perform_trial(trial: SearchTrial) -> Record | None:
+def perform_search_trial(trial: SearchTrial) -> Record | None:
     """Begin a trial (or take it up, or find it ended) and train its run to the end, or until it is pruned.
 
     Returns:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError, did_you_mean
+from flatminima.errors import FlatminimaError, require_one_of
 
 Builder = Callable[[int, int], nn.Module]
 
@@ -59,9 +59,7 @@ def build_model(name: str, *, num_classes: int = 10, in_channels: int = 3) -> nn
         >>> build_model("resnet20")(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    if name not in BUILDERS:
-        hint = did_you_mean(name.lower(), MODEL_NAMES)
-        raise FlatminimaError(f"unknown model {name!r}{hint}; use one of {', '.join(MODEL_NAMES)}")
+    require_one_of("model", name, MODEL_NAMES)
     if num_classes < 1 or in_channels < 1:
         raise FlatminimaError(
             f"model {name!r} needs num_classes >= 1 and in_channels >= 1, got {num_classes} and {in_channels}"

@@ -1,18 +1,16 @@
 """What experiments show, as tables, figures, pages and a live view."""
 
-from flatminima.lab.reports.figures import Picture, Table, picture
+from flatminima.lab.reports.figures import Table
 from flatminima.lab.reports.live import watch
-from flatminima.lab.reports.pages import counted, duration, failed, line_of, progress, tables, write_reports
+from flatminima.lab.reports.pages import counted, duration, failure_lines, line_of, progress_line, tables, write_reports
 
 __all__ = [
-    "Picture",
     "Table",
     "counted",
     "duration",
-    "failed",
+    "failure_lines",
     "line_of",
-    "picture",
-    "progress",
+    "progress_line",
     "tables",
     "watch",
     "write_reports",

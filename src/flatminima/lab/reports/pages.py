@@ -51,7 +51,7 @@ class Section:
 def section(summary: Summary) -> Section:
     """A summary's tables and figures."""
     time_left = duration(summary.seconds_left) if summary.left else "–"
-    return Section(summary, tables(summary), figures(summary), _runs(summary), progress(summary), time_left)
+    return Section(summary, tables(summary), figures(summary), _runs(summary), progress_line(summary), time_left)
 
 
 def tables(summary: Summary) -> list[Table]:
@@ -60,7 +60,7 @@ def tables(summary: Summary) -> list[Table]:
     return kinds[summary.answers](summary)
 
 
-def progress(summary: Summary) -> str:
+def progress_line(summary: Summary) -> str:
     """How far the experiment is."""
     done, left, failed = len(summary.records), len(summary.left), len(summary.failures)
     pruned = sum(trial.state == "pruned" for trial in summary.trials or ())
@@ -74,7 +74,7 @@ def progress(summary: Summary) -> str:
     return text + "."
 
 
-def failed(summary: Summary) -> list[str]:
+def failure_lines(summary: Summary) -> list[str]:
     """A line for every failed run: which, where, why."""
     return [f"failed: {summary.unfinished[run]} ({run}): {error}" for run, error in summary.failures.items()]
 
@@ -133,7 +133,7 @@ def _markdown(sections: Sequence[Section], heading: str, lead: str) -> str:
         parts.append(f"## {part.summary.title}\n\n{part.summary.question}\n")
         parts.append("\n".join(f"* {line}" for line in part.summary.verdict) + "\n")
         parts.append(part.progress + "\n")
-        parts += [f"* {line}\n" for line in failed(part.summary)]
+        parts += [f"* {line}\n" for line in failure_lines(part.summary)]
         parts += [table.markdown() for table in part.tables]
     return "\n".join(parts)
 

@@ -31,7 +31,6 @@ _FILES = (
     "progress.json",
 )
 
-
 _NOTED = tuple(field.name for field in dataclasses.fields(ResumeNote))
 
 
@@ -174,6 +173,17 @@ class RunFolder:
             return None
         result = read_record(path, RunResult, folder=str(self.path))
         self.read_checkpoint()
+        return result
+
+    def require_result(self) -> RunResult:
+        """The result of a finished run.
+
+        Raises:
+            FlatminimaError: As :meth:`read_result`, or the run is not finished.
+        """
+        result = self.read_result()
+        if result is None:
+            raise FlatminimaError(f"the run in {self.path} is not finished; train it to the end first")
         return result
 
     def read_checkpoint(self) -> Mapping[str, Tensor]:

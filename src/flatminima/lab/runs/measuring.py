@@ -105,8 +105,8 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
         FlatminimaWarning: as :func:`flatminima.measure` does.
     """
     folder = RunFolder(path)
-    if folder.read_spec() and folder.read_result() is None:
-        raise FlatminimaError(f"the run in {path} is not finished: train it to the end first")
+    folder.read_spec()  # whoever names another folder is told so
+    folder.require_result()
     found = _answer(folder, _question(folder, how, device))
     if found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured

@@ -64,9 +64,7 @@ def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpe
     """
     folder = RunFolder(path)
     spec = folder.read_spec()
-    result = folder.read_result()
-    if result is None:
-        raise FlatminimaError(f"the run in {folder.path} is not finished; train it to the end first")
+    result = folder.require_result()
     sets = load_sets(spec, cache_dir=cache_dir)
     if sets.digest() != result.data_digest:
         raise FlatminimaError(f"the data {spec.source!r} have changed since {folder.path} was trained; train it again")

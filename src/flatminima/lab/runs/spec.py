@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-from flatminima.errors import FlatminimaError, did_you_mean, require
+from flatminima.errors import FlatminimaError, require, require_one_of
 from flatminima.lab.data import AUGMENTATIONS
 from flatminima.lab.networks import MODEL_NAMES
 from flatminima.lab.schema import STRICT, Count, Kinded, below, kind_of, parse, plain, refusing
@@ -190,8 +190,8 @@ class RunSpec:
     """Where the parquet files of `data` lie (none: where its name says); no part of what makes two runs the same."""
 
     def __post_init__(self) -> None:
-        _require_one_of("model", self.model, MODEL_NAMES)
-        _require_one_of("augmentation", self.augmentation, AUGMENTATIONS)
+        require_one_of("model", self.model, MODEL_NAMES)
+        require_one_of("augmentation", self.augmentation, AUGMENTATIONS)
         require(self.data != "", "data must name a data set or a folder, got an empty string")
         require(
             self.epochs is not None or self.iterations is not None,
@@ -251,11 +251,6 @@ class RunSpec:
 
 def _canonical(values: dict[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
-
-
-def _require_one_of(what: str, value: Any, names: Collection[str]) -> None:
-    hint = did_you_mean(str(value), names)
-    require(value in names, f"unknown {what} {value!r}{hint}; use one of {', '.join(names)}")
 
 
 _RESNET20 = RunSpec(model="resnet20", lr=0.1, batch_size=128, momentum=0.9, weight_decay=1e-4)

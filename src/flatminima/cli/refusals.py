@@ -58,8 +58,8 @@ def _bad_value(problem: Any, known: Iterable[str]) -> str:
 
 
 def _no_instance(problem: Any, known: Iterable[str]) -> str:
-    message, *_ = problem.message.partition(" Got errors:")  # why each type of a union did not fit
-    message = one_line(message).rstrip(".")
+    message, *_ = one_line(problem.message).partition(" Got errors:")  # why each type of a union did not fit
+    message = message.rstrip(".")
     return message if problem.argument is None else f"{_name(problem.argument)}: {message}"
 
 

@@ -125,7 +125,7 @@ class Ray:
     """
 
     address: str | None = None
-    """The cluster's address, or "auto" (none: that of RAY_ADDRESS, else a cluster of this machine alone)."""
+    """The cluster's address, or "auto" (None: that of RAY_ADDRESS, else a cluster of this machine alone)."""
     threads: int = 1
     """Cores reserved for a task, and its threads."""
     gpus: float = 0.0

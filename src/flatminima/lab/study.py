@@ -86,7 +86,7 @@ class Study(abc.ABC):
 
         Args:
             progress: show a live view on a terminal.
-            tell: called with a line as soon as all seeds of a setting are known.
+            tell: called with a line as an experiment begins, and as soon as all seeds of a setting are known.
 
         Returns:
             The summary of every experiment.
@@ -113,6 +113,8 @@ class Study(abc.ABC):
         work: Callable[[Any], Any] = perform if tuning is None else perform_search_trial
         tasks: Sequence[Task | SearchTrial] = runs if tuning is None else tuning.tasks()
         records: list[Record] = []
+        if tell is not None:
+            tell(f"{experiment.title} {len(tasks)} runs, those of every setting in a line once they are known:")
         with contextlib.closing(self.executor.run(work, tasks)) as ended:
             for number, outcome in watch(ended, len(tasks), runs, name, progress):
                 if isinstance(outcome, Failure):

@@ -87,7 +87,7 @@ class Experiment:
     settings: tuple[Setting, ...]
     """Every case with every arm it has."""
     measuring: Measuring | None
-    """How minima are measured (none: they are not)."""
+    """How minima are measured (None: they are not)."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Every setting is trained once with each."""
     quantity: str = "test_error"

@@ -39,7 +39,7 @@ class MultiStep(Kinded):
     """
 
     milestones: Annotated[tuple[float, ...], Field(strict=False)] = (0.5, 0.75)
-    """Where the learning rate changes, as fractions of the run, increasing (none: it stays constant)."""
+    """Where the learning rate changes, as fractions of the run, increasing (None: it stays constant)."""
     factor: Positive = 0.1
     """What the learning rate is multiplied by at every milestone."""
 
@@ -93,7 +93,7 @@ class RegularizerSpec(Kinded):
     num_sub_batches: AtLeastOne = 8
     """M, the number of equal sub-batches a mini-batch is split into."""
     max_grad_norm: Positive | None = None
-    """τ, the global norm the gradient is clipped to (none: not clipped)."""
+    """τ, the global norm the gradient is clipped to (None: not clipped)."""
     start_epoch: AtLeastZero = 0
     """Epochs trained without the penalty before it is switched on."""
     estimator: Estimator = "finite-difference"
@@ -114,7 +114,7 @@ class SharpnessAwareSpec(Kinded):
     adaptive: bool = False
     """ASAM: measure that distance relative to the weights' magnitudes."""
     max_grad_norm: Positive | None = None
-    """The global norm the gradient is clipped to (none: not clipped)."""
+    """The global norm the gradient is clipped to (None: not clipped)."""
     start_epoch: AtLeastZero = 0
     """Epochs of plain training before it is switched on."""
 
@@ -151,7 +151,7 @@ class RunSpec:
     data: str = "cifar10"
     """Data set: digits, cifar10, cifar100, or a folder of parquet files train-*.parquet and test-*.parquet."""
     train_size: AtLeastOne | None = None
-    """Train on this many images with their own labels, drawn at random (none: on all that are not confused)."""
+    """Train on this many images with their own labels, drawn at random (None: on all that are not confused)."""
     confusion: AtLeastZero = 0
     """Add this many other training images with random labels (the confusion set of Sec. 7.1, scenario I)."""
     validation: AtLeastZero = 0
@@ -162,9 +162,9 @@ class RunSpec:
     batch_size: AtLeastOne = 128
     """Images in a mini-batch."""
     epochs: AtLeastOne | None = 200
-    """Stop after this many epochs (none: only `iterations` limits the run)."""
+    """Stop after this many epochs (None: only `iterations` limits the run)."""
     iterations: AtLeastOne | None = None
-    """Stop after this many updates (none: only `epochs` limits the run); the earlier limit counts."""
+    """Stop after this many updates (None: only `epochs` limits the run); the earlier limit counts."""
     lr: Positive = 0.1
     """Initial learning rate."""
     schedule: Schedule = field(default_factory=MultiStep)
@@ -178,7 +178,7 @@ class RunSpec:
     label_smoothing: Fraction = 0.0
     """Probability moved from the label to the uniform distribution."""
     regularizer: Regularizer | None = None
-    """The Fisher trace regularizer, or its rival (none: plain training)."""
+    """The Fisher trace regularizer, or its rival (None: plain training)."""
     evaluate_every: AtLeastOne = 1
     """Evaluate on the test images (and those held out) after every so many epochs, and after the last."""
     precision: Precision = "32-true"
@@ -187,7 +187,7 @@ class RunSpec:
     seed: Count = 0
     """Decides the initial weights, the training subset, the confusion set, the batches and the augmentation."""
     data_folder: str | None = field(default=None, compare=False)
-    """Where the parquet files of `data` lie (none: where its name says); no part of what makes two runs the same."""
+    """Where the parquet files of `data` lie (None: where its name says); no part of what makes two runs the same."""
 
     def __post_init__(self) -> None:
         require_one_of("model", self.model, MODEL_NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from flatminima import torch_compat
 
@@ -324,3 +327,55 @@ def test_a_view_knows_the_tensor_that_it_shows() -> None:
     whole = torch.zeros(4)
     assert torch_compat.base_of(whole[1:]) is whole
     assert torch_compat.base_of(whole) is None
+
+
+def test_reentrant_checkpoints_are_replaced_for_a_while() -> None:
+    """They raise under ``torch.autograd.grad``; the other variant computes the same."""
+    weight, x = torch.randn(3, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return checkpoint(lambda z: torch.tanh(z @ weight), x, use_reentrant=True).sum()
+
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        torch.autograd.grad(loss(x), x)
+    with torch_compat.without_reentrant_checkpoints():
+        (found,) = torch.autograd.grad(loss(x), weight)
+        assert not loss(x.detach()).requires_grad  # as the reentrant variant has it
+    torch.testing.assert_close(found, torch.autograd.grad(torch.tanh(x @ weight).sum(), weight)[0])
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        torch.autograd.grad(loss(x), x)
+
+
+def test_graphs_say_which_types_they_go_through() -> None:
+    x = torch.randn(3, requires_grad=True)
+    assert torch_compat.gradient_types((x.bfloat16() * 2).grad_fn) == {torch.bfloat16}
+    assert torch_compat.gradient_types((x * 2).grad_fn) == {torch.float32}
+
+
+def test_function_modes_are_counted_and_left() -> None:
+    before = torch_compat.function_modes()
+    mode = BaseTorchFunctionMode()
+    mode.__enter__()
+    assert torch_compat.function_modes() == before + 1
+    torch_compat.leave_function_modes(before)
+    assert torch_compat.function_modes() == before
+
+
+def test_a_tensors_reference_outlives_its_python_object() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    reference = torch_compat.TensorWeakRef(weight.grad)
+    gc.collect()
+    assert reference() is weight.grad
+    weight.grad = None
+    assert reference() is None
+
+
+def test_forward_pre_hooks_can_be_removed_by_their_keys() -> None:
+    module = torch.nn.Identity()
+    module.register_forward_pre_hook(lambda *_: None)
+    hooks = torch_compat.forward_pre_hooks(module)
+    (key,) = hooks
+    del hooks[key]
+    module.register_forward_pre_hook(lambda *_: pytest.fail("not this one")).remove()
+    module(torch.zeros(1))

@@ -44,8 +44,13 @@ def test_one_option_switches_on_the_regularizer_or_its_rival(
     [([], None), (["--regularizer"], RegularizerSpec()), (["--regularizer.beta=3"], RegularizerSpec(beta=3.0))],
 )
 def test_options_override_the_recipe(
-    arguments: list[str], regularizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    regularizer: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     asked: list[Any] = []
 
     def train(spec: Any, root: Path, **options: Any) -> None:

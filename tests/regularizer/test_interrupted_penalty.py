@@ -39,3 +39,19 @@ def test_an_interruption_at_any_line_leaves_nothing_behind_and_arrives(way: dict
 
     left = what_interruptions_leave(call, model, moments, SEED)
     assert not left, "\n".join(left)
+
+
+def test_an_interrupted_step_leaves_no_part_of_a_gradient() -> None:
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = torch.randn(8, 6), torch.randint(3, (8,))
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=2)
+
+    def interrupt(gradient: Tensor) -> None:
+        if model[2].weight.grad is not None:  # the penalty's gradient is there, and part of the main one
+            raise KeyboardInterrupt
+
+    model[0].weight.register_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        regularizer.backward(F.cross_entropy, *data)
+    assert all(parameter.grad is None for parameter in model.parameters())

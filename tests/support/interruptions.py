@@ -14,9 +14,14 @@ from torch import nn
 
 from flatminima.torch_compat import float32_switches, function_modes
 
+SWALLOWING = ("/torch/utils/weak.py",)
+"""Files of callbacks that run while something is freed, where Python itself swallows every exception."""
+
 
 class InterruptAtLine:
     """A trace function that raises ``KeyboardInterrupt`` at the n-th line that is executed, in whatever function.
+
+    Lines of :data:`SWALLOWING` are not counted.
 
     Attributes:
         lines: how many have been.
@@ -27,7 +32,7 @@ class InterruptAtLine:
         self.number, self.lines, self.where = number, 0, ""
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
+        if event == "line" and not frame.f_code.co_filename.endswith(SWALLOWING):
             self.lines += 1
             if self.lines == self.number:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -76,10 +76,16 @@ class Before:
     def back_from(self, error: BaseException) -> None:
         """Put everything back; of an interruption, which has no locals worth looking at, free the frames first.
 
-        This closes the generators of context managers that wait in them. Errors keep their frames for debuggers.
+        This closes the generators of context managers that wait in them. Errors keep their frames for debuggers: no
+        window was hit, and every context manager has done its own.
+
+        Raises:
+            BaseException: the interruption, where ``error`` is what a context manager made of it on the way out.
         """
-        if isinstance(error, Exception):
-            return  # no window was hit: every context manager has done its own
+        interruption = _interruption_behind(error)
+        if interruption is None:
+            return
+        traceback.clear_frames(interruption.__traceback__)
         traceback.clear_frames(error.__traceback__)
         for module, mode in self._modes:
             if module.training != mode:
@@ -107,3 +113,13 @@ class Before:
         leave_function_modes(self._function_modes)
         for set_state, state in self._generators:
             set_state(state)
+        if interruption is not error:
+            raise interruption
+
+
+def _interruption_behind(error: BaseException) -> BaseException | None:
+    """The error itself or what it was raised on top of, if that is no error but an interruption."""
+    found: BaseException | None = error
+    while isinstance(found, Exception):
+        found = found.__context__
+    return found

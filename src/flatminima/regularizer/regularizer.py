@@ -255,6 +255,18 @@ class FisherTraceRegularizer:
         """
         require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
         self._left.warn_if_untouched()
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        try:
+            return self._backward(closure, batch, weight, last, scaler)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # interrupted between the penalty's gradient and the main one
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient
+            raise
+
+    def _backward(
+        self, closure: Closure, batch: Any, weight: float, last: bool, scaler: torch.amp.GradScaler | None
+    ) -> Tensor:
         scale = 1.0 if scaler is None else _scale_of(scaler, self.model)
         penalty = self.penalize(closure, batch)
         if penalty is not None and self.main_gradient == "sub-batches":

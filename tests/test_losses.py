@@ -323,3 +323,9 @@ def test_a_scalar_is_the_loss_of_a_single_sample() -> None:
     logits, targets = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
     ours = logit_gradient(lambda z, t: (z - t).square().sum(1).squeeze(), logits, targets)
     torch.testing.assert_close(explicit(ours), 2 * (logits - targets))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_soft_labels_are_told_as_what_they_are(reduction: str) -> None:
+    with pytest.raises(FlatminimaError, match="integer class indices, got"):
+        logit_gradient(nn.CrossEntropyLoss(reduction=reduction), torch.randn(4, 3), torch.rand(4, 3).softmax(1))

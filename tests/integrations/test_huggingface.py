@@ -121,6 +121,7 @@ def test_language_model_with_tied_embeddings_and_ignored_tokens() -> None:
     assert result.generic_parameters == ()
 
 
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
 def test_measure_takes_a_dataset_of_mappings() -> None:
     class Texts(Dataset[dict[str, Any]]):
         def __init__(self) -> None:

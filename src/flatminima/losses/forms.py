@@ -132,10 +132,11 @@ class _OneOutput:
 
     def gradient(self, logits: Tensor, targets: Tensor) -> LogitGradient:
         """As of the form, where every sample has one value."""
+        gradient = gradient_at(self.form, logits, targets)  # which refuses unsuitable targets
         values = targets.numel()
         require(
             values <= len(targets),
             f"{self.name} with reduction='none' returns {values // max(len(targets), 1)} values per sample: say by "
             "reduction='mean' or 'sum' what becomes of them",
         )
-        return gradient_at(self.form, logits, targets)
+        return gradient

@@ -138,6 +138,7 @@ def test_graphs_of_other_models_do_not_count_towards_the_limit() -> None:
 @pytest.mark.parametrize(
     "wrap", [lambda model: model.compile() or model, DistributedDataParallel], ids=["compile", "ddp"]
 )
+@pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_models_compiled_in_place_and_on_several_processes(
     wrap: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:

@@ -112,6 +112,7 @@ def test_dropout_uses_one_mask_for_both_passes_and_another_for_every_sub_batch(b
 
 
 @pytest.mark.parametrize("backend", [CountingBackend()], indirect=True)
+@pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_both_passes_share_one_graph_and_only_new_sizes_make_more(backend: CountingBackend) -> None:
     model, inputs, targets = make(CASES["batchnorm"])
     regularizer = FisherTraceRegularizer(model, num_sub_batches=4, passes="compiled")
@@ -124,6 +125,7 @@ def test_both_passes_share_one_graph_and_only_new_sizes_make_more(backend: Count
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_graphs_of_other_models_do_not_count_towards_the_limit() -> None:
     """``torch.compile`` keeps eight graphs for each piece of code."""
     for width in range(2, 12):
@@ -136,6 +138,7 @@ def test_graphs_of_other_models_do_not_count_towards_the_limit() -> None:
 @pytest.mark.parametrize(
     "wrap", [lambda model: model.compile() or model, DistributedDataParallel], ids=["compile", "ddp"]
 )
+@pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_models_compiled_in_place_and_on_several_processes(
     wrap: Callable[[nn.Module], nn.Module], tmp_path: Path
 ) -> None:

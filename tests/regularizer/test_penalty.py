@@ -412,3 +412,36 @@ def test_normalization_layers_of_unknown_classes_keep_sub_batch_statistics() -> 
         for policy in ("sub-batch", "running")
     ]
     assert torch.equal(*by_policy)
+
+
+class MeanOverPositions(nn.Module):
+    """BatchNorm before a mean over positions, whose gradient is an expanded view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Linear(16, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.conv(x)).flatten(2).transpose(1, 2).mean(1))
+
+
+@pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
+def test_sub_batches_of_one_sample_have_right_gradients_through_running_statistics(estimator: Any) -> None:
+    """PyTorch's own backward pass of BatchNorm is wrong for one sample and such a gradient (2.13, on a CPU)."""
+    torch.manual_seed(0)
+    model = MeanOverPositions().double()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    model.train()
+    x, y = torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.arange(4)
+    squares = []
+    model.eval()
+    for i in range(4):
+        twice = model(x[[i, i]])  # two samples are right
+        loss = torch.nn.functional.cross_entropy(twice[:1], y[i : i + 1])
+        squares.append(sum(g.square().sum().item() for g in torch.autograd.grad(loss, list(model.parameters()))))
+    model.train()
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=4, batch_statistics="running", estimator=estimator)
+    regularizer.backward(nn.CrossEntropyLoss(), x, y)
+    assert regularizer.last_step is not None
+    assert regularizer.last_step.trace.item() == pytest.approx(sum(squares) / 4, rel=1e-9)

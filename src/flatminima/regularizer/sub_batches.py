@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError, require
-from flatminima.network import Buffers, batch_size, moved, take, tensors_of
+from flatminima.network import Buffers, batch_size, moved, sound_batchnorm, take, tensors_of
 from flatminima.torch_compat import needs_more_than_one_sample
 
 NOT_DIFFERENTIABLE = "the loss does not depend on a trainable parameter: is gradient recording switched off?"
@@ -186,7 +186,9 @@ class OneSubBatch(SubBatches):
     def loss(self) -> Tensor:
         """L(B_i, ·) with the model's own weights."""
         require(torch.is_grad_enabled(), NOT_DIFFERENTIABLE)
-        return sub_batch_loss(self.closure, self.samples())
+        samples = self.samples()
+        with sound_batchnorm() if batch_size(samples) == 1 else nullcontext():
+            return sub_batch_loss(self.closure, samples)
 
     def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
         """Move the model's own weights, and back to the same bits."""

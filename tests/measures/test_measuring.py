@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -529,3 +530,17 @@ def test_numbers_that_json_lacks_become_null() -> None:
         "e": "NaN",
         "f": None,
     }
+
+
+def test_the_generic_path_gives_the_same_and_says_which_parameters_took_it() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(20, 3).double(), torch.randn(30, 20, dtype=torch.float64), torch.arange(30) % 3
+    how: dict[str, Any] = {"subset_size": 8, "trials": 3, "robustness_samples": 0}
+    with pytest.warns(NotAMinimumWarning):
+        by_rules = fm.measure(model, (x, y), **how)
+    with pytest.warns(NotAMinimumWarning):
+        generic = fm.measure(model, (x, y), path="generic", **how)
+    assert generic.log_det_fisher.per_trial == pytest.approx(by_rules.log_det_fisher.per_trial, rel=1e-12)
+    assert (by_rules.settings.generic_parameters, generic.settings.generic_parameters) == ([], ["weight", "bias"])
+    with pytest.raises(FlatminimaError, match="path='fast'"):
+        fm.measure(model, (x, y), path="fast", **how)  # type: ignore[arg-type]

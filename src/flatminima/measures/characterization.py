@@ -21,7 +21,8 @@ def characterize(prepared: PreparedModel, trials: Sequence[TrialValues]) -> Char
     Raises:
         RankDeficientError: if ξ was singular in every trial.
     """
-    warn_generic(trials[0].generic_parameters)
+    if prepared.options.path == "rules":
+        warn_generic(trials[0].generic_parameters)
     robustness = [trial.robustness for trial in trials]
     return Characterization(
         log_det_fisher=Estimate.of([trial.log_det_fisher for trial in trials]),

@@ -23,6 +23,7 @@ from flatminima.errors import (
     require,
     warn,
 )
+from flatminima.gramian import PathName
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
@@ -118,6 +119,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
     per_parameter: bool = False,
+    path: PathName = "rules",
     memory_budget: int | None = None,
     distributed: bool = False,
     progress: bool = True,
@@ -165,6 +167,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
         robustness_samples=robustness_samples,
         on_singular=on_singular,
         per_parameter=per_parameter,
+        path=path,
         memory_budget=memory_budget,
         distributed=distributed,
         progress=progress,

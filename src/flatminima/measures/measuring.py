@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 
+from flatminima.gramian import PathName
 from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
@@ -35,6 +36,7 @@ def measure(  # noqa: D417 (the options are explained in one place)
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
     per_parameter: bool = False,
+    path: PathName = "rules",
     memory_budget: int | None = None,
     distributed: bool = False,
     progress: bool = True,
@@ -85,6 +87,7 @@ def measure(  # noqa: D417 (the options are explained in one place)
         robustness_samples=robustness_samples,
         on_singular=on_singular,
         per_parameter=per_parameter,
+        path=path,
         memory_budget=memory_budget,
         distributed=distributed,
         progress=progress,

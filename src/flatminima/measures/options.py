@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from flatminima.errors import require
+from flatminima.gramian import PathName
 from flatminima.losses import Loss, per_sample_form
 from flatminima.measures.fisher import Fisher
 from flatminima.measures.results import Estimate
@@ -70,6 +71,8 @@ class MeasureOptions(PlainOptions):
         loss: ``"cross_entropy"``, a loss of :mod:`flatminima.losses` or ``torch.nn``, or ``loss(logits, targets)`` →
             (N',) tensor of per-sample losses.
         per_parameter: Also report every parameter's share of ξ, in ``Characterization.shares``.
+        path: Rows of J by layer rules where there are any ("rules"), or all by plain autograd, one sample at a time
+            ("generic"): slower by far, and never needed, as rules are held against plain autograd.
         memory_budget: Bytes that may be used beside the model (None: half of what is free). Where the samples or the
             rows of J do not fit at once, ξ is formed in several passes, exactly.
         distributed: Split the trials over the ranks of the default process group (``torchrun``). Every rank calls with
@@ -83,6 +86,7 @@ class MeasureOptions(PlainOptions):
 
     loss: Loss = "cross_entropy"
     per_parameter: bool = False
+    path: PathName = "rules"
     memory_budget: int | None = None
     distributed: bool = False
     progress: bool = True
@@ -106,6 +110,7 @@ class MeasureOptions(PlainOptions):
             self.max_standard_error is None or self.max_standard_error > 0,
             f"max_standard_error must be positive, got {self.max_standard_error}",
         )
+        require(self.path in get_args(PathName), f"unknown path={self.path!r}: use 'rules' or 'generic'")
         require(
             self.on_singular in ("raise", "skip"), f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'"
         )

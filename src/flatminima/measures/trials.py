@@ -117,6 +117,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         scale_invariant=options.scale_invariant,
         shares=options.per_parameter,
         plan=prepared.plan,
+        path=options.path,
         checks=prepared.checks,
     )
     robustness = _mean_robustness(prepared, inputs)

@@ -305,25 +305,27 @@ class Session:
     def backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Set the gradients; return the loss, the number of images classified rightly, and the trace if penalized."""
         correct: list[Tensor] = []
-        counted: list[Tensor] = []
+        rows = torch.arange(len(labels), device=labels.device)
+        counted = torch.zeros_like(labels, dtype=torch.bool)
+        whole_batch = labels, rows
         spec = self.spec.regularizer
         main_pass_is_split = isinstance(spec, RegularizerSpec) and spec.main_gradient == "sub-batches"
 
-        def loss_fn(logits: Tensor, targets: Tensor) -> Tensor:
-            # A pass at moved weights comes after the one at w, with the same targets.
-            in_main_pass = targets is labels or main_pass_is_split
-            if in_main_pass and not any(targets is before for before in counted):
-                correct.append((logits.argmax(1) == targets).sum())
-                counted.append(targets)
-            return F.cross_entropy(logits, targets, label_smoothing=self.spec.label_smoothing)
+        def loss_fn(logits: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+            labels, rows = targets
+            if targets is whole_batch or main_pass_is_split:
+                first = ~counted[rows]  # a pass at moved weights comes after the one at w, of the same images
+                correct.append(((logits.argmax(1) == labels) & first).sum())
+                counted[rows] = True
+            return F.cross_entropy(logits, labels, label_smoothing=self.spec.label_smoothing)
 
         if self.regularizer is None or not self.regularizer_is_on:
-            loss = loss_fn(self.model(images), labels)
+            loss = loss_fn(self.model(images), whole_batch)
             self.fabric.backward(loss)
             return loss.detach(), correct[0], None
         seen = self._regularizer_step()
         with self.fabric.autocast():
-            loss = self.regularizer.backward(loss_fn, images, labels)
+            loss = self.regularizer.backward(loss_fn, images, whole_batch)
         step = self._regularizer_step()
         trace = None if step is None or step is seen else step.trace  # an update without penalty leaves the old one
         return loss, torch.stack(correct).sum(), trace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def interrupted(call: Callable[[], object], number: int | None) -> InterruptAtLi
     """Run ``call`` under the trace function; an interruption must arrive if its line was reached."""
     trace, before = InterruptAtLine(number), sys.gettrace()
     arrived = False
+    gc.disable()  # it would free what other tests have left, at some line or other, where nothing can be raised
     sys.settrace(trace)
     try:
         call()
@@ -71,6 +73,7 @@ def interrupted(call: Callable[[], object], number: int | None) -> InterruptAtLi
         arrived = True
     finally:
         sys.settrace(before)
+        gc.enable()
     assert arrived == bool(trace.where), f"the interruption at {trace.where} was swallowed"
     return trace
 

@@ -187,7 +187,8 @@ class OneSubBatch(SubBatches):
         """L(B_i, ·) with the model's own weights."""
         require(torch.is_grad_enabled(), NOT_DIFFERENTIABLE)
         samples = self.samples()
-        with sound_batchnorm() if batch_size(samples) == 1 else nullcontext():
+        single = any(tensor.shape[:1] == (1,) for tensor in tensors_of(samples))
+        with sound_batchnorm() if single else nullcontext():
             return sub_batch_loss(self.closure, samples)
 
     def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:

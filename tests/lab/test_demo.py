@@ -63,8 +63,11 @@ def test_statistics_are_those_of_the_outcomes(small: tuple[demo.DemoResult, Path
 
 def test_every_setting_is_said_in_a_line_once_it_is_known(small: tuple[demo.DemoResult, Path, str]) -> None:
     report, _, said = small
-    lines = said.splitlines()
+    headings, lines = [], []
+    for line in said.splitlines():
+        (lines if line.startswith("randomly labelled") else headings).append(line)
     assert len(lines) == 2 + 2 * 3
+    assert [heading.partition("?")[0] for heading in headings] == [s.title.rstrip("?") for s in report.summaries]
     rows = select(report.summaries[1].records, "regularized", "200")
     (line,) = (line for line in lines if line.startswith("randomly labelled images 200, regularized: test error "))
     assert f"test error {50 * (rows[0].test_error + rows[1].test_error):.2f} ±" in line

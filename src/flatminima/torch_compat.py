@@ -138,6 +138,19 @@ def eager_stance() -> AbstractContextManager[None]:
     return stance
 
 
+def compiler_stance() -> Any:
+    """How compiled models run at present, for :func:`restore_compiler_stance`; None before anything is compiled."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return None if dynamo is None else dynamo._stance
+
+
+def restore_compiler_stance(stance: Any) -> None:
+    """Go back to a :func:`compiler_stance`: an interruption within :func:`eager_stance` can leave it in force."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None:
+        dynamo._stance = dynamo.DynamoStance() if stance is None else stance
+
+
 def dynamo_error() -> type[Exception]:
     """What ``torch.compile(..., fullgraph=True)`` raises for a function that it cannot trace."""
     from torch._dynamo.exc import TorchDynamoException

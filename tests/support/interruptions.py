@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flatminima.torch_compat import float32_switches, function_modes
+from flatminima.torch_compat import compiler_stance, float32_switches, function_modes
 
 SWALLOWING = ("/torch/utils/weak.py",)
 """Files of callbacks that run while something is freed, where Python itself swallows every exception."""
@@ -55,6 +55,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "gradients recorded": torch.is_grad_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "function modes": function_modes(),
+        "compiler's stance": compiler_stance(),
         "torch's generator": torch.get_rng_state().tolist(),
         "Python's generator": random.getstate(),
         "numpy's generator": np.random.get_state()[1].tolist(),  # type: ignore[index, union-attr]  # noqa: NPY002

@@ -18,11 +18,13 @@ from torch import nn
 
 from flatminima.network.modes import Buffers
 from flatminima.torch_compat import (
+    compiler_stance,
     float32_switches,
     forward_pre_hooks,
     function_modes,
     leave_function_modes,
     own_parameters,
+    restore_compiler_stance,
 )
 
 P = ParamSpec("P")
@@ -67,6 +69,7 @@ class Before:
         self._switches = [(holder, name, getattr(holder, name)) for holder, name, _, _ in float32_switches()]
         self._records = torch.is_grad_enabled()
         self._function_modes = function_modes()
+        self._stance = compiler_stance()
         numpy = sys.modules.get("numpy")
         self._generators: list[tuple[Any, Any]] = [(torch.set_rng_state, torch.get_rng_state())]
         self._generators.append((random.setstate, random.getstate()))
@@ -111,6 +114,7 @@ class Before:
             setattr(holder, name, value)
         torch.set_grad_enabled(self._records)
         leave_function_modes(self._function_modes)
+        restore_compiler_stance(self._stance)
         for set_state, state in self._generators:
             set_state(state)
         if interruption is not error:

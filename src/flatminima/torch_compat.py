@@ -140,13 +140,13 @@ def eager_stance() -> AbstractContextManager[None]:
 
 def compiler_stance() -> Any:
     """How compiled models run at present, for :func:`restore_compiler_stance`; None before anything is compiled."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     return None if dynamo is None else dynamo._stance
 
 
 def restore_compiler_stance(stance: Any) -> None:
     """Go back to a :func:`compiler_stance`: an interruption within :func:`eager_stance` can leave it in force."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is not None:
         dynamo._stance = dynamo.DynamoStance() if stance is None else stance
 

@@ -71,7 +71,7 @@ def test_compiled_models_run_their_graphs_after_an_interruption_that_a_context_m
     monkeypatch.setattr(torch.compiler, "set_stance", interrupted)
     model = nn.Linear(6, 3)
     with pytest.raises(KeyboardInterrupt):
-        FisherTraceRegularizer(model, num_sub_batches=2).penalize(
+        FisherTraceRegularizer(model, num_sub_batches=2, estimator="hvp").penalize(
             lambda batch: F.cross_entropy(model(batch[0]), batch[1]), (torch.randn(8, 6), torch.randint(3, (8,)))
         )
     assert compiler_stance() == before

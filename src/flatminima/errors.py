@@ -33,6 +33,10 @@ class RankDeficientError(FlatminimaError):
     """ξ = JJᵀ is singular: ln det ξ is −∞. The message names the samples (duplicates, zero gradients) and the rank."""
 
 
+class UndefinedMeasureError(FlatminimaError):
+    """A measure is not defined for this model, these data or this loss. The message says why."""
+
+
 class WrongGradientError(FlatminimaError):
     """The spot check found rows of J that differ from plain autograd: samples interact, or their order is not kept."""
 

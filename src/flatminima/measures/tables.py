@@ -8,19 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from flatminima.measures.registry import label_of
+
 if TYPE_CHECKING:  # results draw themselves by these functions
     from flatminima.measures.comparison import Comparison
     from flatminima.measures.results import Characterization
-
-MEASURES = {
-    "log_det_fisher": "γ̂ = ln det ξ",
-    "spectral_radius": "spectral radius",
-    "frobenius_norm": "Frobenius norm² (per sample)",
-    "fisher_frobenius_norm": "Frobenius norm² (Fisher)",
-    "fisher_trace": "trace of the Fisher",
-    "robustness": "robustness",
-}
-"""Every measure's field and its name in tables."""
 
 
 def characterization_table(characterization: Characterization) -> Table:
@@ -30,7 +22,7 @@ def characterization_table(characterization: Characterization) -> Table:
     for heading in ("measure", "mean", "standard error"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     for name, estimate in characterization.estimates().items():
-        table.add_row(MEASURES[name], f"{estimate.mean:.6g}", f"{estimate.standard_error:.2g}")
+        table.add_row(label_of(name), f"{estimate.mean:.6g}", f"{estimate.standard_error:.2g}")
     table.add_section()
     table.add_row("training loss", f"{characterization.train_loss:.6g}", "")
     if characterization.train_accuracy is not None:
@@ -40,8 +32,8 @@ def characterization_table(characterization: Characterization) -> Table:
         f"seed {settings.seed}"
     )
     fisher = "" if settings.fisher == "empirical" else f", exact Fisher by {settings.fisher}"
-    robustness = "" if settings.no_robustness is None else f"; no robustness: {settings.no_robustness}"
-    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{robustness}"
+    left_out = "".join(f"; no {label_of(name).strip()}: {reason}" for name, reason in settings.left_out.items())
+    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{left_out}"
     return table
 
 
@@ -53,10 +45,9 @@ def comparison_table(comparison: Comparison) -> Table:
     table.add_column("measure")
     for name in comparison.characterizations:
         table.add_column(name, justify="right")
-    for measure, label in MEASURES.items():
+    for measure in comparison.measures():
         cells = [_cell(comparison, name, best, measure) for name in comparison.characterizations]
-        if any(cells):
-            table.add_row(label, *cells)
+        table.add_row(label_of(measure), *cells)
     table.add_section()
     table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in comparison.characterizations.values()))
     return table

@@ -36,6 +36,9 @@ class Measuring(PlainOptions):
 
     fisher: Literal["empirical", "model"] = "empirical"
     """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
+    measures: tuple[str, ...] = ("paper",)
+    """Beside γ̂, its parts and what else the paper has of ξ: names of measures, or groups: paper, free, cheap, weights,
+    all."""
     memory_gib: float | None = None
     """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
     double: bool = False
@@ -237,6 +240,7 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     del options["memory_gib"]
     return {
         **options,
+        "measures": list(how.measures),  # as JSON has it
         "device": resolve_device(device).type,
         "weights": digest_of((folder.path / "checkpoint.safetensors").read_bytes()),
         "flatminima": importlib.metadata.version("flatminima"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -237,19 +236,27 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
             f"{sizes[large]:,}): γ̂ orders minima of one architecture, and between several it follows their scale",
             UnlikeModelsWarning,
         )
+    comparison = Comparison(dict(characterizations))
     losses = {name: c.train_loss for name, c in characterizations.items()}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
     settings = characterizations[low].settings
     if losses[high] > SIMILAR_LOSS_RATIO * losses[low] and settings.logit_normalization is None:
-        n = settings.subset_size
-        shift = 2 * n * math.log(losses[high] / losses[low]) if losses[low] > 0 else math.inf
         warn(
-            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}): γ̂ falls with it, "
-            f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss, or "
-            f"with logit_normalization={LOGIT_NORMALIZATION}",
+            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}), and γ̂ falls with its "
+            f"loss, whatever the minimum{_residual_share(comparison, high, low)}; compare at similar training loss, by "
+            f"log_det_unit_fisher, or with logit_normalization={LOGIT_NORMALIZATION}",
             UnequalLossWarning,
         )
-    return Comparison(dict(characterizations))
+    return comparison
+
+
+def _residual_share(comparison: Comparison, first: str, second: str) -> str:
+    """How much of their difference in γ̂ is residual; nothing where there is no residual."""
+    pair = [comparison.characterizations[name] for name in (first, second)]
+    if any(c.residual is None for c in pair):
+        return ""
+    residual, whole = (comparison.difference(first, second, name).mean for name in ("residual", "log_det_fisher"))
+    return f": {residual:+.0f} of the {whole:+.0f} between these two is residual"
 
 
 def _drawn(c: Characterization) -> tuple[Any, ...]:

@@ -35,6 +35,8 @@ class EpochRecord:
     """Wall-clock time of the epoch, over all its sittings."""
     validation_error: float | None = None
     """Fraction of the held-out images classified wrongly, likewise; None without such."""
+    fit: float | None = None
+    """Mean cross entropy of the un-augmented training set in evaluation mode, of runs that stop by it."""
 
 
 @dataclass(config=RECORD)

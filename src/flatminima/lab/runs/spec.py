@@ -165,6 +165,10 @@ class RunSpec:
     """Stop after this many epochs (None: only `iterations` limits the run)."""
     iterations: AtLeastOne | None = None
     """Stop after this many updates (None: only `epochs` limits the run); the earlier limit counts."""
+    stop_at_loss: Positive | None = None
+    """End with the first epoch after which the cross entropy of the un-augmented training set, in evaluation mode, is at
+    most this (None: train on to the limit), so that minima of several runs fit their data equally well; a run that never
+    gets there within its limits has failed."""
     lr: Positive = 0.1
     """Initial learning rate."""
     schedule: Schedule = field(default_factory=MultiStep)
@@ -205,8 +209,12 @@ class RunSpec:
         return digest_of(_canonical(self.identity()).encode())[:_KEY_LENGTH]
 
     def identity(self) -> dict[str, Any]:
-        """What makes it equal to another, JSON-able: every value but where the data lie."""
-        return {name: value for name, value in plain(self).items() if name != "data_folder"}
+        """What makes it equal to another, JSON-able: every value but where the data lie.
+
+        What came later than the first runs is left out at its default, which these were trained with.
+        """
+        left_out = {"data_folder"} | ({"stop_at_loss"} if self.stop_at_loss is None else set())
+        return {name: value for name, value in plain(self).items() if name not in left_out}
 
     @property
     def source(self) -> str:

@@ -23,6 +23,7 @@ from flatminima.lab.errors import (
     ResumedElsewhereWarning,
     TrainingInterrupted,
     TrainingStopped,
+    UnreachedLossError,
 )
 from flatminima.lab.runs.event_log import event_log
 from flatminima.lab.runs.folder import RunFolder
@@ -87,6 +88,7 @@ def train(
 
     Raises:
         NonFiniteError: The loss became NaN or infinite; the folder is marked as failed.
+        UnreachedLossError: The spec's ``stop_at_loss`` was never reached; likewise.
         FlatminimaError: The data cannot be loaded, another process trains this run (and ``wait`` is False), it failed
             before, or it cannot be shared by as many processes as torchrun started.
         TrainingInterrupted: Ctrl-C; the resume point is saved.
@@ -212,6 +214,10 @@ def _finish(run: Session, folder: RunFolder, progress: bool, checkpoint_seconds:
         if first or folder.path.is_dir():  # whoever met it: the first process may be waiting for this one
             folder.write_failure(message, run.history)
         raise NonFiniteError(message) from None
+    except UnreachedLossError as error:
+        if first:
+            folder.write_failure(str(error), run.history)
+        raise
     run.processes.first(lambda: folder.write_result(result, run.network.state_dict(), run.history))
     return result
 
@@ -226,7 +232,7 @@ def _train_to_end(
         event_log(run, folder) as log,
         folder.watched() as note,
     ):
-        while run.iteration < run.total_iterations:
+        while not run.is_done:
             if stop is not None and run.at_epoch_end() and _stops(run, stop):
                 run.processes.first(partial(folder.write_resume_point, run.resume_point()))
                 raise TrainingStopped(f"stopped after {run.epoch} of {run.epochs} epochs (saved in {folder.path})")
@@ -247,6 +253,11 @@ def _train_to_end(
             bar.update(run.iteration, _headline(run))
             if run.processes.rank == 0:
                 note(_progress(run))
+    if run.spec.stop_at_loss is not None and not run.fits:
+        raise UnreachedLossError(
+            f"training ended after {run.epoch} epochs with a loss of {run.history[-1].fit:.3g} on the training set, above "
+            f"stop_at_loss {run.spec.stop_at_loss:g}: allow more epochs, or a higher loss"
+        )
 
 
 def _progress(run: Session) -> RunProgress:

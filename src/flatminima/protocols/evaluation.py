@@ -92,46 +92,52 @@ class Evaluation:
         """As JSON has it."""
         return asdict(self)
 
-    def conclusions(self) -> list[str]:
-        """What the numbers say, in sentences made from them."""
+    def conclusions(self, labels: Mapping[str, str] | None = None) -> list[str]:
+        """What the numbers say, in sentences made from them.
+
+        Args:
+            labels: what columns are called in them, if not by their names.
+        """
+        called = {name: name for name in [*self.measures, self.target, self.given or ""]} | dict(labels or {})
+        beyond = "" if self.given is None else f" beyond {called[self.given]}"
         by_verdict: dict[Verdict, list[str]] = {}
         for name, evidence in self.measures.items():
             by_verdict.setdefault(evidence.verdict(self.given), []).append(name)
-        beyond = "" if self.given is None else f" beyond {self.given}"
-        shown = [self._ground()]
+        shown = [self._ground(called)]
         if names := by_verdict.get("follows"):
-            shown.append(f"Say something about the error{beyond}: {self._with_numbers(names)}.")
+            shown.append(f"Say something about the error{beyond}: {self._with_numbers(names, called)}.")
         else:
             shown.append(f"No measure here is seen to say something about the error{beyond}.")
         if names := by_verdict.get("goes against"):
-            shown.append(f"Go against the error{beyond} (the more of it, the less error): {self._with_numbers(names)}.")
+            numbers = self._with_numbers(names, called)
+            shown.append(f"Go against the error{beyond} (the more of it, the less error): {numbers}.")
         if names := by_verdict.get("shows nothing"):
-            shown.append(f"Show no clear relation to the error{beyond} (the interval holds zero): {', '.join(names)}.")
-        if names := by_verdict.get("undefined"):
-            reasons = [f"{name} ({self.measures[name].decisive(self.given).reason})" for name in names]
-            shown.append(f"Not to be judged: {', '.join(reasons)}.")
+            these = ", ".join(called[name] for name in names)
+            shown.append(f"Show no clear relation to the error{beyond} (the interval holds zero): {these}.")
+        undecided: dict[str | None, list[str]] = {}
+        for name in by_verdict.get("undefined", []):
+            undecided.setdefault(self.measures[name].decisive(self.given).reason, []).append(called[name])
+        shown += [f"Not to be judged, as {reason}: {', '.join(those)}." for reason, those in undecided.items()]
         return [*shown, *self._cautions()]
 
-    def _with_numbers(self, names: Sequence[str]) -> str:
+    def _with_numbers(self, names: Sequence[str], called: Mapping[str, str]) -> str:
         """The strongest first."""
         symbol = "τ" if self.given is None else "partial τ"
         findings = {name: self.measures[name].decisive(self.given) for name in names}
         strongest = sorted(names, key=lambda name: -abs(findings[name].value or 0.0))
-        return ", ".join(f"{name} ({symbol} = {described(findings[name])})" for name in strongest)
+        return ", ".join(f"{called[name]} ({symbol} = {described(findings[name])})" for name in strongest)
 
-    def _ground(self) -> str:
+    def _ground(self, called: Mapping[str, str]) -> str:
         """What is asked, and of what."""
         of = f" of {self.settings} settings" if self.hyper_parameters else ""
-        text = f"{self.minima} minima{of}, ordered by {self.target}. "
+        text = f"{self.minima} minima{of}, ordered by {called[self.target]}. "
         if self.given is None or self.baseline is None:
-            return (
-                text + "Nothing is given: whether a measure only repeats the training loss, these numbers cannot tell."
-            )
-        baseline = self.baseline.kendall
-        alone = f"τ is undefined, {baseline.reason}" if baseline.value is None else f"τ = {described(baseline)}"
+            return f"{text}Nothing is given, so whether a measure only repeats the training loss remains open."
+        given, alone = called[self.given], self.baseline.kendall
+        tau = f"τ is undefined, as {alone.reason}" if alone.value is None else f"τ = {described(alone)}"
         return (
-            f"{text}{self.given} alone orders them with {alone}. A measure's evidence is its partial τ, what it says of "
-            f"the order beyond {self.given}; its plain τ may only repeat that."
+            f"{text}Of {given} alone, {tau}. A measure's evidence is its partial τ: what it says of the order beyond "
+            f"{given}. Its plain τ may only repeat that."
         )
 
     def _cautions(self) -> list[str]:

@@ -90,16 +90,7 @@ class Ledger:
         Raises:
             FlatminimaError: the file cannot be read, or see :meth:`of`.
         """
-        try:
-            # pandas' quick parser is a last digit off, which makes and breaks ties
-            frame = pd.read_csv(path, float_precision="round_trip", skip_blank_lines=True)
-        except OSError as error:
-            raise FlatminimaError(f"cannot read {path}: {error.strerror or error}") from None
-        except (ValueError, pd.errors.ParserError) as error:  # no text, no table, empty
-            raise FlatminimaError(f"{path} is no table with a line of names ({first_line(error)})") from None
-        for condition in where:
-            frame = _chosen(frame, condition)
-        return cls.of(frame, **columns)
+        return cls.of(read_table(path, where), **columns)
 
     @classmethod
     def of(
@@ -189,6 +180,23 @@ class Ledger:
             seeds=None if self.seed is None else pd.factorize(shown[self.seed])[0],
             test_size=self.test_size,
         )
+
+
+def read_table(path: Path | str, where: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV file with a line of names, or the rows of it that hold the values of ``where``, as in :meth:`Ledger.read`.
+
+    Raises:
+        FlatminimaError: the file cannot be read, or no row is left.
+    """
+    try:
+        frame = pd.read_csv(path, float_precision="round_trip")  # the quick parser is off in the last digit: no ties
+    except OSError as error:
+        raise FlatminimaError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # no text, no table, nothing at all
+        raise FlatminimaError(f"{path} is no table with a line of names ({first_line(error)})") from None
+    for condition in where:
+        frame = _chosen(frame, condition)
+    return frame
 
 
 def combinations_of(factors: NDArray[np.intp]) -> NDArray[np.intp]:

@@ -88,6 +88,13 @@ class Evaluation:
     test_size: int
     """Samples that an error is taken to be a fraction of."""
 
+    @property
+    def all(self) -> dict[str, Evidence]:
+        """Every measure's evidence, and last that of what is given."""
+        if self.given is None or self.baseline is None:
+            return dict(self.measures)
+        return {**self.measures, self.given: self.baseline}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)

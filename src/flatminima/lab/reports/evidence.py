@@ -33,9 +33,7 @@ def evidence_table(
     """
     called = {} if labels is None else labels
     given = None if evaluation.given is None else called.get(evaluation.given, evaluation.given)
-    evidence = dict(evaluation.measures)
-    if evaluation.given is not None and evaluation.baseline is not None:
-        evidence[evaluation.given] = evaluation.baseline
+    evidence = evaluation.all
     counts = {found.kendall.n for found in evidence.values()}
     header = (
         "measure",

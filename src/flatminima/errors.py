@@ -85,6 +85,10 @@ class AccumulationWarning(FlatminimaWarning):
     """Gradients were accumulated over calls that each counted as a step of its own."""
 
 
+class LedgerWarning(FlatminimaWarning):
+    """Rows of a ledger lack what is asked for, or are there twice."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`FlatminimaError` unless the condition holds."""
     if not condition:

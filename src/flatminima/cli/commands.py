@@ -16,6 +16,7 @@ from rich.console import Group
 from rich.text import Text
 from tyro.conf import arg
 
+from flatminima.cli.evaluate import evaluate
 from flatminima.cli.options import (
     PROGRAM,
     REGULARIZERS,
@@ -204,5 +205,6 @@ COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {
     "train": _train,
     "measure": _measure,
     "compare": _compare,
+    "evaluate": evaluate,
     "reproduce": _reproduce,
 }

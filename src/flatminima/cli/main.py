@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flatminima.cli.commands import COMMANDS
+from flatminima.cli.evaluate import Evaluate
 from flatminima.cli.options import PROGRAM, Compare, Demo, Measure, Reproduce, Train
 from flatminima.cli.output import say, show_warning
 from flatminima.errors import FlatminimaError, FlatminimaWarning, NonFiniteError, RankDeficientError, require_one_of
@@ -88,7 +89,7 @@ def _run(given: list[str]) -> int:
 
 def _usage() -> str:
     lines = [f"usage: {PROGRAM} COMMAND [options]", "", "Which minimum generalizes better, and how to train to it.", ""]
-    for command in (Demo, Train, Measure, Compare, Reproduce):
+    for command in (Demo, Train, Measure, Compare, Evaluate, Reproduce):
         summary = (command.__doc__ or "").splitlines()[0]
         lines.append(f"  {command.__name__.lower():<10} {summary}")
     lines += [

@@ -20,7 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatminima.errors import FlatminimaError, RankDeficientError
 from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
-from flatminima.network import Inputs, batch_size, call_model, map_tensors, sound_batchnorm, take, undisturbed
+from flatminima.network import (
+    Inputs,
+    batch_size,
+    call_model,
+    call_model_without_graph,
+    map_tensors,
+    sound_batchnorm,
+    take,
+    undisturbed,
+)
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -165,8 +174,7 @@ class _Reference:
             raise FlatminimaError("no samples: pass the training set")
         model = copy.deepcopy(model).cpu().double().eval()
         inputs = map_tensors(_on_cpu, inputs)
-        with torch.no_grad():
-            logits = call_model(model, take(inputs, slice(None)))
+        logits = call_model_without_graph(model, inputs)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise FlatminimaError(
                 f"exact forms need logits of shape (N, K ≥ 2), the model returned {tuple(logits.shape)}"

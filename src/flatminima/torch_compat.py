@@ -52,6 +52,9 @@ is_view: Callable[[Tensor], bool] = Tensor._is_view
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """The tensor that a view shows; None for one that is no view."""
 
+make_dual: Callable[..., Any] = torch._make_dual
+"""By which forward-mode derivatives begin; ``torch.autograd.forward_ad.make_dual`` is not seen by function modes."""
+
 # Operators that no public function calls in the same way.
 
 batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
@@ -167,6 +170,11 @@ def cannot_be_vectorized(error: RuntimeError | ValueError) -> bool:
 def has_no_derivative(error: RuntimeError) -> bool:
     """Whether autograd has met an operation without a derivative."""
     return "not implemented" in str(error)
+
+
+def lacks_a_graph(error: RuntimeError) -> bool:
+    """Whether a derivative was asked for where gradients are not recorded."""
+    return "does not require grad" in str(error)
 
 
 def raises_when_differentiated(node: Any) -> bool:

@@ -37,7 +37,7 @@ from flatminima.gramian.planning import (
     pass_bytes,
     row_bytes,
 )
-from flatminima.gramian.recording import RecordedUse, Recorder
+from flatminima.gramian.recording import DerivativeInForwardError, RecordedUse, Recorder
 from flatminima.losses import FactoredLoss, Loss, refuse_non_finite
 from flatminima.network import (
     Inputs,
@@ -178,7 +178,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     """
     model = unwrapped(model)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
-    with undisturbed(model), shared(model) as processes, evaluating(model):
+    with undisturbed(model), shared(model) as processes, evaluating(model), true_precision():
         parts = trainable_parts(model, processes)
         budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
@@ -220,7 +220,11 @@ def _checked(
         recorded = _Recorded()
         by_rules = {name: part for name, part in parts.items() if name not in one_by_one}
         if by_rules:
-            _add_by_rules(xi, batch, by_rules, plan, recorded)
+            try:
+                _add_by_rules(xi, batch, by_rules, plan, recorded)
+            except DerivativeInForwardError:
+                one_by_one = set(parts)
+                continue
         else:
             note_losses(xi, batch, plan.chunk)
         generic = one_by_one | set(recorded.given_up)
@@ -320,7 +324,7 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: Accum
         for use in uses:
             use.on_arrival = add_when_complete(parameter, uses)
     if logits.requires_grad:
-        torch.autograd.grad(logits, recorder.root, direction)
+        torch.autograd.grad(logits, [recorder.root, *recorder.leaves.values()], direction, allow_unused=True)
     for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
         sink.add_use(parameter, uses)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.network import Inputs, call_model, explained_errors, tensors_of
+from flatminima.network import Inputs, RefusedAutocast, call_model, explained_errors, tensors_of
 from flatminima.parallel import is_sharded
 
 FREE_SHARE = 0.5
@@ -144,7 +144,7 @@ def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
         return tensor.detach()  # a result handed back as it is would hold its own graph, and so itself, for ever
 
     kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with explained_errors(model, inputs), torch.enable_grad(), kept:
+    with explained_errors(model, inputs), torch.enable_grad(), kept, RefusedAutocast():
         logits = call_model(model, inputs)
     return int(TRANSIENT * sum(saved.values())) + LOGITS * logits.numel() * logits.element_size()
 

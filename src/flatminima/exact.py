@@ -132,6 +132,7 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
         NonFiniteError: as for :func:`exact_fisher`.
     """
     # Fused attention kernels have no second derivative.
+    model = unwrapped(model)
     with undisturbed(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         reference = _Reference.of(model, inputs, labels)
         W, n = reference.num_parameters, len(reference.y)
@@ -163,7 +164,6 @@ class _Reference:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, labels: Labels) -> _Reference:
-        model = unwrapped(model)
         W = sum(p.numel() for p in trainable_parameters(model).values())
         if W > MAX_PARAMETERS:
             raise FlatminimaError(
@@ -203,6 +203,7 @@ def _fisher_factor(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
 
     The factor keeps the digits that the product AᵀA would square away.
     """
+    model = unwrapped(model)
     with undisturbed(model):
         reference = _Reference.of(model, inputs, labels)
         W, n = reference.num_parameters, len(reference.y)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ from flatminima.network import (
     in_float64,
     map_tensors,
     model_inputs,
+    require_module,
     sound_batchnorm,
     take,
     tensors_of,
@@ -97,9 +98,10 @@ def gram(
         >>> flatminima.gram(model, x, y).shape
         torch.Size([5, 5])
     """
-    result = factored_gram(model, inputs, targets, loss=loss, path=path)
+    checks = Checks()
+    result = factored_gram(model, inputs, targets, loss=loss, path=path, checks=checks)
     if path == "rules":
-        warn_generic(result.generic_parameters)
+        warn_generic(result.generic_parameters, checks)
     return result.matrix()
 
 
@@ -137,6 +139,11 @@ def factored_gram(
         checks: what is known from earlier ξ of this model; what was checked before is not checked again.
     """
     model = unwrapped(model)
+    require_path(path)
+    require(
+        isinstance(targets, Tensor),
+        f"targets must be a tensor, got {type(targets).__name__}: convert them",
+    )
     with undisturbed(model), shared(model) as processes:
         inputs = model_inputs(model, map_tensors(torch.Tensor.detach, inputs), targets)
         n = batch_size((inputs, targets))
@@ -191,8 +198,17 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     return make_plan(n, longest, per_sample, held, budget)
 
 
-def warn_generic(names: Sequence[str]) -> None:
-    """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any."""
+def require_path(path: str) -> None:
+    """Raise :class:`FlatminimaError` unless ``path`` is a :data:`PathName`."""
+    require(path in get_args(PathName), f"unknown path={path!r}: use 'rules' or 'generic'")
+
+
+def warn_generic(names: Sequence[str], checks: Checks) -> None:
+    """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any.
+
+    Those whose rule was found to be wrong have been warned of then.
+    """
+    names = [name for name in names if name not in checks.distrusted]
     if names:
         warn(
             f"{_listed(names)} are used in a way no layer rule covers: "
@@ -340,10 +356,7 @@ def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
-    require(
-        isinstance(model, nn.Module),
-        f"a model is a torch.nn.Module, got {type(model).__name__}: build the network and load its weights first",
-    )
+    require_module(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
     inner = uncompiled(model)

@@ -22,7 +22,7 @@ def characterize(prepared: PreparedModel, trials: Sequence[TrialValues]) -> Char
         RankDeficientError: if ξ was singular in every trial.
     """
     if prepared.options.path == "rules":
-        warn_generic(trials[0].generic_parameters)
+        warn_generic(trials[0].generic_parameters, prepared.checks)
     robustness = [trial.robustness for trial in trials]
     return Characterization(
         log_det_fisher=Estimate.of([trial.log_det_fisher for trial in trials]),

@@ -31,6 +31,7 @@ from flatminima.network.precision import (
     in_float64,
     true_precision,
 )
+from flatminima.network.requirements import require_module, require_usable
 from flatminima.network.samples import Data, Samples, explained_errors, model_inputs, samples_of
 from flatminima.network.surroundings import undisturbed
 
@@ -59,6 +60,8 @@ __all__ = [
     "model_inputs",
     "moved",
     "replaced_forward",
+    "require_module",
+    "require_usable",
     "restored_generators",
     "run_model",
     "samples_of",

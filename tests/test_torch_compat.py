@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
-from torch.overrides import BaseTorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode, wrap_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from flatminima import torch_compat
@@ -389,3 +390,88 @@ def test_forward_pre_hooks_can_be_removed_by_their_keys() -> None:
     del hooks[key]
     module.register_forward_pre_hook(lambda *_: pytest.fail("not this one")).remove()
     module(torch.zeros(1))
+
+
+W = torch.randn(3, 3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda x: torch.func.grad(lambda z: z.exp().sum())(x),
+        lambda x: torch.func.jvp(lambda z: F.linear(torch.tanh(z), W), (x,), (x,))[1],
+    ],
+    ids=["backward", "forward"],
+)
+def test_derivatives_by_func_do_not_go_with_hooks_on_what_is_saved(derivative: Callable[[Tensor], Tensor]) -> None:
+    def pack(tensor: Tensor) -> Tensor:
+        tensor.untyped_storage().data_ptr()
+        return tensor
+
+    x = torch.randn(3, requires_grad=True)
+    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with kept, pytest.raises(RuntimeError) as raised:
+        derivative(x)
+    assert torch_compat.hides_what_is_saved(raised.value)
+    assert not torch_compat.hides_what_is_saved(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_derivative_without_a_graph_is_told_from_other_errors() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with torch.no_grad(), pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(x.sum(), x)
+    assert torch_compat.lacks_a_graph(raised.value)
+    assert not torch_compat.lacks_a_graph(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+class Seen(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@wrap_torch_function(lambda x: (x,))
+def wrapped(x: Tensor) -> Tensor:
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    ("function", "visible"),
+    [
+        (torch.add, True),
+        (Tensor.add, True),
+        (Tensor.__getitem__, True),
+        (F.linear, True),
+        (F.embedding, True),
+        (F.multi_head_attention_forward, True),
+        (torch.ops.aten.add.Tensor, True),
+        (torch.ops.aten.add, True),
+        (torch.autograd.grad, True),
+        (wrapped, True),
+        (F.max_pool2d, False),
+        (lambda x: x + 1, False),
+        (math.sqrt, False),
+        (Cube.apply, False),
+        (nn.Linear, False),
+        (nn.ReLU(), False),
+    ],
+    ids=str,
+)
+def test_which_functions_are_visible_to_function_modes(function: Any, visible: bool) -> None:
+    assert torch_compat.is_visible_to_function_modes(function) == visible
+
+
+def test_what_is_visible_is_seen() -> None:
+    x = torch.randn(2, 3)
+    with Seen() as seen:
+        for function in (torch.add, Tensor.add, F.linear, torch.ops.aten.add.Tensor):
+            function(x, x)
+        Tensor.__getitem__(x, 0)
+        wrapped(x)
+        torch.func.jvp(torch.tanh, (x,), (x,))
+    named = {torch.add, Tensor.add, Tensor.__getitem__, F.linear, torch.ops.aten.add.Tensor, wrapped}
+    assert named | {torch_compat.make_dual} <= set(seen.functions)

@@ -7,11 +7,14 @@ a caller can catch or silence them by name.
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _NOT_THE_USERS = frozenset({"flatminima", "torch", "contextlib"})
 """Packages whose calls may lie between a user's line and a warning of ours."""
@@ -65,6 +68,10 @@ class UnequalLossWarning(FlatminimaWarning):
     """Compared models differ in training loss, which confounds γ̂."""
 
 
+class ImpreciseWarning(FlatminimaWarning):
+    """The trials were not enough for the standard error that was asked for."""
+
+
 class SingularTrialWarning(FlatminimaWarning):
     """Trials with a singular ξ were left out of ln det ξ, as asked for."""
 
@@ -93,6 +100,29 @@ def require(condition: bool, message: str) -> None:
     """Raise :class:`FlatminimaError` unless the condition holds."""
     if not condition:
         raise FlatminimaError(message)
+
+
+def require_integer(name: str, value: object) -> None:
+    """Raise :class:`FlatminimaError` for an option that is no integer; numpy's are, True and False are not."""
+    require(hasattr(value, "__index__") and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+
+
+def require_number(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise :class:`FlatminimaError` for an option that is no real number; numpy's are, True and False are not."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    require(number or (optional and value is None), f"{name} must be a number, got {value!r}")
+
+
+def require_positive(name: str, value: Any, *, or_zero: bool = False) -> None:
+    """Raise :class:`FlatminimaError` for an option that is no finite number above (or at) zero."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    what = "zero or a positive number" if or_zero else "a positive number"
+    require(number and (value > 0 or (or_zero and value == 0)), f"{name} must be {what}, got {value!r}")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raise :class:`FlatminimaError` for an option that is neither True nor False."""
+    require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
 
 
 def warn(message: str, category: type[Warning]) -> None:

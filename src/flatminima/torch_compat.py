@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import function
 from torch.nn.modules import batchnorm
 from torch.utils import checkpoint as checkpoints
@@ -51,6 +53,9 @@ is_view: Callable[[Tensor], bool] = Tensor._is_view
 
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """The tensor that a view shows; None for one that is no view."""
+
+make_dual: Callable[..., Any] = torch._make_dual
+"""By which forward-mode derivatives begin; ``torch.autograd.forward_ad.make_dual`` is not seen by function modes."""
 
 # Operators that no public function calls in the same way.
 
@@ -182,6 +187,16 @@ def has_no_derivative(error: RuntimeError) -> bool:
     return "not implemented" in str(error)
 
 
+def lacks_a_graph(error: RuntimeError) -> bool:
+    """Whether a derivative was asked for where gradients are not recorded."""
+    return "does not require grad" in str(error)
+
+
+def hides_what_is_saved(error: RuntimeError) -> bool:
+    """Whether derivatives by ``torch.func`` have met hooks on what autograd saves: some of these fail then."""
+    return re.search("saved tensor hooks|invalid python storage", str(error)) is not None
+
+
 def raises_when_differentiated(node: Any) -> bool:
     """Whether a node of the autograd graph stands behind a function marked ``once_differentiable``."""
     return str(node.name()).endswith("Error")
@@ -199,6 +214,18 @@ def leave_function_modes(count: int) -> None:
     """Leave all but the first ``count`` of them, whose own ``__exit__`` an interruption has prevented."""
     while function_modes() > count:
         torch._C._pop_torch_function_stack()
+
+
+def is_visible_to_function_modes(function: Any) -> bool:
+    """Whether a ``TorchFunctionMode`` sees calls of it: PyTorch's own in C, operators, Python that passes them on."""
+    if isinstance(function, FunctionType):
+        return "handle_torch_function" in function.__code__.co_names
+    if isinstance(function, BuiltinFunctionType):
+        return (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch"
+    return isinstance(
+        function,
+        (OpOverload, OpOverloadPacket, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType),
+    )
 
 
 # Precision.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatminima.errors import FlatminimaError, require
+from flatminima.errors import FlatminimaError, require, require_flag, require_integer, require_number
 from flatminima.losses.gradients import LogitGradient, gradient_of
 
 
@@ -47,10 +48,17 @@ class CrossEntropy:
     class_dimension: Literal[-1, 1] = -1
 
     def __post_init__(self) -> None:
+        require_number("label_smoothing", self.label_smoothing)
+        require_integer("ignore_index", self.ignore_index)
+        require_flag("next_token", self.next_token)
         require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         _require_mean_or_sum("positions", self.positions)
         require(self.class_dimension in (-1, 1), f"class_dimension must be -1 or 1, got {self.class_dimension!r}")
         if self.weight is not None:
+            require(
+                isinstance(self.weight, (Sequence, Tensor)) and not isinstance(self.weight, str),
+                f"weight must be a factor for every class, got {self.weight!r}",
+            )
             object.__setattr__(self, "weight", tuple(float(factor) for factor in self.weight))
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:

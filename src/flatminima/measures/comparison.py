@@ -26,7 +26,7 @@ from flatminima.gramian import PathName
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
-from flatminima.measures.options import MeasureOptions, Measures, with_options_explained
+from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.registry import CATALOGUE, in_table_order
 from flatminima.measures.results import Characterization, Estimate, jsonable
@@ -148,6 +148,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
     Warns:
         UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
         UnlikeModelsWarning: if they differ in their number of trainable parameters.
+        ImpreciseWarning: if ``max_standard_error`` is not reached by some pair.
 
     Example:
         >>> import torch, flatminima
@@ -210,7 +211,10 @@ def compare(  # noqa: D417 (the options are explained in one place)
         for name in prepared:
             with naming(name):
                 characterizations[name] = characterize(prepared[name], [trial[name] for trial in done])
-    return comparison_of(characterizations)
+    comparison = comparison_of(characterizations)
+    for a, b in itertools.combinations(models, 2):
+        warn_of_imprecision(options, comparison.difference(a, b).per_trial, f"γ̂'s difference between {a!r} and {b!r}")
+    return comparison
 
 
 def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:

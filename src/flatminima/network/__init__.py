@@ -4,6 +4,7 @@ from flatminima.network.batches import (
     Inputs,
     batch_size,
     call_model,
+    call_model_without_graph,
     device_of,
     map_tensors,
     run_model,
@@ -22,8 +23,16 @@ from flatminima.network.modes import (
     restored_generators,
     without_autocast,
 )
-from flatminima.network.precision import back_like, float32_products, float64_device, in_float64, true_precision
-from flatminima.network.samples import Data, Samples, draw_subsets, explained_errors, model_inputs, samples_of
+from flatminima.network.precision import (
+    RefusedAutocast,
+    back_like,
+    float32_products,
+    float64_device,
+    in_float64,
+    true_precision,
+)
+from flatminima.network.requirements import require_module, require_usable
+from flatminima.network.samples import Data, Samples, explained_errors, model_inputs, samples_of
 from flatminima.network.surroundings import undisturbed
 
 __all__ = [
@@ -32,14 +41,15 @@ __all__ = [
     "Buffers",
     "Data",
     "Inputs",
+    "RefusedAutocast",
     "Samples",
     "back_like",
     "batch_size",
     "batch_statistics",
     "call_model",
+    "call_model_without_graph",
     "chunk_statistics",
     "device_of",
-    "draw_subsets",
     "evaluating",
     "explained_errors",
     "float32_products",
@@ -50,6 +60,8 @@ __all__ = [
     "model_inputs",
     "moved",
     "replaced_forward",
+    "require_module",
+    "require_usable",
     "restored_generators",
     "run_model",
     "samples_of",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError, require
+from flatminima.torch_compat import lacks_a_graph
 
 Inputs = Any
 """A tensor, a tuple or list (positional arguments), or a mapping (keyword arguments); every tensor has N rows.
@@ -212,6 +213,8 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
 def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's logits: its output if that is a tensor, else the output's ``logits`` (Hugging Face models).
 
+    Of a single sample the first dimension may be lacking, as after ``squeeze()``; it is put back.
+
     Raises:
         FlatminimaError: if the output is neither.
     """
@@ -222,7 +225,21 @@ def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
             f"{type(model).__name__} returned {type(output).__name__}: "
             "return the logits as a tensor, or an object with `.logits`"
         )
+    if logits.shape[:1] != (1,) and {len(tensor) for tensor in tensors_of(inputs) if tensor.dim()} == {1}:
+        return logits.unsqueeze(0)
     return logits
+
+
+def call_model_without_graph(model: nn.Module, inputs: Inputs) -> Tensor:
+    """:func:`call_model` where no gradient is wanted; a forward that takes derivatives itself still has its own."""
+    try:
+        with torch.no_grad():
+            return call_model(model, take(inputs, slice(None)))
+    except RuntimeError as error:
+        if not lacks_a_graph(error):
+            raise
+        with torch.enable_grad():
+            return call_model(model, take(inputs, slice(None))).detach()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -65,27 +65,6 @@ def samples_of(data: Data) -> Samples:
     return samples
 
 
-def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> list[list[int]]:
-    """``trials`` subsets of ``subset_size`` distinct indices below ``num_samples``; the same for the same arguments.
-
-    Trial t is the same whatever ``trials`` is.
-
-    Raises:
-        FlatminimaError: if there are fewer samples than ``subset_size``, or an argument is not positive.
-    """
-    if subset_size < 1 or trials < 1:
-        raise FlatminimaError(f"subset_size and trials must be at least 1, got {subset_size} and {trials}")
-    if num_samples < subset_size:
-        raise FlatminimaError(
-            f"the data set has {num_samples} samples, fewer than subset_size={subset_size}: "
-            "lower subset_size or pass more data"
-        )
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return [
-        torch.randperm(num_samples, generator=generator, device="cpu")[:subset_size].tolist() for _ in range(trials)
-    ]
-
-
 def model_inputs(model: nn.Module, inputs: Inputs, targets: Tensor) -> Inputs:
     """The inputs that a model needs beside what the data give: those of a decoder, which it makes of the labels.
 

@@ -11,7 +11,6 @@ and no derivative passes through g_i, so its gradient is a finite difference of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from flatminima.errors import NonFiniteError, require
-from flatminima.network import BatchStatistics, Before, Inputs, device_of, run_model
+from flatminima.errors import NonFiniteError, require, require_number, require_positive
+from flatminima.network import BatchStatistics, Before, Inputs, device_of, require_usable, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima.regularizer.gradients import Gradients, GradientsLeft
 from flatminima.regularizer.passes import Estimator, PassesName, passes_for
@@ -138,8 +137,10 @@ class FisherTraceRegularizer:
         start_step: int = 0,
         warmup_steps: int = 0,
     ) -> None:
-        require(math.isfinite(alpha) and alpha > 0, f"alpha must be a positive number, got {alpha}")
-        require(math.isfinite(beta) and beta >= 0, f"beta must be zero or a positive number, got {beta}")
+        require_usable(model)
+        require_positive("alpha", alpha)
+        require_positive("beta", beta, or_zero=True)
+        require_number("max_grad_norm", max_grad_norm, optional=True)
         _require_integer("num_sub_batches", num_sub_batches, at_least=1)
         require(
             max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}"
@@ -253,7 +254,7 @@ class FisherTraceRegularizer:
             ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
             >>> loss = FisherTraceRegularizer(model).backward_closure(closure, batch)
         """
-        require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
+        require_positive("weight", weight)
         self._left.warn_if_untouched()
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         try:
@@ -422,6 +423,7 @@ def _scale_of(scaler: torch.amp.GradScaler, model: nn.Module) -> Tensor:
 
 
 def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[str]:
+    require(isinstance(parameters, Iterable), f"parameters must be those of the model, got {parameters!r}")
     chosen = list(parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     require(

@@ -25,7 +25,7 @@ from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 
-from flatminima.errors import FlatminimaError, FlatminimaWarning, one_line
+from flatminima.errors import FlatminimaError, FlatminimaWarning, described
 from flatminima.progress import track
 
 Task = TypeVar("Task")
@@ -150,7 +150,7 @@ class Ray:
         try:
             ray.init(address=self.address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
-            raise FlatminimaError(f"there is no Ray cluster at {self.address}: {_described(error)}") from None
+            raise FlatminimaError(f"there is no Ray cluster at {self.address}: {described(error)}") from None
         remote: Any = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=self.retries)(_attempt_remotely)
         running = {remote.remote(function, task, self.threads): number for number, task in enumerate(tasks)}
         try:
@@ -160,7 +160,7 @@ class Ray:
                 try:
                     outcome = ray.get(ended)
                 except ray.exceptions.RayError as error:
-                    outcome = Failure(tasks[number], _described(error))
+                    outcome = Failure(tasks[number], described(error))
                 yield number, outcome
         finally:
             for reference in running:
@@ -204,12 +204,7 @@ def _attempt(function: Callable[[Task], Result], task: Task) -> Result | Failure
     except Exception as error:
         if os.environ.get("FLATMINIMA_DEBUG"):
             traceback.print_exc()
-        return Failure(task, _described(error))
-
-
-def _described(error: Exception) -> str:
-    kind = "" if isinstance(error, FlatminimaError) else f"{type(error).__name__}: "
-    return kind + one_line(error)
+        return Failure(task, described(error))
 
 
 def _attempt_remotely(function: Callable[[Task], Result], task: Task, threads: int) -> Result | Failure:
@@ -225,7 +220,7 @@ def _require_listener(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise FlatminimaError(f"there is no Ray cluster at {address}: {_described(error)}") from None
+        raise FlatminimaError(f"there is no Ray cluster at {address}: {described(error)}") from None
 
 
 def _visible_gpus() -> list[str]:

@@ -146,7 +146,7 @@ class RunFolder:
         path = self._file("state.safetensors")
         if not path.exists():
             return None
-        tensors, note = read_tensors(path)
+        tensors, note = read_tensors(path, signed=True)
         try:
             known = parse(ResumeNote, note)
         except FlatminimaError as error:

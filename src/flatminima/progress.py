@@ -34,7 +34,7 @@ class ProgressBar:
     ) -> None:
         self._console = terminal(enabled)
         self._bar = rich.progress.Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             *([TimeElapsedColumn()] if elapsed else []),

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import RenderableType
 
@@ -36,15 +36,3 @@ def say(text: str, *, by_any: bool = False) -> None:
     """Say it on standard error; of several processes the first alone, unless it may be news to that one."""
     if by_any or Processes.launched().rank == 0:
         print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr)  # noqa: T201
-
-
-def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """In the place of ``warnings.showwarning``: one line, as errors are."""
-    say(f"warning: {message}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:  # results draw themselves by these functions
     from flatminima.measures.comparison import Comparison
@@ -41,7 +42,7 @@ def characterization_table(characterization: Characterization) -> Table:
     )
     fisher = "" if settings.fisher == "empirical" else f", exact Fisher by {settings.fisher}"
     robustness = "" if settings.no_robustness is None else f"; no robustness: {settings.no_robustness}"
-    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{robustness}"
+    table.caption = Text(f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{robustness}", "table.caption")
     return table
 
 
@@ -49,10 +50,10 @@ def comparison_table(comparison: Comparison) -> Table:
     """Every measure of every minimum, with its rank and its difference to the best by γ̂; and the training losses."""
     ranks = comparison.ranks()
     best = min(ranks, key=ranks.__getitem__)
-    table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
+    table = Table(title=Text(f"Minima on the same subsets; differences to {best!r}, the best by γ̂", "table.title"))
     table.add_column("measure")
     for name in comparison.characterizations:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")  # a name is text: no markup, no emoji
     for measure, label in MEASURES.items():
         cells = [_cell(comparison, name, best, measure) for name in comparison.characterizations]
         if any(cells):

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
 from flatminima.lab.errors import DamagedFileError
-from flatminima.lab.runs.records import EpochRecord, ResumeNote, ResumePoint, RunFailure, RunProgress, RunResult
+from flatminima.lab.runs.records import (
+    CheckpointNote,
+    EpochRecord,
+    ResumeNote,
+    ResumePoint,
+    RunFailure,
+    RunProgress,
+    RunResult,
+)
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.schema import parse, plain
 from flatminima.lab.storage import beside, damaged, read_record, read_tensors, read_text, write_tensors, write_whole
@@ -192,11 +200,22 @@ class RunFolder:
         Raises:
             DamagedFileError: The checkpoint is missing, truncated or altered.
         """
-        return read_tensors(self._file("checkpoint.safetensors"))[0]
+        return read_tensors(self.checkpoint, signed=True)[0]
 
-    def write_result(self, result: RunResult, weights: Mapping[str, Tensor], history: list[EpochRecord]) -> None:
+    @property
+    def checkpoint(self) -> Path:
+        """The file of the final weights and buffers."""
+        return self._file("checkpoint.safetensors")
+
+    def write_result(
+        self,
+        result: RunResult,
+        weights: Mapping[str, Tensor],
+        history: list[EpochRecord],
+        note: CheckpointNote | None = None,
+    ) -> None:
         """Finish the run: checkpoint and history first, then the result that vouches for them."""
-        write_tensors(self._file("checkpoint.safetensors"), weights, {})
+        write_tensors(self.checkpoint, weights, plain(note or CheckpointNote()))
         self.write_history(history)
         values = {name: value for name, value in plain(result).items() if name != "folder"}
         write_whole(self._file("result.json"), json.dumps(values, indent=2) + "\n")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flatminima.errors import FlatminimaError, NonFiniteError, warn
+from flatminima.lab.data import Normalization
 from flatminima.lab.errors import (
     DamagedFileError,
     DamagedRunWarning,
@@ -27,7 +28,7 @@ from flatminima.lab.errors import (
 from flatminima.lab.runs.event_log import event_log
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.interrupts import Breaks, deferred_interrupt
-from flatminima.lab.runs.records import ResumePoint, RunProgress, RunResult
+from flatminima.lab.runs.records import CheckpointNote, ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.session import Session, processes_of
 from flatminima.lab.runs.sets import TrainingSets, load_sets
 from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec
@@ -212,7 +213,9 @@ def _finish(run: Session, folder: RunFolder, progress: bool, checkpoint_seconds:
         if first or folder.path.is_dir():  # whoever met it: the first process may be waiting for this one
             folder.write_failure(message, run.history)
         raise NonFiniteError(message) from None
-    run.processes.first(lambda: folder.write_result(result, run.network.state_dict(), run.history))
+    images = Normalization.of(run.train_set)
+    note = CheckpointNote(images.mean, images.std)
+    run.processes.first(lambda: folder.write_result(result, run.network.state_dict(), run.history, note))
     return result
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def _demo(given: list[str]) -> tuple[bool, Report]:
     options = parse(Demo, given, prog="demo")
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab import demo
         from flatminima.lab.experiments import json_of
         from flatminima.lab.study import table
@@ -62,7 +62,7 @@ def _train(given: list[str]) -> tuple[bool, Report]:
     spec = options.run.spec(
         [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
     )
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab.networks import resolve_device
         from flatminima.lab.runs import RunFolder, train
 
@@ -118,7 +118,7 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
     if bool(options.runs) == (foreign.model is not None):
         raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab.data import load_data
         from flatminima.lab.runs import load_network, measure_run
 
@@ -159,7 +159,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("--normalize goes with --model; run folders know how their images were normalized")
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     images: dict[str, Normalization] = {}
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab.runs import compare_loaded, compare_runs, load_networks
 
         if options.data is None:
@@ -184,7 +184,7 @@ def _named(run: str) -> tuple[str, Path]:
 
 def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab import reproduce
         from flatminima.lab.experiments import EXPERIMENTS, json_of
         from flatminima.lab.jobs import Executor, Local, Ray, WorkerPool, available_cores

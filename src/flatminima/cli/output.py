@@ -10,9 +10,10 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from flatminima.cli.options import PROGRAM
+from flatminima.cli.options import PROGRAM, Output
 from flatminima.errors import one_line
 from flatminima.parallel import Processes
+from flatminima.progress import silent
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Report:
 
 
 @contextlib.contextmanager
-def standard_output_kept_clean() -> Iterator[None]:
-    """What other code prints goes to standard error: standard output is the report's."""
-    with contextlib.redirect_stdout(sys.stderr):
+def standard_output_kept_clean(output: Output) -> Iterator[None]:
+    """What other code prints goes to standard error: standard output is the report's. And bars only if wanted."""
+    with contextlib.redirect_stdout(sys.stderr), silent(output.no_progress):
         yield
 
 

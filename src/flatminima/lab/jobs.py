@@ -20,6 +20,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -248,9 +249,15 @@ class _Slot:
         if self.process is None:
             context = _context()
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-            self.process.start()
-            theirs.close()  # so that the worker's end is the only one, and its death the end of the connection
+            process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+            try:
+                process.start()
+                self.process = process
+            except BaseException:  # Ctrl-C: a worker that starts all the same finds its connection at an end
+                self.connection.close()
+                raise
+            finally:
+                theirs.close()  # so that the worker's end is the only one, and its death the end of the connection
         self.number = number
         with contextlib.suppress(OSError):  # it died meanwhile: `take` will see it
             self.connection.send(task)
@@ -274,6 +281,14 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    # Ctrl-C goes to the server too, which would end in a traceback while it still imports: it inherits that not.
+    # The tracker must be there before, since its start lets SIGINT through again.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return context
 
 

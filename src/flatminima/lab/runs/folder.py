@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -75,6 +77,8 @@ class RunFolder:
     def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold the folder alone; the operating system frees it when the process ends, however it ends.
 
+        What a killed process has left there is deleted.
+
         Args:
             wait: Wait until no other process holds it.
 
@@ -91,7 +95,31 @@ class RunFolder:
         except OSError as error:
             raise FlatminimaError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from None
         with lock:
+            for path in self._leftovers():
+                path.unlink(missing_ok=True)
             yield
+
+    def tidy(self) -> None:
+        """Delete what a killed process has left, unless another is at work there; nothing happens if it cannot be."""
+        if self._leftovers():
+            with contextlib.suppress(FlatminimaError), self.lock():
+                pass
+
+    def _leftovers(self) -> list[Path]:
+        """Half-written files, a note of progress, and the resume point of a run that has ended."""
+        found = [path for path in self.path.glob(".*.tmp") if not _is_being_written(path)]
+        found += [self._file("progress.json")]
+        found += [self._file("state.safetensors")] if self.status in ("finished", "failed") else []
+        return [path for path in found if path.exists()]
+
+    def refuse_link(self) -> None:
+        """Refuse a folder that is a symbolic link, where the folder's name was not given but derived.
+
+        Raises:
+            FlatminimaError: It is one: what stands where it leads is not this run's to change.
+        """
+        if self.path.is_symlink():
+            raise FlatminimaError(f"{self.path} is a symbolic link, which is not followed; delete it or rename it")
 
     def read_spec(self) -> RunSpec:
         """The run's specification.
@@ -282,12 +310,6 @@ class RunFolder:
         """Delete this run's files, so that nothing of an earlier attempt can be taken for this one's."""
         for name in _FILES:
             self._file(name).unlink(missing_ok=True)
-        self.remove_leftovers()
-
-    def remove_leftovers(self) -> None:
-        """Delete the half-written files of a process that was killed."""
-        for path in self.path.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
 
     def _failure(self) -> str:
         try:
@@ -298,3 +320,17 @@ class RunFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / name
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether the process lives that a file's name (see :func:`beside`) says is writing it: another than this one."""
+    writer = re.search(r"\.(\d+)(-\d+)?\.tmp$", path.name)
+    if writer is None or int(writer[1]) == os.getpid() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(writer[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True

@@ -108,6 +108,7 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder = RunFolder(path)
     folder.read_spec()  # whoever names another folder is told so
     folder.require_result()
+    folder.tidy()
     found = _answer(folder, _question(folder, how, device))
     if found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured

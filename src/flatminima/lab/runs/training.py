@@ -34,7 +34,7 @@ from flatminima.lab.runs.sets import TrainingSets, load_sets
 from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec
 from flatminima.network import float32_products
 from flatminima.parallel import Processes
-from flatminima.progress import ProgressBar
+from flatminima.progress import ProgressBar, silent
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -105,7 +105,8 @@ def train(
         found = processes.first(lambda: _open(folder, spec, wait, held))
         if isinstance(found, RunResult):
             return found
-        sets = _load(spec, cache_dir, processes)
+        with silent(not progress):
+            sets = _load(spec, cache_dir, processes)
         with _reproducible(tf32=spec.precision == "tf32"):
             run = Session(spec, sets, fabric, compile=compile)
             if found is not None and processes.first(lambda: _goes_on(run, found, folder)):
@@ -150,12 +151,12 @@ def _require_shares(spec: RunSpec, processes: int) -> None:
 
 def _open(folder: RunFolder, spec: RunSpec, wait: bool, held: contextlib.ExitStack) -> RunResult | ResumePoint | None:
     """Lock the folder for as long as ``held`` and make it ready; what it holds of this run."""
+    folder.refuse_link()
     held.enter_context(folder.lock(wait=wait))
     found = _reopen(folder, spec)
     if found is not None and folder.read_spec().data_folder != spec.data_folder:
         folder.write_spec(spec)  # who measures the run looks for the data there
     if not isinstance(found, RunResult):
-        folder.remove_leftovers()
         folder.write_spec(spec)
     return found
 

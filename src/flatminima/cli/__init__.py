@@ -7,5 +7,8 @@ try:
 except ModuleNotFoundError as missing:  # the library alone is installed
     package = (missing.name or "").partition(".")[0]
     sys.exit(f"flatminima: error: the command line needs {package}: pip install 'flatminima[lab]'")
+except KeyboardInterrupt:  # seconds may go by before there is a `main` to handle it
+    sys.stderr.write("flatminima: interrupted: the same command starts again\n")
+    sys.exit(130)
 
 __all__ = ["main"]

@@ -17,6 +17,14 @@ class DamagedRunWarning(FlatminimaWarning):
     """Part of a run folder was unusable and has been thrown away; the run goes on from what was whole."""
 
 
+class AdaptedCheckpointWarning(FlatminimaWarning):
+    """A checkpoint was not loaded as it is: names were shortened, tensors left out, or numbers rounded."""
+
+
+class GuessedNormalizationWarning(FlatminimaWarning):
+    """How a network's training normalized its images was not said, and was guessed by the training loss."""
+
+
 class ResumedElsewhereWarning(FlatminimaWarning):
     """A run goes on in another environment than it began in: it is valid, but its bits are not reproducible."""
 

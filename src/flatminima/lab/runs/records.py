@@ -82,6 +82,16 @@ class RunResult:
 
 
 @dataclass(frozen=True, config=RECORD)
+class CheckpointNote:
+    """What a checkpoint holds beside the weights; nothing in one of an earlier version."""
+
+    mean: tuple[float, ...] = ()
+    """Of the images trained on, by channel: they are normalized to mean 0."""
+    std: tuple[float, ...] = ()
+    """Likewise, and to standard deviation 1."""
+
+
+@dataclass(frozen=True, config=RECORD)
 class ResumeNote:
     """What a resume point holds beside tensors."""
 

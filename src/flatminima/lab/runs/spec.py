@@ -166,9 +166,9 @@ class RunSpec:
     iterations: AtLeastOne | None = None
     """Stop after this many updates (None: only `epochs` limits the run); the earlier limit counts."""
     stop_at_loss: Positive | None = None
-    """End with the first epoch after which the cross entropy of the un-augmented training set, in evaluation mode, is at
-    most this (None: train on to the limit), so that minima of several runs fit their data equally well; a run that never
-    gets there within its limits has failed."""
+    """End with the first epoch after which the cross entropy of the un-augmented training set, in evaluation mode, is
+    at most this (None: train on to the limit), so that minima of several runs fit their data equally well; a run that
+    never gets there within its limits has failed."""
     lr: Positive = 0.1
     """Initial learning rate."""
     schedule: Schedule = field(default_factory=MultiStep)
@@ -252,9 +252,19 @@ class RunSpec:
             FlatminimaError: The text is not JSON, or not that of a RunSpec.
         """
         try:
-            return parse(cls, text)
+            spec = parse(cls, text)
+            _require_all("RunSpec", plain(spec), json.loads(text))
+            return spec
         except FlatminimaError as error:
             raise FlatminimaError(f"not a run specification: {error}") from None
+
+
+def _require_all(holder: str, fields: dict[str, Any], written: dict[str, Any]) -> None:
+    """Refuse a text that leaves a field to its default: it was not written by us, or not all of it is left."""
+    for name, value in fields.items():
+        require(name in written, f"{holder} has no value for its field {name}; was it written by another version?")
+        if isinstance(value, dict):
+            _require_all(f"{holder}.{name}", value, written[name])
 
 
 def _canonical(values: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flatminima.errors import FlatminimaError, NonFiniteError, warn
+from flatminima.lab.data import Normalization
 from flatminima.lab.errors import (
     DamagedFileError,
     DamagedRunWarning,
@@ -28,13 +29,13 @@ from flatminima.lab.errors import (
 from flatminima.lab.runs.event_log import event_log
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.interrupts import Breaks, deferred_interrupt
-from flatminima.lab.runs.records import ResumePoint, RunProgress, RunResult
+from flatminima.lab.runs.records import CheckpointNote, ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.session import Session, processes_of
 from flatminima.lab.runs.sets import TrainingSets, load_sets
 from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec
 from flatminima.network import float32_products
 from flatminima.parallel import Processes
-from flatminima.progress import ProgressBar
+from flatminima.progress import ProgressBar, silent
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -106,7 +107,8 @@ def train(
         found = processes.first(lambda: _open(folder, spec, wait, held))
         if isinstance(found, RunResult):
             return found
-        sets = _load(spec, cache_dir, processes)
+        with silent(not progress):
+            sets = _load(spec, cache_dir, processes)
         with _reproducible(tf32=spec.precision == "tf32"):
             run = Session(spec, sets, fabric, compile=compile)
             if found is not None and processes.first(lambda: _goes_on(run, found, folder)):
@@ -151,12 +153,12 @@ def _require_shares(spec: RunSpec, processes: int) -> None:
 
 def _open(folder: RunFolder, spec: RunSpec, wait: bool, held: contextlib.ExitStack) -> RunResult | ResumePoint | None:
     """Lock the folder for as long as ``held`` and make it ready; what it holds of this run."""
+    folder.refuse_link()
     held.enter_context(folder.lock(wait=wait))
     found = _reopen(folder, spec)
     if found is not None and folder.read_spec().data_folder != spec.data_folder:
         folder.write_spec(spec)  # who measures the run looks for the data there
     if not isinstance(found, RunResult):
-        folder.remove_leftovers()
         folder.write_spec(spec)
     return found
 
@@ -218,7 +220,9 @@ def _finish(run: Session, folder: RunFolder, progress: bool, checkpoint_seconds:
         if first:
             folder.write_failure(str(error), run.history)
         raise
-    run.processes.first(lambda: folder.write_result(result, run.network.state_dict(), run.history))
+    images = Normalization.of(run.train_set)
+    note = CheckpointNote(images.mean, images.std)
+    run.processes.first(lambda: folder.write_result(result, run.network.state_dict(), run.history, note))
     return result
 
 
@@ -255,8 +259,8 @@ def _train_to_end(
                 note(_progress(run))
     if run.spec.stop_at_loss is not None and not run.fits:
         raise UnreachedLossError(
-            f"training ended after {run.epoch} epochs with a loss of {run.history[-1].fit:.3g} on the training set, above "
-            f"stop_at_loss {run.spec.stop_at_loss:g}: allow more epochs, or a higher loss"
+            f"training ended after {run.epoch} epochs with a loss of {run.history[-1].fit:.3g} on the training set, "
+            f"above stop_at_loss {run.spec.stop_at_loss:g}: allow more epochs, or a higher loss"
         )
 
 

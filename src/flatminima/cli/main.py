@@ -144,5 +144,9 @@ def _usage() -> str:
 def _fail(text: str, status: int, debug: bool, *, by_any: bool = False) -> int:
     if debug:
         traceback.print_exc()
+    if status == INTERRUPTED:
+        # Met inside `exec` (dataclasses use it), Ctrl-C would end Python by the signal whatever is returned, unless
+        # another `exec` ends well.
+        exec("")
     say(text, by_any=by_any)
     return status

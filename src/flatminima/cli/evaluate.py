@@ -77,7 +77,7 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
             seed=options.seed_column,
             test_size=options.test_size,
         )
-        with ProgressBar("protocols", len(ledger.measures), enabled=not options.output.no_progress) as bar:
+        with ProgressBar("protocols", len(ledger.measures)) as bar:
             evaluation = evaluate(ledger, lambda measure: bar.advance())
         write_evaluation(evaluation, options.report, source=str(options.ledger))
     lines = [Text(f"• {line}") for line in evaluation.conclusions()]

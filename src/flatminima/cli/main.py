@@ -19,14 +19,13 @@ from flatminima.cli.commands import COMMANDS
 from flatminima.cli.evaluate import Evaluate
 from flatminima.cli.options import (
     PROGRAM,
+    TYPED,
     Compare,
     Demo,
     Measure,
     Reproduce,
     Shown,
     Train,
-    default_options,
-    option_names,
     options_meant,
 )
 from flatminima.cli.output import say
@@ -51,14 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed, 2 bad input, 130 Ctrl-C)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("FLATMINIMA_DEBUG"))
-    command = given[0] if given and given[0] in COMMANDS else ""
-
-    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"warning: {_with_options(str(message), command)}")
-
+    TYPED.set(())
     with warnings.catch_warnings():
         warnings.simplefilter("always", FlatminimaWarning)
-        warnings.showwarning = show_warning
+        warnings.showwarning = _show_warning
         try:
             status = _run(given)
             sys.stdout.flush()
@@ -68,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except TrainingInterrupted as interruption:
             return _fail(f"interrupted: {interruption}", INTERRUPTED, False)
         except KeyboardInterrupt:
-            return _fail(f"interrupted: {_ONCE_MORE.get(command, 'the same command starts again')}", INTERRUPTED, False)
+            again = _ONCE_MORE.get(given[0] if given else "", "the same command starts again")
+            return _fail(f"interrupted: {again}", INTERRUPTED, False)
         except BrokenPipeError:  # the reader of our output has gone, `| head`
             with contextlib.suppress(OSError, ValueError):  # so that the interpreter's own flush does not fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RankDeficientError as error:
             return _fail(f"error: {error} (options: --on-singular skip, --double, --subset-size)", 2, debug)
         except NonFiniteError as error:  # one process alone may have met it
-            return _fail(f"error: {_with_options(str(error), command)}", 2, debug, by_any=True)
+            return _fail(f"error: {_with_options(str(error))}", 2, debug, by_any=True)
         except (FlatminimaError, FileNotFoundError) as error:
-            return _fail(f"error: {_with_options(str(error), command)}", 2, debug)
+            return _fail(f"error: {_with_options(str(error))}", 2, debug)
         except ModuleNotFoundError as error:
             return _fail(f"error: the command line needs {error.name}: pip install 'flatminima[lab]'", 1, debug)
         except OSError as error:
@@ -91,10 +87,14 @@ _ONCE_MORE = dict.fromkeys(("demo", "reproduce"), "finished runs are kept; the s
 """What Ctrl-C says of a command that keeps what it has done."""
 
 
-def _with_options(text: str, command: str) -> str:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In the place of ``warnings.showwarning``: one line, as errors are."""
+    say(f"warning: {_with_options(str(message))}")
+
+
+def _with_options(text: str) -> str:
     """A message, and what the options are called that it names as Python does."""
-    is_explained = not command or "--help explains" in text
-    meant = [] if is_explained else options_meant(text, option_names(default_options(command)))
+    meant = [] if "--help explains" in text else options_meant(text, TYPED.get())
     return f"{text} (options: {', '.join(meant)})" if meant else text
 
 
@@ -144,5 +144,9 @@ def _usage() -> str:
 def _fail(text: str, status: int, debug: bool, *, by_any: bool = False) -> int:
     if debug:
         traceback.print_exc()
+    if status == INTERRUPTED:
+        # Met inside `exec` (dataclasses use it), Ctrl-C would end Python by the signal whatever is returned, unless
+        # another `exec` ends well.
+        exec("")
     say(text, by_any=by_any)
     return status

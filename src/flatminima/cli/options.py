@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,7 +20,7 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Pos
 
 from flatminima.cli.refusals import problems_handed_to, refusal
 from flatminima.errors import FlatminimaError, require
-from flatminima.lab.runs import RECIPES, Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 PROGRAM = "flatminima"
 REGULARIZERS = ("regularizer", "sam")
@@ -236,12 +237,17 @@ class Reproduce:
         require(self.seeds != (), "--seeds needs at least one number")
 
 
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("options", default=())
+"""The options of the present command as they are typed."""
+
+
 def parse(command: type[Options], given: list[str], *, prog: str, **parsing: Any) -> Any:
     """The options given; what is wrong with them as a :class:`FlatminimaError` of one line."""
     name = prog.split()[0]
+    TYPED.set(tuple(option_names(parsing.get("default") or command())))
 
     def refuse(problem: object) -> None:
-        said = refusal(problem, option_names(parsing.get("default") or command()))
+        said = refusal(problem, TYPED.get())
         if said:
             raise FlatminimaError(f"{said} ({PROGRAM} {name} --help explains)")
 
@@ -284,13 +290,6 @@ class Shown(Exception):  # noqa: N818
     def __init__(self, code: str | int | None) -> None:
         super().__init__()
         self.status = code if isinstance(code, int) else int(code is not None)
-
-
-def default_options(command: str) -> Any:
-    """A command's options as they are when none is given."""
-    if command == "train":
-        return Train(RunOptions.of(RECIPES["resnet20"]))
-    return {"demo": Demo, "measure": Measure, "compare": Compare, "reproduce": Reproduce}[command]()
 
 
 def option_names(options: Any) -> list[str]:

@@ -48,7 +48,7 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(Text(name), justify="right")  # a name is text: no markup, no emoji
     for measure in comparison.measures():
         cells = [_cell(comparison, name, best, measure) for name in comparison.characterizations]
-        table.add_row(label_of(measure), *cells)
+        table.add_row(Text(label_of(measure)), *cells)
     table.add_section()
     table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in comparison.characterizations.values()))
     return table

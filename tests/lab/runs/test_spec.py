@@ -151,6 +151,7 @@ def test_every_field_changes_the_key() -> None:
         "batch_size": 64,
         "epochs": 3,
         "iterations": 5,
+        "stop_at_loss": 0.1,
         "lr": 0.2,
         "schedule": Plateau(),
         "momentum": 0.8,

@@ -74,16 +74,6 @@ def test_views_are_told_from_tensors_of_their_own() -> None:
     assert [torch_compat.is_view(t) for t in (x, x.T, x[1:], x.clone(), x + 1)] == [False, True, True, False, False]
 
 
-def test_tensors_are_keys_by_identity_and_are_not_kept_alive() -> None:
-    x, y = torch.zeros(3), torch.zeros(3)
-    keys = torch_compat.WeakIdKeyDictionary()
-    keys[x] = True
-    assert x in keys
-    assert y not in keys
-    del x
-    assert len(keys) == 0
-
-
 def test_convolutions_backward_pass_alone_is_that_of_autograd() -> None:
     x, weight, gradient = doubles(2, 4, 7, 6), doubles(6, 2, 3, 2).requires_grad_(), doubles(2, 6, 4, 3)
     output = F.conv2d(x, weight, None, (2, 2), (1, 1), (1, 2), 2)
@@ -465,3 +455,17 @@ def test_what_is_visible_is_seen() -> None:
         torch.func.jvp(torch.tanh, (x,), (x,))
     named = {torch.add, Tensor.add, Tensor.__getitem__, F.linear, torch.ops.aten.add.Tensor, wrapped}
     assert named | {torch_compat.make_dual} <= set(seen.functions)
+
+
+def test_levels_of_func_are_counted_and_left() -> None:
+    def interrupted(x: Tensor) -> Tensor:
+        torch._C._functorch._vmap_increment_nesting(2, "error")  # as vmap does, without a way back
+        raise KeyboardInterrupt
+
+    before = torch_compat.func_levels()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(torch.ones(2))
+    assert torch_compat.func_levels() == before + 1
+    torch_compat.leave_func_levels(before)
+    assert torch_compat.func_levels() == before
+    assert vmap(torch.sin)(torch.ones(2)).shape == (2,)

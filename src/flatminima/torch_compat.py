@@ -33,9 +33,6 @@ CustomFunctionNode = function.BackwardCFunction
 TensorWeakRef: Any = weak.TensorWeakRef
 """A reference that does not keep a tensor alive and, unlike ``weakref``, survives that of Python's object for it."""
 
-WeakIdKeyDictionary = weak.WeakIdKeyDictionary
-"""A dictionary with tensors as keys, told apart by identity and not kept alive."""
-
 # Tensors. Plain aliases, for they are on hot paths.
 
 foreach_add = torch._foreach_add
@@ -201,6 +198,13 @@ def leave_function_modes(count: int) -> None:
     """Leave all but the first ``count`` of them, whose own ``__exit__`` an interruption has prevented."""
     while function_modes() > count:
         torch._C._pop_torch_function_stack()
+
+
+func_levels: Callable[[], int] = torch._C._functorch.get_dynamic_layer_stack_depth
+"""How many transforms of ``torch.func`` (``vmap``, say) this thread is in."""
+
+leave_func_levels: Callable[[int], None] = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
+"""Leave all but so many of them, which an interruption has kept from leaving themselves."""
 
 
 def is_visible_to_function_modes(function: Any) -> bool:

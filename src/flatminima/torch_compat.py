@@ -87,12 +87,40 @@ def without_reentrant_checkpoints() -> Iterator[None]:
     Both compute the same. Where no argument requires a gradient, the reentrant variant has none for the weights inside,
     and so has this.
     """
-    original = checkpoints.CheckpointFunction
+    with _checkpoints_as({"CheckpointFunction": _Checkpoint}):
+        yield
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Let ``checkpoint(...)`` be a plain call of the function: what watches a forward pass must not see it twice."""
+    with _checkpoints_as({"CheckpointFunction": _PlainCall, _GENERATOR: _nothing_around_it}):
+        yield
+
+
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_CHECKPOINTS = {name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}
+
+
+@contextmanager
+def _checkpoints_as(replacements: dict[str, Any]) -> Iterator[None]:
     try:
-        checkpoints.CheckpointFunction = _Checkpoint  # type: ignore[assignment, misc]
+        for name, replacement in replacements.items():
+            setattr(checkpoints, name, replacement)
         yield
     finally:
-        checkpoints.CheckpointFunction = original  # type: ignore[misc]
+        for name in replacements:
+            setattr(checkpoints, name, _CHECKPOINTS[name])
+
+
+def _nothing_around_it(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _PlainCall:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 class _Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -142,12 +143,14 @@ def restored_generators(parameters: list[Tensor]) -> Iterator[None]:
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
     """Undo Accelerate's autocast wrapper, and notice any other forward that switches autocast back on."""
-    innermost = (module for module in model.modules() if own_parameters(module) and not list(module.children()))
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
+    innermost = (module for module in modules if own_parameters(module) and not list(module.children()))
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules:
             if "_original_forward" in module.__dict__:
                 stack.enter_context(replaced_forward(module, module.__dict__["_original_forward"]))
-        stack.callback(next(innermost, model).register_forward_pre_hook(_refuse_autocast).remove)
+        for module in itertools.islice(itertools.chain(innermost, modules), 1):
+            stack.callback(module.register_forward_pre_hook(_refuse_autocast).remove)
         yield
 
 

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -469,3 +470,21 @@ def test_levels_of_func_are_counted_and_left() -> None:
     torch_compat.leave_func_levels(before)
     assert torch_compat.func_levels() == before
     assert vmap(torch.sin)(torch.ones(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_plain_calls_for_a_while(reentrant: bool) -> None:
+    calls = 0
+
+    def function(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.exp()
+
+    x = torch.randn(3, requires_grad=True)
+    for expected in (1, 2):
+        calls = 0
+        with torch_compat.without_checkpoints() if expected == 1 else nullcontext():
+            output = checkpoint(function, x, use_reentrant=reentrant).sum()
+        output.backward()
+        assert calls == expected

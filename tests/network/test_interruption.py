@@ -24,7 +24,7 @@ def test_an_interruption_at_any_line_leaves_nothing_behind_and_arrives(call: str
     calls = {
         "gram": lambda: fm.gram(model, x, y),
         "measure": lambda: fm.measure(model, (x, y), subset_size=4, trials=2, progress=False),
-        "compare": lambda: fm.compare({"a": model, "b.c": other}, (x, y), subset_size=4, trials=2, progress=False),
+        "compare": lambda: fm.compare({"a": model, "b.c": other}, (x, y), subset_size=2, trials=1, progress=False),
     }
     left = what_interruptions_leave(calls[call], nn.ModuleList([model, other]), moments, SEED)
     assert not left, "\n".join(left)

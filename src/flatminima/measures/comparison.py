@@ -32,7 +32,7 @@ from flatminima.measures.registry import CATALOGUE, in_table_order
 from flatminima.measures.results import Characterization, Estimate, jsonable
 from flatminima.measures.tables import comparison_table, rendered
 from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
-from flatminima.network import Data, samples_of
+from flatminima.network import Data, samples_of, undone_if_interrupted
 
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
@@ -112,6 +112,7 @@ class Comparison:
 
 
 @with_options_explained
+@undone_if_interrupted
 def compare(  # noqa: D417 (the options are explained in one place)
     models: Mapping[str, nn.Module],
     data: Data,

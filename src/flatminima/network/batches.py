@@ -47,8 +47,12 @@ def batch_size(inputs: Inputs) -> int:
     """The number of samples N: the common first dimension of every tensor that has one.
 
     Raises:
-        FlatminimaError: if there is no such tensor, or their first dimensions differ.
+        FlatminimaError: if there is no such tensor, their first dimensions differ, or one is nested.
     """
+    require(
+        not any(tensor.is_nested for tensor in tensors_of(inputs)),
+        "nested tensors cannot be indexed by sample here: pad them to one length, and give the model a mask",
+    )
     named = [(name, len(tensor)) for name, tensor in _named_tensors(inputs, "") if tensor.dim()]
     sizes = {size for _, size in named}
     if len(sizes) != 1:

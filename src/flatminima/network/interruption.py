@@ -7,7 +7,7 @@ frames of the traceback, and runs its ``finally`` when these are freed: too late
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,7 +20,9 @@ from flatminima.torch_compat import (
     compiler_stance,
     float32_switches,
     forward_pre_hooks,
+    func_levels,
     function_modes,
+    leave_func_levels,
     leave_function_modes,
     own_parameters,
     restore_compiler_stance,
@@ -31,12 +33,17 @@ R = TypeVar("R")
 
 
 def undone_if_interrupted(function: Callable[P, R]) -> Callable[P, R]:
-    """Let an interruption of ``function(model, ...)`` leave the model and the process as they were before it."""
+    """Let an interruption of ``function(model, ...)`` leave the model and the process as they were before it.
+
+    Also of ``function(models, ...)`` with models by name.
+    """
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        model: Any = args[0] if args else kwargs.get("model")
-        before = Before(model if isinstance(model, nn.Module) else nn.Module(), writes_buffers=True)
+        given: Any = args[0] if args else kwargs.get("model", kwargs.get("models"))
+        models = given.values() if isinstance(given, Mapping) else [given]
+        modules = nn.ModuleList([model for model in models if isinstance(model, nn.Module)])
+        before = Before(modules, writes_buffers=True)
         try:
             return function(*args, **kwargs)
         except BaseException as error:
@@ -72,7 +79,7 @@ class Before:
         self._values = [buffer.detach().clone() for buffer in self._buffers.own] if writes_buffers else []
         self._switches = [(holder, name, getattr(holder, name)) for holder, name, _, _ in float32_switches()]
         self._records = torch.is_grad_enabled()
-        self._function_modes = function_modes()
+        self._function_modes, self._func_levels = function_modes(), func_levels()
         self._stance = compiler_stance()
         self.generators = Generators(p for p, _, _ in self._parameters)
         self._states = self.generators.states()
@@ -91,6 +98,7 @@ class Before:
             return
         traceback.clear_frames(interruption.__traceback__)
         traceback.clear_frames(error.__traceback__)
+        leave_func_levels(self._func_levels)
         for module, mode in self._modes:
             if module.training != mode:
                 module.train(mode)

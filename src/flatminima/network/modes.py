@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError
-from flatminima.network.batches import device_of
 from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters
 
 
@@ -124,22 +123,14 @@ class Buffers:
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
     """Undo Accelerate's autocast wrapper, and notice any other forward that switches autocast back on."""
-    device_type = device_of(model).type
-
-    def refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.is_autocast_enabled(device_type):
-            raise FlatminimaError(
-                "the model switches autocast on inside its forward, but penalty passes need float32: "
-                "pass the inner module, and use autocast around the training step"
-            )
-
-    modules = list(model.modules())
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
     innermost = (module for module in modules if own_parameters(module) and not list(module.children()))
     with ExitStack() as stack:
         for module in modules:
             if "_original_forward" in module.__dict__:
                 stack.enter_context(replaced_forward(module, module.__dict__["_original_forward"]))
-        stack.callback(next(innermost, model).register_forward_pre_hook(refuse_autocast).remove)
+        for module in itertools.islice(itertools.chain(innermost, modules), 1):
+            stack.callback(module.register_forward_pre_hook(_refuse_autocast).remove)
         yield
 
 

@@ -11,7 +11,14 @@ except ModuleNotFoundError as missing:
 from flatminima.protocols.evaluation import Evaluation, Evidence, described, evaluate
 from flatminima.protocols.findings import RESAMPLES, Finding
 from flatminima.protocols.information import conditional_mutual_information
-from flatminima.protocols.kendall import granulated_kendall, kendall, kendall_of_settings, partial_kendall, tau_b
+from flatminima.protocols.kendall import (
+    granulated_kendall,
+    kendall,
+    kendall_of_settings,
+    partial_correlation,
+    partial_kendall,
+    tau_b,
+)
 from flatminima.protocols.ledger import TEST_SIZE, Ledger, read_table
 from flatminima.protocols.sign_error import SignError, sign_error
 
@@ -29,6 +36,7 @@ __all__ = [
     "granulated_kendall",
     "kendall",
     "kendall_of_settings",
+    "partial_correlation",
     "partial_kendall",
     "read_table",
     "sign_error",

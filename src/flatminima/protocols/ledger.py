@@ -189,14 +189,14 @@ def read_table(path: Path | str, where: Sequence[str] = ()) -> pd.DataFrame:
         FlatminimaError: the file cannot be read, or no row is left.
     """
     try:
-        frame = pd.read_csv(path, float_precision="round_trip")  # the quick parser is off in the last digit: no ties
+        frame = pd.read_csv(path, dtype=str)
     except OSError as error:
         raise FlatminimaError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # no text, no table, nothing at all
         raise FlatminimaError(f"{path} is no table with a line of names ({first_line(error)})") from None
     for condition in where:
         frame = _chosen(frame, condition)
-    return frame
+    return frame.apply(_typed)
 
 
 def combinations_of(factors: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -254,14 +254,23 @@ def _say_copies(kept: pd.DataFrame, hyper_parameters: list[str], seed: str | Non
         )
 
 
+def _typed(texts: pd.Series) -> pd.Series:
+    """A column of numbers, if it is one: to the bit, where pandas' own way depends on its version."""
+    for kind in (int, float):
+        try:
+            return texts.astype(object).map(kind, na_action="ignore").infer_objects()
+        except ValueError:  # noqa: PERF203
+            continue
+    return texts
+
+
 def _chosen(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
     """The rows with one value in one column."""
     name, equals, value = condition.partition("=")
     require(bool(equals), f"where takes column=value, got {condition!r}")
     _require_column(frame, name)
-    texts = frame[name].astype(str)
-    found = frame[texts == value]
-    values = list(dict.fromkeys(texts))
+    found = frame[frame[name] == value]
+    values = list(frame[name].dropna().unique())
     require(len(found) > 0, f"no row has {name} = {value!r}{did_you_mean(value, values)}; there are {_listed(values)}")
     return found
 

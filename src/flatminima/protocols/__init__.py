@@ -1,12 +1,11 @@
 """What counts as evidence that a measure works: rank statistics over a ledger of minima, with bootstrap intervals."""
 
-try:
-    import pandas  # noqa: F401
-    import scipy  # noqa: F401
-except ModuleNotFoundError as missing:
+from importlib.util import find_spec
+
+if _missing := [name for name in ("pandas", "scipy") if find_spec(name) is None]:
     raise ModuleNotFoundError(
-        f"flatminima.protocols needs {missing.name}: pip install 'flatminima[protocols]'", name=missing.name
-    ) from missing
+        f"flatminima.protocols needs {' and '.join(_missing)}: pip install 'flatminima[protocols]'", name=_missing[0]
+    )
 
 from flatminima.protocols.evaluation import Evaluation, Evidence, described, evaluate
 from flatminima.protocols.findings import RESAMPLES, Finding

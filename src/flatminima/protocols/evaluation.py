@@ -192,7 +192,7 @@ def evaluate(ledger: Ledger, progress: Callable[[str], None] | None = None) -> E
             progress(measure)
         return found
 
-    minima = ledger.minima()
+    minima = ledger.all
     return Evaluation(
         measures={measure: evidence(measure) for measure in ledger.measures},
         baseline=None if ledger.given is None else Evidence.of(ledger, ledger.given),

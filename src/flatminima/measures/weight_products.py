@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.losses import Loss, logit_gradient
-from flatminima.network import Inputs, call_model, in_float64, take
+from flatminima.network import Inputs, call_model, in_float64, sound_batchnorm, take
 from flatminima.torch_compat import eager_stance, own_parameters
 
 _TOLERANCE = 1e-4
@@ -52,26 +53,30 @@ class WeightProducts:
         Args:
             chunks: the samples of every pass in forward mode.
         """
-        alone = {sample: self._alone(sample) for sample in (0, len(self.targets) - 1)}
-        try:
-            products = torch.cat([self._in_forward_mode(rows) for rows in chunks])
-            if all(abs(products[i].item() - one) <= _TOLERANCE * bound for i, (one, bound) in alone.items()):
-                return products
-        except (AttributeError, RuntimeError, TypeError, ValueError):
-            pass  # an error that is not forward mode's comes again
-        one_by_one = [(alone.get(sample) or self._alone(sample))[0] for sample in range(len(self.targets))]
-        return torch.tensor(one_by_one, dtype=torch.float64)
+        with sound_batchnorm():
+            alone = {sample: self._alone(sample) for sample in (0, len(self.targets) - 1)}
+            try:
+                products = torch.cat([self._in_forward_mode(rows) for rows in chunks])
+                if all(abs(products[i].item() - one) <= _TOLERANCE * bound for i, (one, bound) in alone.items()):
+                    return products
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                pass  # an error that is not forward mode's comes again
+            one_by_one = [(alone.get(sample) or self._alone(sample))[0] for sample in range(len(self.targets))]
+            return torch.tensor(one_by_one, dtype=torch.float64)
 
     def _in_forward_mode(self, rows: slice) -> Tensor:
-        def logits_at(values: list[Tensor]) -> Tensor:
-            replaced = {id(weight): value for weight, value in zip(self.weights, values, strict=True)}
-            with _replaced(self.model, replaced):
-                return call_model(self.model, take(self.inputs, rows))
-
-        values = [weight.detach() for weight in self.weights]
         # Fused attention and compiled graphs have no forward mode.
-        with sdpa_kernel(SDPBackend.MATH), eager_stance():
-            logits, along, *_ = torch.func.jvp(logits_at, (values,), (values,))
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), eager_stance():
+            weights = {id(weight): weight.detach() for weight in self.weights}
+            duals = {
+                key: forward_ad.make_dual(weight, weight)  # type: ignore[no-untyped-call]
+                for key, weight in weights.items()
+            }
+            with _replaced(self.model, duals):
+                output = call_model(self.model, take(self.inputs, rows))
+            logits, along = forward_ad.unpack_dual(output)  # type: ignore[no-untyped-call]
+            if along is None:
+                along = torch.zeros_like(logits)
         direction = self._direction(logits, rows)
         return (in_float64(direction) * in_float64(along)).reshape(len(logits), -1).sum(1)
 

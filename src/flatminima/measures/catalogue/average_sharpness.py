@@ -18,7 +18,8 @@ def average_sharpness(trial: Trial) -> float:
     """½ρ² tr F, ρ = 0.1: E L(w + ε) − L(w) over ε ~ N(0, ρ²), where the Hessian is the Fisher information.
 
     It is at a minimum (Eq. 1). With ``fisher="model"`` it is F that counts everywhere: F is then the generalized
-    Gauss–Newton matrix, whose trace is the Hessian's for piecewise linear networks without normalization.
+    Gauss–Newton matrix, whose trace is the Hessian's for ReLU networks without normalization. No Hessian sees kinks,
+    though: a perturbation beyond the nearest one may change the loss by something else entirely.
     """
     if trial.options.scale_invariant:
         raise UndefinedMeasureError("of gradients weighted by |w| it is the adaptive one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ class Trial:
         initial: the weights that training began with by name, where they were given.
         options: how the minimum is measured.
         sharded: whether the model's parameters are split over processes, so that none has them whole.
+        samples_at_once: as many as memory holds a forward and backward pass of.
     """
 
     number: int
@@ -51,6 +53,7 @@ class Trial:
     initial: Mapping[str, Tensor] | None
     options: MeasureOptions
     sharded: bool = False
+    samples_at_once: int = sys.maxsize
 
     @property
     def loss(self) -> Loss:

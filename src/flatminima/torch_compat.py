@@ -41,6 +41,7 @@ foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
+foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")

@@ -20,6 +20,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TextIO, TypeVar
 
@@ -32,7 +33,7 @@ Task = TypeVar("Task")
 
 Result = TypeVar("Result")
 
-PRELOADED = ["flatminima.lab.experiments", "lightning_fabric"]
+PRELOADED = ["flatminima.lab.experiments", "lightning_fabric", "sklearn.datasets", "sklearn.model_selection"]
 """What the server has imported before it forks a worker; Fabric takes longer than all else, and every run needs it."""
 
 _GRACE_SECONDS = 20.0  # what a worker that is told to stop gets for its present update and its resume point
@@ -86,6 +87,11 @@ class WorkerPool:
     """Threads of each worker."""
     retries: int = 2
     """How often a task is performed again whose worker was killed (say, for memory)."""
+
+    def prepare(self) -> None:
+        """Begin with the imports, where a server does them, while this process does something else."""
+        if _context().get_start_method() == "forkserver":
+            forkserver.ensure_running()
 
     def run(
         self, function: Callable[[Task], Result], tasks: Sequence[Task]
@@ -278,8 +284,14 @@ def _context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([*PRELOADED, *_main_module()])
     return context
+
+
+def _main_module() -> list[str]:
+    """The program itself, which every worker imports: by its name, or "__main__" for a script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["__main__" if spec is None else spec.name]
 
 
 def _serve(connection: Any, function: Callable[[Any], Any], threads: int, gpu: str | None) -> None:

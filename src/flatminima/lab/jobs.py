@@ -289,9 +289,14 @@ def _context() -> Any:
 
 
 def _main_module() -> list[str]:
-    """The program itself, which every worker imports: by its name, or "__main__" for a script."""
+    """The program, which every worker imports again: a script as "__main__"; of what ``-m`` runs, ours alone by name.
+
+    Another program's module may begin its work when it is imported, which multiprocessing forbids for "__main__" only.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["__main__" if spec is None else spec.name]
+    if spec is None:
+        return ["__main__"]
+    return [spec.name] if spec.name == "flatminima.__main__" else []
 
 
 def _serve(connection: Any, function: Callable[[Any], Any], threads: int, gpu: str | None) -> None:

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -72,16 +73,6 @@ def test_version_counts_what_is_written_in_place() -> None:
 def test_views_are_told_from_tensors_of_their_own() -> None:
     x = torch.zeros(3, 2)
     assert [torch_compat.is_view(t) for t in (x, x.T, x[1:], x.clone(), x + 1)] == [False, True, True, False, False]
-
-
-def test_tensors_are_keys_by_identity_and_are_not_kept_alive() -> None:
-    x, y = torch.zeros(3), torch.zeros(3)
-    keys = torch_compat.WeakIdKeyDictionary()
-    keys[x] = True
-    assert x in keys
-    assert y not in keys
-    del x
-    assert len(keys) == 0
 
 
 def test_convolutions_backward_pass_alone_is_that_of_autograd() -> None:
@@ -475,3 +466,35 @@ def test_what_is_visible_is_seen() -> None:
         torch.func.jvp(torch.tanh, (x,), (x,))
     named = {torch.add, Tensor.add, Tensor.__getitem__, F.linear, torch.ops.aten.add.Tensor, wrapped}
     assert named | {torch_compat.make_dual} <= set(seen.functions)
+
+
+def test_levels_of_func_are_counted_and_left() -> None:
+    def interrupted(x: Tensor) -> Tensor:
+        torch._C._functorch._vmap_increment_nesting(2, "error")  # as vmap does, without a way back
+        raise KeyboardInterrupt
+
+    before = torch_compat.func_levels()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(torch.ones(2))
+    assert torch_compat.func_levels() == before + 1
+    torch_compat.leave_func_levels(before)
+    assert torch_compat.func_levels() == before
+    assert vmap(torch.sin)(torch.ones(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_plain_calls_for_a_while(reentrant: bool) -> None:
+    calls = 0
+
+    def function(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.exp()
+
+    x = torch.randn(3, requires_grad=True)
+    for expected in (1, 2):
+        calls = 0
+        with torch_compat.without_checkpoints() if expected == 1 else nullcontext():
+            output = checkpoint(function, x, use_reentrant=reentrant).sum()
+        output.backward()
+        assert calls == expected

@@ -30,6 +30,7 @@ from flatminima.network import (
     take,
     undisturbed,
 )
+from flatminima.torch_compat import without_checkpoints
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -187,7 +188,7 @@ class _Reference:
         return sum(p.numel() for p in self.parameters)
 
     def logits(self, samples: slice) -> Tensor:
-        with sound_batchnorm():
+        with sound_batchnorm(), without_checkpoints():
             return call_model(self.model, take(self.inputs, samples))
 
     def gradient(self, output: Tensor, weight: Tensor | None = None, *, create_graph: bool = False) -> Tensor:

@@ -33,9 +33,6 @@ CustomFunctionNode = function.BackwardCFunction
 TensorWeakRef: Any = weak.TensorWeakRef
 """A reference that does not keep a tensor alive and, unlike ``weakref``, survives that of Python's object for it."""
 
-WeakIdKeyDictionary = weak.WeakIdKeyDictionary
-"""A dictionary with tensors as keys, told apart by identity and not kept alive."""
-
 # Tensors. Plain aliases, for they are on hot paths.
 
 foreach_add = torch._foreach_add
@@ -43,6 +40,7 @@ foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
+foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
@@ -90,12 +88,40 @@ def without_reentrant_checkpoints() -> Iterator[None]:
     Both compute the same. Where no argument requires a gradient, the reentrant variant has none for the weights inside,
     and so has this.
     """
-    original = checkpoints.CheckpointFunction
+    with _checkpoints_as({"CheckpointFunction": _Checkpoint}):
+        yield
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Let ``checkpoint(...)`` be a plain call of the function: what watches a forward pass must not see it twice."""
+    with _checkpoints_as({"CheckpointFunction": _PlainCall, _GENERATOR: _nothing_around_it}):
+        yield
+
+
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_CHECKPOINTS = {name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}
+
+
+@contextmanager
+def _checkpoints_as(replacements: dict[str, Any]) -> Iterator[None]:
     try:
-        checkpoints.CheckpointFunction = _Checkpoint  # type: ignore[assignment, misc]
+        for name, replacement in replacements.items():
+            setattr(checkpoints, name, replacement)
         yield
     finally:
-        checkpoints.CheckpointFunction = original  # type: ignore[misc]
+        for name in replacements:
+            setattr(checkpoints, name, _CHECKPOINTS[name])
+
+
+def _nothing_around_it(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _PlainCall:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 class _Checkpoint:
@@ -214,6 +240,13 @@ def leave_function_modes(count: int) -> None:
     """Leave all but the first ``count`` of them, whose own ``__exit__`` an interruption has prevented."""
     while function_modes() > count:
         torch._C._pop_torch_function_stack()
+
+
+func_levels: Callable[[], int] = torch._C._functorch.get_dynamic_layer_stack_depth
+"""How many transforms of ``torch.func`` (``vmap``, say) this thread is in."""
+
+leave_func_levels: Callable[[int], None] = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
+"""Leave all but so many of them, which an interruption has kept from leaving themselves."""
 
 
 def is_visible_to_function_modes(function: Any) -> bool:

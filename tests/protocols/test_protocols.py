@@ -19,6 +19,7 @@ from flatminima.protocols import (
     granulated_kendall,
     kendall,
     kendall_of_settings,
+    partial_correlation,
     partial_kendall,
     sign_error,
     tau_b,
@@ -30,6 +31,7 @@ PROTOCOLS = [
     kendall,
     kendall_of_settings,
     partial_kendall,
+    partial_correlation,
     granulated_kendall,
     conditional_mutual_information,
     sign_error,
@@ -74,6 +76,30 @@ def test_partial_tau_with_ties_is_that_of_three_taus() -> None:
     )
     expected = (direct - of_x * of_error) / math.sqrt((1 - of_x**2) * (1 - of_error**2))
     assert partial_kendall(ledger_of(frame), "x").value == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_partial_correlation_is_that_of_normal_variables_with_these_taus() -> None:
+    frame = random_frame(8)
+    names = ["x", "error", "loss"]
+    of_taus = [[math.sin(math.pi / 2 * stats.kendalltau(frame[a], frame[b]).statistic) for b in names] for a in names]
+    precision = np.linalg.inv(np.array(of_taus))
+    expected = -precision[0, 1] / math.sqrt(precision[0, 0] * precision[1, 1])
+    assert partial_correlation(ledger_of(frame), "x").value == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_noisy_copy_of_the_given_has_a_partial_tau_but_no_partial_correlation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Normal variables: of measure and error, each 0.98 with the loss and independent beside it."""
+    monkeypatch.setattr("flatminima.protocols.findings.RESAMPLES", 2)
+    generator = np.random.default_rng(0)
+    loss, x, error = generator.normal(size=(3, 1500))
+    frame = pd.DataFrame({"loss": loss, "x": 0.98 * loss + 0.2 * x, "error": 0.98 * loss + 0.2 * error})
+    ledger = Ledger.of(frame, error="error", given="loss", measures=["x"])
+    own, shared = (2 / math.pi * math.asin(rho) for rho in (0.98, 0.98**2))
+    assert partial_kendall(ledger, "x").value == pytest.approx((shared - own**2) / (1 - own**2), abs=0.03)
+    assert partial_kendall(ledger, "x").value > 0.2
+    assert partial_correlation(ledger, "x").value == pytest.approx(0, abs=0.05)
 
 
 def test_a_measure_that_repeats_the_given_adds_nothing() -> None:

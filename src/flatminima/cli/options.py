@@ -216,6 +216,8 @@ class Reproduce:
     """scenario-1, scenario-2, scenario-3, table-1, table-2, search, or all."""
     preset: Annotated[Literal["paper", "small", "digits"], arg(aliases=("-p",))] = "digits"
     """How large: as in the paper; in small, on CIFAR-10; or in miniature, on handwritten digits."""
+    protocol: Literal["paper", "matched"] = "paper"
+    """When the scenarios' runs end: after the paper's epochs, or each once its training loss is down to the same."""
     out: Annotated[Path, arg(aliases=("-o",))] = Path("reproduction")
     """Folder for pages and runs."""
     data: Annotated[Path | None, arg(aliases=("-d",))] = None

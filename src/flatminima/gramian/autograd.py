@@ -130,9 +130,10 @@ def gradient_of(logits: Tensor, direction: Tensor, group: Group, *, keep: bool =
         logits, parameters, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
     )
     # Copied, so that a slice does not keep the whole gradient.
-    return [_at_least_1d(g)[start:stop].clone() for (_, start, stop), g in zip(group, whole, strict=True)]
+    return [_with_rows(g)[start:stop].clone() for (_, start, stop), g in zip(group, whole, strict=True)]
 
 
-def _at_least_1d(values: Tensor) -> Tensor:
-    """A scalar parameter as one of a single entry."""
+def _with_rows(values: Tensor) -> Tensor:
+    """A scalar parameter as one of a single entry, and a sparse gradient (an embedding's) as a dense one."""
+    values = values.to_dense() if values.is_sparse else values
     return values if values.dim() else values.unsqueeze(0)

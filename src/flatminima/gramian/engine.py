@@ -58,7 +58,7 @@ from flatminima.network import (
     undone_if_interrupted,
 )
 from flatminima.parallel import Processes, reshard, shared
-from flatminima.torch_compat import uncompiled
+from flatminima.torch_compat import uncompiled, without_checkpoints
 
 PathName = Literal["rules", "generic"]
 """How rows of J are formed: by layer rules where there are any, or all by plain autograd, one sample at a time."""
@@ -156,7 +156,7 @@ def factored_gram(
         def empty() -> Accumulator:
             return Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
 
-        with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm():
+        with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm(), without_checkpoints():
             if isinstance(batchnorm, int):
                 generic: set[str] = set()
                 xi = empty()
@@ -185,7 +185,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     """
     model = unwrapped(model)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
-    with undisturbed(model), shared(model) as processes, evaluating(model), true_precision():
+    with undisturbed(model), shared(model) as processes, evaluating(model), true_precision(), without_checkpoints():
         parts = trainable_parts(model, processes)
         budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))

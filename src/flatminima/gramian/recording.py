@@ -326,7 +326,7 @@ class Recorder(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None or not isinstance(output, Tensor) or not torch.is_grad_enabled() or output.dim() == 0:
             return []
-        if layout is None or layout.dim < 0 or kwargs.get("out") is not None:
+        if layout is None or layout.dim < 0 or kwargs.get("out") is not None or output.is_complex():
             return []
         written_in_place = any(output is argument for argument in args)
         if written_in_place and not output.requires_grad:

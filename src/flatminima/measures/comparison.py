@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from flatminima.measures.registry import CATALOGUE, in_table_order
 from flatminima.measures.results import Characterization, Estimate, jsonable
 from flatminima.measures.tables import comparison_table, rendered
 from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
-from flatminima.network import Data, samples_of
+from flatminima.network import Data, samples_of, undone_if_interrupted
 
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
@@ -68,7 +69,7 @@ class Comparison:
         return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
 
     def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
-        """Every model's rank by the measure's mean, 1 = best; models without the measure left out.
+        """Every model's rank by the measure's mean, 1 = best; models without one left out.
 
         The smallest is the best, but for measures of which theory expects it of the largest.
 
@@ -80,9 +81,10 @@ class Comparison:
             measure in (*names, *CATALOGUE),
             f"no measure {measure!r}{did_you_mean(measure, names)}: choose from {', '.join(names)}",
         )
-        means = {
+        found = {
             name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
         }
+        means = {name: mean for name, mean in found.items() if not math.isnan(mean)}
         larger = any(measure in c.settings.larger_is_better for c in self.characterizations.values())
         order = sorted(means, key=means.__getitem__, reverse=larger)
         return {name: rank for rank, name in enumerate(order, start=1)}
@@ -112,6 +114,7 @@ class Comparison:
 
 
 @with_options_explained
+@undone_if_interrupted
 def compare(  # noqa: D417 (the options are explained in one place)
     models: Mapping[str, nn.Module],
     data: Data,

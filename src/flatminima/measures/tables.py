@@ -58,7 +58,8 @@ def _cell(comparison: Comparison, name: str, best: str, measure: str) -> str:
     estimates = comparison.characterizations[name].estimates()
     if measure not in estimates:
         return ""
-    text = f"{estimates[measure].mean:.6g}  (rank {comparison.ranks(measure)[name]})"
+    ranks = comparison.ranks(measure)
+    text = f"{estimates[measure].mean:.6g}" + (f"  (rank {ranks[name]})" if name in ranks else "")
     if name != best and measure in comparison.characterizations[best].estimates():
         difference = comparison.difference(name, best, measure)
         text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"

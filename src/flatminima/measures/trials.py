@@ -20,6 +20,7 @@ from flatminima.gramian import (
     log_determinant,
     log_determinant_parts,
     numerical_rank,
+    unwrapped,
 )
 from flatminima.measures.preparation import PreparedModel
 from flatminima.measures.registry import CATALOGUE, Selection
@@ -114,21 +115,21 @@ def perform_trial(prepared: PreparedModel, number: int) -> TrialValues:
 def _values(prepared: PreparedModel, number: int) -> TrialValues:
     options, rows = prepared.options, prepared.rows
     inputs, targets = prepared.batch(number)
-    factored = factored_gram(
+    form = partial(
+        factored_gram,
         prepared.model,
         *rows.of_batch(inputs, targets),
         loss=rows.loss,
         logit_normalization=options.logit_normalization,
         batchnorm=options.batchnorm,
-        scale_invariant=options.scale_invariant,
-        shares=options.per_parameter,
         plan=prepared.plan,
         path=options.path,
         checks=prepared.checks,
     )
+    factored = form(scale_invariant=options.scale_invariant, shares=options.per_parameter)
     trial = Trial(
         number,
-        prepared.model,
+        unwrapped(prepared.model),
         inputs,
         targets,
         factored,
@@ -138,9 +139,11 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         len(prepared.samples),
         options.initial,
         options,
+        form,
+        prepared.plan.affordable_samples,
         sharded=prepared.processes.size > 1,
     )
-    values, undefined = _measured(trial, prepared.selection)
+    values, undefined = _measured(trial, prepared.selection, prepared.values_of_weights)
     shares, samples = factored.shares, options.subset_size
     return TrialValues(
         values,
@@ -152,8 +155,15 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
     )
 
 
-def _measured(trial: Trial, selection: Selection) -> tuple[dict[str, float], dict[str, str]]:
+def _measured(
+    trial: Trial, selection: Selection, of_weights: dict[str, float]
+) -> tuple[dict[str, float], dict[str, str]]:
     """Every measure's value, and why those that have none are not defined.
+
+    Args:
+        trial: the trial.
+        selection: the measures.
+        of_weights: values of those of the weights alone that earlier trials have found; this one adds its own.
 
     Raises:
         UndefinedMeasureError: for a measure that was asked for by name.
@@ -164,7 +174,7 @@ def _measured(trial: Trial, selection: Selection) -> tuple[dict[str, float], dic
         for measure in selection.measures:
             versions = [version_of(parameter) for parameter in trial.model.parameters()]
             try:
-                values[measure.name] = measure.of(trial)
+                values[measure.name] = of_weights[measure.name] if measure.name in of_weights else measure.of(trial)
             except UndefinedMeasureError as error:
                 if measure.name in selection.by_name:
                     raise UndefinedMeasureError(f"{measure.name} is not defined here: {error}") from None
@@ -175,6 +185,7 @@ def _measured(trial: Trial, selection: Selection) -> tuple[dict[str, float], dic
                 f"measure {measure.name!r} changed the model's weights, which what is measured after it would see: "
                 "work on copy.deepcopy(trial.model)",
             )
+    of_weights.update({m.name: values[m.name] for m in selection.measures if m.cost == "weights" and m.name in values})
     return values, undefined
 
 

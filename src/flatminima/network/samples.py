@@ -69,9 +69,8 @@ def model_inputs(model: nn.Module, inputs: Inputs, targets: Tensor) -> Inputs:
     """The inputs that a model needs beside what the data give: those of a decoder, which it makes of the labels.
 
     Raises:
-        FlatminimaError: if an encoder–decoder model's inputs are no mapping, or for nested tensors.
+        FlatminimaError: if an encoder–decoder model's inputs are no mapping.
     """
-    _refuse_nested((inputs, targets))
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is None or targets.dim() < 2:
         return inputs
@@ -140,16 +139,8 @@ def _tensors_for_arrays(value: Any) -> Any:
     return value
 
 
-def _refuse_nested(batch: Any) -> None:
-    require(
-        not any(tensor.is_nested for tensor in tensors_of(batch)),
-        "nested tensors cannot be indexed by sample here: pad them to one length, and give the model a mask",
-    )
-
-
 class _TensorSamples:
     def __init__(self, inputs: Inputs, targets: Tensor) -> None:
-        _refuse_nested((inputs, targets))
         batch_size((inputs, targets))
         self.inputs, self.targets = inputs, targets
 

@@ -10,11 +10,17 @@ import numpy as np
 
 from flatminima.protocols.findings import Finding
 from flatminima.protocols.information import conditional_mutual_information
-from flatminima.protocols.kendall import granulated_kendall, kendall, kendall_of_settings, partial_kendall
+from flatminima.protocols.kendall import (
+    granulated_kendall,
+    kendall,
+    kendall_of_settings,
+    partial_correlation,
+    partial_kendall,
+)
 from flatminima.protocols.ledger import Ledger
 from flatminima.protocols.sign_error import SignError, sign_error
 
-Verdict = Literal["follows", "goes against", "shows nothing", "undefined"]
+Verdict = Literal["follows", "goes against", "may repeat", "shows nothing", "undefined"]
 
 _FEW_UNITS = 10
 """Fewer seeds or minima than this make a percentile interval too narrow to be trusted."""
@@ -32,6 +38,8 @@ class Evidence:
     """τ-b over the means of settings."""
     partial_kendall: Finding
     """Partial τ given the training loss, or what else is named."""
+    partial_correlation: Finding
+    """Partial correlation given the same, which a noisy copy of it does not have."""
     granulated_kendall: Finding
     """Ψ: the mean τ where one hyper-parameter alone varies."""
     conditional_mutual_information: Finding
@@ -46,6 +54,7 @@ class Evidence:
             kendall=kendall(ledger, measure),
             kendall_of_settings=kendall_of_settings(ledger, measure),
             partial_kendall=partial_kendall(ledger, measure),
+            partial_correlation=partial_correlation(ledger, measure),
             granulated_kendall=granulated_kendall(ledger, measure),
             conditional_mutual_information=conditional_mutual_information(ledger, measure),
             sign_error=sign_error(ledger, measure),
@@ -56,11 +65,15 @@ class Evidence:
         return self.kendall if given is None else self.partial_kendall
 
     def verdict(self, given: str | None) -> Verdict:
-        """What the decisive interval says of measure and error."""
-        finding = self.decisive(given)
-        if finding.interval is None:
+        """What the decisive interval says of measure and error; given something, those of both partial coefficients."""
+        findings = [self.decisive(given), *([] if given is None else [self.partial_correlation])]
+        if any(finding.interval is None for finding in findings):
             return "undefined"
-        return "follows" if finding.above_zero else "goes against" if finding.below_zero else "shows nothing"
+        if all(finding.above_zero for finding in findings):
+            return "follows"
+        if all(finding.below_zero for finding in findings):
+            return "goes against"
+        return "may repeat" if findings[0].above_zero or findings[0].below_zero else "shows nothing"
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,7 @@ class Evaluation:
         """
         called = {name: name for name in [*self.measures, self.target, self.given or ""]} | dict(labels or {})
         beyond = "" if self.given is None else f" beyond {called[self.given]}"
+        of_given = "" if self.given is None else f" of {called[self.given]}"
         by_verdict: dict[Verdict, list[str]] = {}
         for name, evidence in self.measures.items():
             by_verdict.setdefault(evidence.verdict(self.given), []).append(name)
@@ -118,6 +132,9 @@ class Evaluation:
         if names := by_verdict.get("goes against"):
             numbers = self._with_numbers(names, called)
             shown.append(f"Go against the error{beyond} (the more of it, the less error): {numbers}.")
+        if names := by_verdict.get("may repeat"):
+            numbers = self._with_numbers(names, called)
+            shown.append(f"Follow or oppose the error no more than a noisy copy{of_given} might: {numbers}.")
         if names := by_verdict.get("shows nothing"):
             these = ", ".join(called[name] for name in names)
             shown.append(f"Show no clear relation to the error{beyond} (the interval holds zero): {these}.")
@@ -175,7 +192,7 @@ def evaluate(ledger: Ledger, progress: Callable[[str], None] | None = None) -> E
             progress(measure)
         return found
 
-    minima = ledger.minima()
+    minima = ledger.all
     return Evaluation(
         measures={measure: evidence(measure) for measure in ledger.measures},
         baseline=None if ledger.given is None else Evidence.of(ledger, ledger.given),

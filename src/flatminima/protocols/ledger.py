@@ -1,18 +1,23 @@
-"""A ledger: one row a minimum, with its measures, its error, its hyper-parameters; read, checked, named."""
+"""A ledger: one row a minimum, with its measures, its error, its hyper-parameters; read, checked, named.
+
+pandas is imported where a table is touched: it is slow to import, and every process that trains a run imports this.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
-from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from flatminima.errors import FlatminimaError, LedgerWarning, did_you_mean, first_line, require, warn
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TEST_SIZE = 10_000
 """Test samples where nothing else is said: those of CIFAR."""
@@ -157,28 +162,40 @@ class Ledger:
             test_size=test_size,
         )
 
-    @property
-    def settings(self) -> int:
-        """How many combinations of hyper-parameters there are."""
-        return len(np.unique(self.minima().settings))
+    @functools.cached_property
+    def all(self) -> Minima:
+        """All minima, with a measure of zeros."""
+        import pandas as pd
 
-    def minima(self, measure: str | None = None, *, given: bool = False) -> Minima:
-        """The minima that have a value of a measure (None: all), and of ``given`` where asked for."""
-        needed = [*([] if measure is None else [measure]), *([self.given] if given and self.given else [])]
-        complete = self.frame[needed].notna().all(axis=1).to_numpy()
-        shown = self.frame[complete]
-        coded = [pd.factorize(shown[name], sort=True) for name in self.hyper_parameters]
-        factors = np.stack([codes for codes, _ in coded], axis=1) if coded else np.zeros((len(shown), 0), dtype=np.intp)
+        coded = [pd.factorize(self.frame[name], sort=True) for name in self.hyper_parameters]
+        columns = [codes for codes, _ in coded]
+        factors = np.stack(columns, axis=1) if columns else np.zeros((len(self.frame), 0), dtype=np.intp)
         return Minima(
-            measure=np.zeros(len(shown)) if measure is None else shown[measure].to_numpy(dtype=float),
-            error=self.error[complete],
-            given=None if self.given is None else shown[self.given].to_numpy(dtype=float),
+            measure=np.zeros(len(self.frame)),
+            error=self.error,
+            given=None if self.given is None else self.frame[self.given].to_numpy(dtype=float),
             factors=factors,
             names=self.hyper_parameters,
             levels=tuple(tuple(map(str, values)) for _, values in coded),
             settings=combinations_of(factors),
-            seeds=None if self.seed is None else pd.factorize(shown[self.seed])[0],
+            seeds=None if self.seed is None else pd.factorize(self.frame[self.seed])[0],
             test_size=self.test_size,
+        )
+
+    def minima(self, measure: str, *, given: bool = False) -> Minima:
+        """The minima that have a value of a measure, and of ``given`` where asked for."""
+        found, values = self.all, self.frame[measure].to_numpy(dtype=float)
+        known = np.isfinite(values)
+        if given and found.given is not None:
+            known &= np.isfinite(found.given)
+        return replace(
+            found,
+            measure=values[known],
+            error=found.error[known],
+            given=None if found.given is None else found.given[known],
+            factors=found.factors[known],
+            settings=found.settings[known],
+            seeds=None if found.seeds is None else found.seeds[known],
         )
 
 
@@ -188,15 +205,17 @@ def read_table(path: Path | str, where: Sequence[str] = ()) -> pd.DataFrame:
     Raises:
         FlatminimaError: the file cannot be read, or no row is left.
     """
+    import pandas as pd
+
     try:
-        frame = pd.read_csv(path, float_precision="round_trip")  # the quick parser is off in the last digit: no ties
+        frame = pd.read_csv(path, dtype=str)
     except OSError as error:
         raise FlatminimaError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # no text, no table, nothing at all
         raise FlatminimaError(f"{path} is no table with a line of names ({first_line(error)})") from None
     for condition in where:
         frame = _chosen(frame, condition)
-    return frame
+    return frame.apply(_typed)
 
 
 def combinations_of(factors: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -214,6 +233,8 @@ def _require_column(frame: pd.DataFrame, name: str) -> None:
 
 def _numeric(frame: pd.DataFrame, named: Sequence[str]) -> tuple[str, ...]:
     """The columns that are taken for measures where none is named."""
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
     return tuple(
         str(name)
         for name in frame.columns
@@ -226,6 +247,8 @@ def _numeric(frame: pd.DataFrame, named: Sequence[str]) -> tuple[str, ...]:
 
 def _numbers(frame: pd.DataFrame, name: str) -> NDArray[np.float64]:
     """A column as floats, with NaN for what is missing or infinite."""
+    import pandas as pd
+
     try:
         values = pd.to_numeric(frame[name]).to_numpy(dtype=float, na_value=np.nan)
     except (ValueError, TypeError) as error:
@@ -254,14 +277,23 @@ def _say_copies(kept: pd.DataFrame, hyper_parameters: list[str], seed: str | Non
         )
 
 
+def _typed(texts: pd.Series) -> pd.Series:
+    """A column of numbers, if it is one: to the bit, where pandas' own way depends on its version."""
+    for kind in (int, float):
+        try:
+            return texts.astype(object).map(kind, na_action="ignore").infer_objects()
+        except ValueError:  # noqa: PERF203
+            continue
+    return texts
+
+
 def _chosen(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
     """The rows with one value in one column."""
     name, equals, value = condition.partition("=")
     require(bool(equals), f"where takes column=value, got {condition!r}")
     _require_column(frame, name)
-    texts = frame[name].astype(str)
-    found = frame[texts == value]
-    values = list(dict.fromkeys(texts))
+    found = frame[frame[name] == value]
+    values = list(frame[name].dropna().unique())
     require(len(found) > 0, f"no row has {name} = {value!r}{did_you_mean(value, values)}; there are {_listed(values)}")
     return found
 

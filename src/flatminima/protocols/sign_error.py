@@ -125,7 +125,7 @@ def _errors(environments: list[_Environment], weights: Weights) -> NDArray[np.fl
     for k, environment in enumerate(environments):
         first, second = weights[:, environment.first], weights[:, environment.second]
         total, squares, wrong = (
-            np.einsum("ri,rj,ij->r", first, second, matrix, optimize=True)
+            ((first @ matrix) * second).sum(axis=1)
             for matrix in (environment.weight, environment.weight**2, environment.weight * environment.wrong)
         )
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from flatminima.errors import recorded_warnings
 from flatminima.lab.experiments.experiment import Record
 from flatminima.lab.experiments.summary import Summary
 from flatminima.lab.storage import write_file
 from flatminima.protocols import Evaluation, Ledger, evaluate
+
+if TYPE_CHECKING:  # imported where it is needed: every worker imports this file
+    import pandas as pd
 
 ERROR, GIVEN, SEED = "test_error", "train_loss", "seed"
 """What the protocols take for the error, for what a measure must add to, and for the seeds."""
@@ -23,6 +24,8 @@ _OF_RECORD = ("run", SEED, ERROR, "validation_error", "train_accuracy")
 
 def evaluation_of(records: Sequence[Record], test_size: int) -> Evaluation | None:
     """What the protocols say of every measure that the records have; None without measures or the training loss."""
+    import pandas as pd
+
     frame = pd.DataFrame([_row(record) for record in records])
     values = [item for record in records for item in record.indicators.items()]
     measured = list(dict.fromkeys(name for name, value in values if value is not None))
@@ -47,6 +50,8 @@ def write_ledger(path: Path, summaries: Sequence[Summary]) -> None:
     A row has the experiment, what varies in it of the runs' descriptions, case and arm, the run folder's name, the
     seed, errors and accuracy, and every measure under its own name.
     """
+    import pandas as pd
+
     tables = [_kept(path, [summary.name for summary in summaries])]
     tables += [pd.DataFrame(_rows(summary)).map(_text) for summary in summaries]
     whole = pd.concat([table for table in tables if len(table)] or [pd.DataFrame(columns=["experiment"])])
@@ -55,6 +60,8 @@ def write_ledger(path: Path, summaries: Sequence[Summary]) -> None:
 
 def _kept(path: Path, replaced: Sequence[str]) -> pd.DataFrame:
     """The rows of other experiments, cell by cell as they stand; a file that is none of ours is replaced."""
+    import pandas as pd
+
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         return table[~table["experiment"].isin(replaced)]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from flatminima.lab.experiments import number
 from flatminima.lab.reports.figures import Picture, Table, intervals, picture, write_page
-from flatminima.protocols import RESAMPLES, Evaluation, Evidence, Finding, SignError
+from flatminima.protocols import RESAMPLES, Evaluation, Evidence, Finding
 
 _DRAWN = 30
 """Measures in a figure; the rest are in the table."""
@@ -37,9 +37,8 @@ def evidence_table(
     counts = {found.kendall.n for found in evidence.values()}
     header = (
         "measure",
-        *([] if given is None else ["partial τ"]),
-        "τ of minima",
-        "τ of settings",
+        *([] if given is None else ["partial τ", "partial ρ"]),
+        "τ (of settings)",
         "Ψ",
         "information",
         "sign error",
@@ -49,18 +48,17 @@ def evidence_table(
     rows = tuple(
         (
             called.get(name, name),
-            *([] if given is None else [_cell(found.partial_kendall)]),
-            _cell(found.kendall),
-            number(found.kendall_of_settings.value, ".2f"),
+            *([] if given is None else [_cell(found.partial_kendall), _cell(found.partial_correlation)]),
+            _cell(found.kendall, found.kendall_of_settings.value),
             _cell(found.granulated_kendall),
             _cell(found.conditional_mutual_information),
-            _errors(found.sign_error),
+            _cell(found.sign_error, found.sign_error.mean),
             *([str(found.kendall.n)] if len(counts) > 1 else []),
             *([] if more is None else [more[1].get(name, "")]),
         )
         for name, found in evidence.items()
     )
-    decisive = "τ of minima" if given is None else f"partial τ, given {given}"
+    decisive = "τ" if given is None else f"partial τ, and partial ρ, given {given}"
     return Table(f"Evidence is the {decisive}; in brackets 95 % intervals", header, rows)
 
 
@@ -105,15 +103,11 @@ def _ends(finding: Finding) -> tuple[float, float, float] | None:
     return finding.value, low, high
 
 
-def _cell(finding: Finding, beside: str = "") -> str:
-    """The interval below the number."""
+def _cell(finding: Finding, beside: float | None = None) -> str:
+    """The interval below the number, and another number beside it."""
+    more = "" if beside is None else f" ({beside:.2f})"
     ends = "" if finding.interval is None else "\n[{:.2f}, {:.2f}]".format(*finding.interval)
-    return number(finding.value, ".2f") + beside + ends
-
-
-def _errors(finding: SignError) -> str:
-    """The worst environment's, and the mean."""
-    return _cell(finding, "" if finding.mean is None else f" ({finding.mean:.2f})")
+    return number(finding.value, ".2f") + more + ends
 
 
 def _gaps(measures: Mapping[str, Evidence]) -> dict[str, dict[str, str]]:

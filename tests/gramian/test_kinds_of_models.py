@@ -185,6 +185,15 @@ def written_in_place(net: Any, x: Tensor) -> Tensor:
     return net.head(h.mean(1))
 
 
+class Subclass(Tensor):
+    pass
+
+
+def of_a_subclass(net: Any, x: Tensor) -> Tensor:
+    h = F.relu(net.first(x.as_subclass(Subclass)), inplace=True)
+    return net.head(h.mean(1)).as_subclass(Tensor)
+
+
 def as_deep_as_the_sample_asks(net: Any, x: Tensor) -> Tensor:
     out = []
     for one in x:
@@ -299,6 +308,7 @@ KINDS = [
     Kind(sparse_look_ups, lambda: {"table": nn.Embedding(9, H, sparse=True)}, tokens=True),
     Kind(straight_through, lambda: {"codes": parameter(N, H)}),
     Kind(written_in_place, lambda: {"token": parameter(D), "shift": parameter(H)}),
+    Kind(of_a_subclass),
     Kind(as_deep_as_the_sample_asks, linears(square_layer=(D, D))),
     Kind(early_exits, linears(block=(H, H))),
     Kind(recursive, linears(join=(2 * H, H))),

@@ -152,6 +152,16 @@ def test_eager_stance_runs_compiled_models_without_their_graphs() -> None:
     assert calls == ["graph", "graph"]
 
 
+def test_compiler_stance_is_gone_back_to() -> None:
+    pytest.importorskip("torch._dynamo.eval_frame")
+    before = torch_compat.compiler_stance()
+    left = torch_compat.eager_stance()  # in force from here on, as an interruption before `with` would leave it
+    assert torch_compat.compiler_stance() != before
+    torch_compat.restore_compiler_stance(before)
+    assert torch_compat.compiler_stance() == before
+    del left
+
+
 def test_nothing_imports_dynamo_before_a_model_is_compiled() -> None:
     code = (
         "import sys; from flatminima import torch_compat\n"

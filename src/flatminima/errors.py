@@ -36,6 +36,10 @@ class RankDeficientError(FlatminimaError):
     """ξ = JJᵀ is singular: ln det ξ is −∞. The message names the samples (duplicates, zero gradients) and the rank."""
 
 
+class UndefinedMeasureError(FlatminimaError):
+    """A measure is not defined for this model, these data or this loss. The message says why."""
+
+
 class WrongGradientError(FlatminimaError):
     """The spot check found rows of J that differ from plain autograd: samples interact, or their order is not kept."""
 
@@ -86,6 +90,10 @@ class CoarseRoundingWarning(FlatminimaWarning):
 
 class AccumulationWarning(FlatminimaWarning):
     """Gradients were accumulated over calls that each counted as a step of its own."""
+
+
+class LedgerWarning(FlatminimaWarning):
+    """Rows of a ledger lack what is asked for, or are there twice."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -139,14 +147,27 @@ def require_one_of(what: str, name: str, names: Collection[str]) -> None:
 
 def one_line(said: BaseException | str) -> str:
     """A text, or what an error says, in one line; the type's name of an error that says nothing."""
-    words = " ".join(str(said).split())
+    words = " ".join(_said_by(said).split())
     return words if isinstance(said, str) else words or type(said).__name__
+
+
+def described(error: BaseException) -> str:
+    """What somebody else's error says, in one line, behind its type; ours speak for themselves."""
+    words, kind = one_line(error), type(error).__name__
+    return words if isinstance(error, FlatminimaError) or words == kind else f"{kind}: {words}"
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the pages that may follow; two lines where the first only announces the second."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in _said_by(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _said_by(error: BaseException | str) -> str:
+    try:
+        return str(error)
+    except Exception:  # an error of somebody else's may fail at saying what it is
+        return ""
 
 
 @contextmanager

@@ -40,6 +40,7 @@ foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
+foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
@@ -166,6 +167,19 @@ def eager_stance() -> AbstractContextManager[None]:
     in_use = "torch._dynamo" in sys.modules  # else nothing is compiled
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager") if in_use else nullcontext()
     return stance
+
+
+def compiler_stance() -> Any:
+    """How compiled models run at present, for :func:`restore_compiler_stance`; None before anything is compiled."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    return None if dynamo is None else dynamo._stance
+
+
+def restore_compiler_stance(stance: Any) -> None:
+    """Go back to a :func:`compiler_stance`: an interruption within :func:`eager_stance` can leave it in force."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is not None:
+        dynamo._stance = dynamo.DynamoStance() if stance is None else stance
 
 
 def dynamo_error() -> type[Exception]:

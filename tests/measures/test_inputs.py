@@ -15,7 +15,7 @@ from support.oracles import explicit_gram
 N, CLASSES = 20, 3
 torch.manual_seed(0)
 X, Y = torch.randn(N, 5), torch.arange(N) % CLASSES
-OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 2, "progress": False, "robustness_samples": 0}
+OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 2, "progress": False, "measures": ()}
 
 
 def mlp() -> nn.Sequential:

@@ -2,7 +2,13 @@
 
 from flatminima.gramian.checks import Checks
 from flatminima.gramian.engine import PathName, factored_gram, gram, plan_for, require_path, unwrapped, warn_generic
-from flatminima.gramian.factored import FactoredGram, log_determinant, numerical_rank
+from flatminima.gramian.factored import (
+    FactoredGram,
+    LogDeterminant,
+    log_determinant,
+    log_determinant_parts,
+    numerical_rank,
+)
 from flatminima.gramian.parts import trainable_parameters, trainable_parts
 from flatminima.gramian.planning import Plan
 from flatminima.gramian.products import times_own_transpose, times_transposes
@@ -10,11 +16,13 @@ from flatminima.gramian.products import times_own_transpose, times_transposes
 __all__ = [
     "Checks",
     "FactoredGram",
+    "LogDeterminant",
     "PathName",
     "Plan",
     "factored_gram",
     "gram",
     "log_determinant",
+    "log_determinant_parts",
     "numerical_rank",
     "plan_for",
     "require_path",

@@ -9,10 +9,12 @@ from flatminima.network.batches import (
     map_tensors,
     run_model,
     take,
+    taker,
     tensors_of,
     to_device,
 )
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
+from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
 from flatminima.network.modes import (
     Buffers,
@@ -20,7 +22,6 @@ from flatminima.network.modes import (
     frozen,
     moved,
     replaced_forward,
-    restored_generators,
     without_autocast,
 )
 from flatminima.network.precision import (
@@ -40,6 +41,7 @@ __all__ = [
     "Before",
     "Buffers",
     "Data",
+    "Generators",
     "Inputs",
     "RefusedAutocast",
     "Samples",
@@ -67,6 +69,7 @@ __all__ = [
     "samples_of",
     "sound_batchnorm",
     "take",
+    "taker",
     "tensors_of",
     "to_device",
     "true_precision",

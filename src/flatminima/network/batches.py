@@ -9,6 +9,7 @@ import numbers
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,33 +76,59 @@ def take(inputs: Inputs, indices: Tensor | slice) -> Inputs:
         FlatminimaError: by name for what is neither N things nor a constant, and for N things that are no tensor
             where there are groups.
     """
-    return _taken(inputs, indices, batch_size(inputs), "")
+    return taker(inputs)(indices)
 
 
-def _taken(value: Any, indices: Tensor | slice, size: int, name: str) -> Any:
-    grouped = isinstance(indices, Tensor) and indices.dim() > 1
+def taker(inputs: Inputs) -> Callable[[Tensor | slice], Inputs]:
+    """:func:`take` of the same inputs, again and again: what they consist of is looked at once, here.
+
+    Raises:
+        FlatminimaError: by name for what is neither N things nor a constant; the function itself for N things that are
+            no tensor where there are groups.
+    """
+    return _taker(inputs, batch_size(inputs), "")
+
+
+def _taker(value: Any, size: int, name: str) -> Callable[[Tensor | slice], Any]:
     if isinstance(value, Tensor):
-        if not value.dim():
-            return value.expand(len(indices)).clone() if grouped else value.clone()  # type: ignore[arg-type]
-        return value[indices].clone() if isinstance(indices, slice) else value[indices]
+        return partial(_rows if value.dim() else _copies, value)
     if _is_constant(value):
-        return value
+        return lambda indices: value
     if _is_per_sample(value, size):
-        require(
-            not grouped,
-            f"the batch's {name} is no tensor ({type(value).__name__}), so it cannot be split for all sub-batches "
-            "together: choose passes='one-by-one'",
-        )
-        if _is_array(value):
-            return value[indices if isinstance(indices, slice) else indices.tolist()].copy()
-        chosen = range(size)[indices] if isinstance(indices, slice) else indices.tolist()
-        return _of_type(value, [copy.copy(value[i]) for i in chosen])
+        return partial(_things, value, name)
     require(
         _is_container(value) and not _is_list_of_constants(value),
         f"the batch's {name or 'content'} ({type(value).__name__}) is neither {size} things, one for each sample, "
         "nor a number, string or None: leave it out of the batch, or make it one of these",
     )
-    return _rebuilt(value, lambda inner, key: _taken(inner, indices, size, f"{name}{key}"))
+    inner = [_taker(part, size, f"{name}{key}") for key, part in _parts(value)]
+    return lambda indices: _with_parts(value, [take_part(indices) for take_part in inner])
+
+
+def _rows(tensor: Tensor, indices: Tensor | slice) -> Tensor:
+    return tensor[indices].clone() if isinstance(indices, slice) else tensor[indices]
+
+
+def _copies(number: Tensor, indices: Tensor | slice) -> Tensor:
+    """Of a tensor without dimensions: one, or one for each group."""
+    return number.expand(len(indices)).clone() if _is_grouped(indices) else number.clone()  # type: ignore[arg-type]
+
+
+def _things(value: Any, name: str, indices: Tensor | slice) -> Any:
+    """What is no tensor and has one thing for each sample."""
+    require(
+        not _is_grouped(indices),
+        f"the batch's {name} is no tensor ({type(value).__name__}), so it cannot be split for all sub-batches "
+        "together: choose passes='one-by-one'",
+    )
+    if _is_array(value):
+        return value[indices if isinstance(indices, slice) else indices.tolist()].copy()
+    chosen = range(len(value))[indices] if isinstance(indices, slice) else indices.tolist()
+    return _of_type(value, [copy.copy(value[i]) for i in chosen])
+
+
+def _is_grouped(indices: Tensor | slice) -> bool:
+    return isinstance(indices, Tensor) and indices.dim() > 1
 
 
 def _is_constant(value: Any) -> bool:
@@ -162,11 +189,15 @@ def _rebuilt(container: Any, function: Callable[[Any, str], Any]) -> Any:
     """A container of the same type that holds ``function(value, key)``; anything else is handed on."""
     if not _is_container(container):
         return container
-    values = [function(value, key) for key, value in _parts(container)]
-    if isinstance(container, Mapping):
-        return _mapping_like(container, dict(zip(container, values, strict=True)))
+    return _with_parts(container, [function(value, key) for key, value in _parts(container)])
+
+
+def _with_parts(container: Any, values: list[Any]) -> Any:
+    """A container of the same type that holds ``values`` in the places of its own."""
     if isinstance(container, (tuple, list)):
         return _of_type(container, values)
+    if isinstance(container, Mapping):
+        return _mapping_like(container, dict(zip(container, values, strict=True)))
     clone = copy.copy(container)
     for field, value in zip(dataclasses.fields(container), values, strict=True):
         object.__setattr__(clone, field.name, value)  # a frozen dataclass's own refuses

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError
-from flatminima.network.batches import device_of
 from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters
 
 
@@ -125,22 +121,6 @@ class Buffers:
 
 
 @contextmanager
-def restored_generators(parameters: list[Tensor]) -> Iterator[None]:
-    """Put the global random generators back on exit: torch's (CPU and the model's devices), Python's and numpy's."""
-    accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
-    device_type = next(iter(accelerators)).type if accelerators else "cuda"
-    numpy = sys.modules.get("numpy")  # where it is not imported, nothing has drawn from it
-    pythons, numpys = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(accelerators, device_type=device_type):
-            yield
-    finally:
-        random.setstate(pythons)
-        if numpy:
-            numpy.random.set_state(numpys)
-
-
-@contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
     """Undo Accelerate's autocast wrapper, and notice any other forward that switches autocast back on."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
@@ -152,14 +132,6 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
         for module in itertools.islice(itertools.chain(innermost, modules), 1):
             stack.callback(module.register_forward_pre_hook(_refuse_autocast).remove)
         yield
-
-
-def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if torch.is_autocast_enabled(device_of(module).type):
-        raise FlatminimaError(
-            "the model switches autocast on inside its forward, but penalty passes need float32: "
-            "pass the inner module, and use autocast around the training step"
-        )
 
 
 @contextmanager

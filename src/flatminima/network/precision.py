@@ -29,7 +29,8 @@ def true_precision() -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
-            stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(float32_products(tf32=False))
         yield
 

@@ -17,14 +17,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from flatminima.errors import NonFiniteError, require, require_number, require_positive
+from flatminima.errors import require, require_number, require_positive
 from flatminima.network import BatchStatistics, Before, Inputs, device_of, require_usable, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
-from flatminima.regularizer.gradients import Gradients, GradientsLeft
+from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
 from flatminima.regularizer.passes import Estimator, PassesName, passes_for
-from flatminima.regularizer.penalty import Penalty, PenaltySettings
+from flatminima.regularizer.penalty import Penalty, PenaltySettings, require_finite
 from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss, size_of
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -282,7 +281,7 @@ class FisherTraceRegularizer:
             with exchange(self.model, wanted=last):
                 main = scalar_loss(closure, batch)
                 loss = main.detach()
-                _require_finite_loss(loss)
+                require_finite(loss)
                 if penalty is not None:  # before the main gradient, so that the exchange carries both
                     penalty.add_gradient_to_grad(self.present_beta * weight * scale)
                 (main * (weight * scale)).backward()  # type: ignore[no-untyped-call]
@@ -321,6 +320,7 @@ class FisherTraceRegularizer:
                     closure,
                     batch,
                     weights,
+                    before.generators,
                     update_buffers=update_buffers,
                     short=size < self._largest_batch,
                     first=self._eps is None,
@@ -390,8 +390,8 @@ class FisherTraceRegularizer:
         return RegularizerStep(
             trace=penalty.trace,
             penalty=penalty.value,
-            penalty_gradient_norm=get_total_norm(penalty.gradient),
-            main_gradient_norm=get_total_norm(penalty.main_gradient),
+            penalty_gradient_norm=norm_of(penalty.gradient),
+            main_gradient_norm=norm_of(penalty.main_gradient),
             rounding_norm=gradient_error * (2 * penalty.trace / penalty.num_sub_batches).sqrt(),
         )
 
@@ -431,11 +431,6 @@ def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> s
         f"parameters must be those of the model ({type(model).__name__}), not copies or names",
     )
     return {names[id(parameter)] for parameter in chosen}
-
-
-def _require_finite_loss(loss: Tensor) -> None:
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(f"the loss is {float(loss)}: check inputs, weights and learning rate")
 
 
 def _require_integer(name: str, value: int, *, at_least: int) -> None:

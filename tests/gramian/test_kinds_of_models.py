@@ -230,6 +230,11 @@ def latents_as_many_as_samples(net: Any, x: Tensor) -> Tensor:
     return net.head((latents + net.block(net.latents)).mean(1))
 
 
+def table_of_as_many_rows_as_samples(net: Any, x: Tensor) -> Tensor:
+    """Which is summed over, so that its rows are not the samples'."""
+    return net.head(torch.tanh(net.first(x).mean(1) @ net.table(torch.arange(H * N).view(N, H) % 9).mean(2)[:H]))
+
+
 def cosines(net: Any, x: Tensor) -> Tensor:
     return net.temperature.exp() * F.normalize(net.first(x.mean(1)), dim=-1) @ F.normalize(net.head.weight, dim=-1).T
 
@@ -313,6 +318,7 @@ KINDS = [
     Kind(early_exits, linears(block=(H, H))),
     Kind(recursive, linears(join=(2 * H, H))),
     Kind(latents_as_many_as_samples, lambda: {"latents": parameter(N, H), "block": nn.Linear(H, H)}),
+    Kind(table_of_as_many_rows_as_samples, lambda: {"table": nn.Embedding(9, 3)}),
     Kind(cosines, lambda: {"temperature": parameter()}),
     Kind(distances, lambda: {"codes": parameter(N, H)}),
     Kind(

@@ -13,7 +13,14 @@ from torch import nn
 
 from flatminima.errors import FlatminimaError, NonFiniteError, WrongGradientError
 from flatminima.gramian.planning import LOGITS
-from flatminima.losses import BinaryCrossEntropy, CrossEntropy, LogitGradient, is_single_label, logit_gradient
+from flatminima.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    LogitGradient,
+    is_single_label,
+    logit_gradient,
+    mean_loss,
+)
 from flatminima.losses.known import PIECE_ELEMENTS
 
 
@@ -370,3 +377,39 @@ def test_a_scalar_is_the_loss_of_a_single_sample() -> None:
 def test_soft_labels_are_told_as_what_they_are(reduction: str) -> None:
     with pytest.raises(FlatminimaError, match="integer class indices, got"):
         logit_gradient(nn.CrossEntropyLoss(reduction=reduction), torch.randn(4, 3), torch.rand(4, 3).softmax(1))
+
+
+@pytest.mark.parametrize(
+    ("loss", "logits", "targets", "expected"),
+    [
+        ("cross_entropy", (5, 4), torch.arange(5) % 4, F.cross_entropy),
+        (
+            nn.CrossEntropyLoss(label_smoothing=0.1),
+            (5, 4),
+            torch.arange(5) % 4,
+            nn.CrossEntropyLoss(label_smoothing=0.1),
+        ),
+        (CrossEntropy(), (5, 3, 4), torch.arange(15).view(5, 3) % 4, lambda z, y: F.cross_entropy(z.mT, y)),
+        (nn.BCEWithLogitsLoss(), (5, 4), (torch.arange(20).view(5, 4) % 2).double(), nn.BCEWithLogitsLoss()),
+        (nn.MSELoss(), (5, 4), torch.ones(5, 4), nn.MSELoss()),
+        (nn.MSELoss(reduction="none"), (5, 1), torch.ones(5, 1), nn.MSELoss()),
+        (plain, (5, 4), torch.arange(5) % 4, F.cross_entropy),
+    ],
+)
+def test_the_mean_loss_is_differentiable_twice(loss, logits, targets, expected) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(logits, dtype=torch.float64)
+    torch.testing.assert_close(mean_loss(loss, z, targets), expected(z, targets))
+    found, reference = (
+        torch.autograd.functional.hessian(function, z)
+        for function in (lambda z: mean_loss(loss, z, targets), lambda z: expected(z, targets))
+    )
+    torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-14)
+
+
+def test_the_mean_loss_has_a_gradient_however_small_it_is() -> None:
+    logits = torch.tensor([[60.0, 0.0, 0.5]], requires_grad=True)
+    mean_loss("cross_entropy", logits, torch.tensor([0])).backward()
+    assert logits.grad is not None
+    exact = [-(math.exp(-60) + math.exp(-59.5)), math.exp(-60), math.exp(-59.5)]
+    assert logits.grad[0].tolist() == pytest.approx(exact, rel=1e-6)

@@ -82,6 +82,11 @@ def gradient_at(loss: FactoredLoss | PerSampleLoss, logits: Tensor, targets: Ten
     return _by_autograd(loss, logits, targets)
 
 
+def differentiable_losses(form: FactoredLoss | PerSampleLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    """(N,) float64: the losses at float64 logits, on whose graph they stay."""
+    return form.gradient(logits, targets).loss if isinstance(form, FactoredLoss) else _values(form, logits, targets)
+
+
 def _by_autograd(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitGradient:
     with torch.enable_grad():
         leaf = logits.requires_grad_()

@@ -132,7 +132,7 @@ class CrossEntropy:
         largest = others.amax(1, keepdim=True)
         scaled = (others - largest).exp_()  # p_c / max_{c≠y} p_c: exact however small p_c is
         total = scaled.sum(1, keepdim=True)
-        scaled.scatter_(1, labels[:, None], -total)
+        scaled = scaled.scatter(1, labels[:, None], -total)  # not in place: `losses` may be differentiated
         losses = F.softplus((largest + total.log())[:, 0] - log_p_y)
         if self.label_smoothing:
             epsilon = self.label_smoothing

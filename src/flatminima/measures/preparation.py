@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class PreparedModel:
         plan: how ξ is formed within the memory budget.
         selection: the measures to be taken.
         constant_outputs: whether it returns the same for several samples.
-        checks: what the trials have found out about its rows of J; the one thing here that grows.
+        checks: what the trials have found out about its rows of J.
+        values_of_weights: measures of the weights alone by name, which the first trial takes for all. These two grow.
     """
 
     model: nn.Module
@@ -64,6 +65,7 @@ class PreparedModel:
     selection: Selection
     constant_outputs: bool
     checks: Checks
+    values_of_weights: dict[str, float] = field(default_factory=dict)
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
         """The samples of trial ``number`` on the model's device."""

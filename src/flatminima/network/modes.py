@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatminima.errors import FlatminimaError
+from flatminima.network.batches import device_of
 from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters
 
 
@@ -132,6 +134,14 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
         for module in itertools.islice(itertools.chain(innermost, modules), 1):
             stack.callback(module.register_forward_pre_hook(_refuse_autocast).remove)
         yield
+
+
+def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if torch.is_autocast_enabled(device_of(module).type):
+        raise FlatminimaError(
+            "the model switches autocast on inside its forward, but penalty passes need float32: "
+            "pass the inner module, and use autocast around the training step"
+        )
 
 
 @contextmanager

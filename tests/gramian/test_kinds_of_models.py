@@ -384,3 +384,14 @@ def test_a_penaltys_gradient_is_that_of_plain_autograd(kind: Kind) -> None:
     scale = max(float(g.abs().max()) for g in expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.to_dense() if a.is_sparse else a, b, rtol=1e-7, atol=1e-8 * scale)
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
+def test_a_checkpointed_model_is_measured_as_it_would_be_without() -> None:
+    kind = next(kind for kind in KINDS if kind.forward is checkpointed)
+    model, x, y = kind.build()
+    jacobian = plain_gradients(model, x, y)
+    measured = fm.measure(model, (x, y), subset_size=N, trials=1, progress=False)
+    expected = torch.linalg.slogdet(jacobian @ jacobian.T).logabsdet.item()
+    assert measured.log_det_fisher.mean == pytest.approx(expected, rel=1e-9)
+    assert measured.robustness is not None

@@ -16,7 +16,7 @@ from flatminima.protocols import RESAMPLES, Evaluation, Evidence, Finding
 _DRAWN = 30
 """Measures in a figure; the rest are in the table."""
 
-_ROW_INCHES = 0.32
+_ROW_INCHES = 0.42
 
 
 def evidence_table(
@@ -79,13 +79,19 @@ def write_evaluation(evaluation: Evaluation, path: Path, *, source: str) -> None
 
 
 def _picture(evaluation: Evaluation) -> Picture:
-    """The decisive τ beside the plain one, the strongest on top."""
-    strength = {name: abs(found.decisive(evaluation.given).value or 0.0) for name, found in evaluation.measures.items()}
+    """The partial coefficients beside τ itself, the strongest on top."""
+    strength = {
+        name: abs(found.decisive(evaluation.given)[0].value or 0.0) for name, found in evaluation.measures.items()
+    }
     names = sorted(strength, key=lambda name: -strength[name])[:_DRAWN]
     shown = [evaluation.measures[name] for name in names]
     groups = {"τ": [_ends(found.kendall) for found in shown]}
     if evaluation.given is not None:
-        groups = {f"partial τ, given {evaluation.given}": [_ends(found.partial_kendall) for found in shown], **groups}
+        partial = {
+            f"partial τ, given {evaluation.given}": [_ends(found.partial_kendall) for found in shown],
+            f"partial ρ, given {evaluation.given}": [_ends(found.partial_correlation) for found in shown],
+        }
+        groups = {**partial, **groups}
     draw = functools.partial(_draw, names=names, groups=groups)
     most = f"the {_DRAWN} strongest of {len(strength)} measures" if len(strength) > _DRAWN else "every measure"
     title = f"Kendall's τ with the error, {most}"

@@ -25,7 +25,7 @@ def test_a_warning_from_the_depth_of_a_measure_names_the_users_line() -> None:
     model = nn.Linear(20, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fm.measure(model, loader, subset_size=5, trials=1, robustness_samples=0)
+        fm.measure(model, loader, subset_size=5, trials=1, measures=())
     assert {warning.filename for warning in caught if issubclass(warning.category, FlatminimaWarning)} == {__file__}
     assert any(issubclass(warning.category, ShuffledLoaderWarning) for warning in caught)
 

@@ -277,7 +277,7 @@ def test_more_trials_do_not_remove_the_bias() -> None:
 
 def measured(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Characterization:
     """Measured at a network that classifies all samples rightly, so none of it warns."""
-    return measure(model, (x, y), robustness_samples=0, progress=False, **options)
+    return measure(model, (x, y), measures=(), progress=False, **options)
 
 
 def test_estimate_converges_to_exact_gamma_as_subsets_grow() -> None:

@@ -201,7 +201,7 @@ def test_measures_against_the_dense_fisher(minimum: tuple[nn.Module, Tensor, Ten
     model, x, y = minimum
     n = len(y)
     fisher = dense_empirical_fisher(model, x, y)
-    c = fm.measure(model, (x, y), subset_size=n, trials=1, robustness_samples=0)
+    c = fm.measure(model, (x, y), subset_size=n, trials=1, measures=())
     eigenvalues = torch.linalg.eigvalsh(fisher).flip(0)
     largest = eigenvalues[0].item()
     spectrum = torch.tensor(c.spectrum, dtype=torch.float64)
@@ -216,5 +216,5 @@ def test_log_determinant_against_the_dense_fisher(minimum: tuple[nn.Module, Tens
     """γ̂ is the sum of ln of N' times the nonzero eigenvalues; few samples keep them clear of rounding."""
     model, x, y = minimum[0], minimum[1][:6], minimum[2][:6]
     eigenvalues = torch.linalg.eigvalsh(dense_empirical_fisher(model, x, y))[-6:]
-    c = fm.measure(model, (x, y), subset_size=6, trials=1, robustness_samples=0)
+    c = fm.measure(model, (x, y), subset_size=6, trials=1, measures=())
     assert c.log_det_fisher.mean == pytest.approx((6 * eigenvalues).log().sum().item(), rel=1e-8)

@@ -93,7 +93,7 @@ def test_measure_keeps_to_the_budget_given() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 3)).double()
     x, y = torch.randn(40, 20, dtype=torch.float64), torch.arange(40) % 3
-    options = {"subset_size": 15, "trials": 2, "loss": nn.MSELoss(), "robustness_samples": 0}
+    options = {"subset_size": 15, "trials": 2, "loss": nn.MSELoss(), "measures": ()}
     targets = nn.functional.one_hot(y, 3).double()
     whole = fm.measure(model, (x, targets), **options)
     parts = fm.measure(model, (x, targets), memory_budget=60_000, **options)

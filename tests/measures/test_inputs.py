@@ -15,7 +15,7 @@ from support.oracles import explicit_gram
 N, CLASSES = 20, 3
 torch.manual_seed(0)
 X, Y = torch.randn(N, 5), torch.arange(N) % CLASSES
-OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 2, "progress": False, "robustness_samples": 0}
+OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 2, "progress": False, "measures": ()}
 
 
 def mlp() -> nn.Sequential:
@@ -45,6 +45,27 @@ MISTAKES = {
     "complex": (lambda: fm.measure(Complex(), (X, Y), **OPTIONS), "complex64, and gradients of complex ones"),
     "a path": (lambda: fm.measure("a.pt", (X, Y)), "a model is a torch.nn.Module, got str"),
     "a path for gram": (lambda: fm.gram("a.pt", X, Y), "a model is a torch.nn.Module, got str"),
+    "a class for the exact Fisher": (
+        lambda: fm.exact_fisher(nn.Linear, X, Y),
+        "a model is a torch.nn.Module, got type",
+    ),
+    "a number to compare": (lambda: fm.compare({"a": mlp(), "b": 3}, (X, Y), **OPTIONS), "torch.nn.Module, got int"),
+    "a list of targets": (lambda: fm.gram(mlp(), X, Y.tolist()), "targets must be a tensor, got list"),
+    "an unknown path": (lambda: fm.gram(mlp(), X, Y, path="fast"), "unknown path='fast'"),
+    "smoothing as text": (
+        lambda: fm.CrossEntropy(label_smoothing="0.1"),
+        "label_smoothing must be a number, got '0.1'",
+    ),
+    "a weight for all": (lambda: fm.CrossEntropy(weight=2.0), "weight must be a factor for every class, got 2.0"),
+    "a regularizer of a path": (lambda: fm.FisherTraceRegularizer("a.pt"), "a model is a torch.nn.Module, got str"),
+    "a regularizer of lazy": (
+        lambda: fm.FisherTraceRegularizer(nn.Sequential(nn.LazyLinear(3))),
+        "'0.weight' has no shape yet.*run the model on one batch",
+    ),
+    "beta as text": (lambda: fm.FisherTraceRegularizer(mlp(), beta="10"), "beta must be zero or a positive.*'10'"),
+    "alpha as nothing": (lambda: fm.FisherTraceRegularizer(mlp(), alpha=None), "alpha must be a positive.*None"),
+    "a list as norm": (lambda: fm.FisherTraceRegularizer(mlp(), max_grad_norm=[1]), r"max_grad_norm must be.*\[1\]"),
+    "a number as parameters": (lambda: fm.FisherTraceRegularizer(mlp(), parameters=3), "parameters must be.*got 3"),
     "a list to compare": (lambda: fm.compare([mlp(), mlp()], (X, Y)), "needs models by name.*got list"),
     "a tensor as loss": (lambda: fm.measure(mlp(), (X, Y), loss=torch.ones(3)), "unknown loss a tensor of shape"),
     "half a sample": (lambda: fm.measure(mlp(), (X, Y), subset_size=6.5), "subset_size must be an integer, got 6.5"),

@@ -111,7 +111,7 @@ def test_float32_agrees_with_float64_at_a_loss_of(target: float) -> None:
     for _ in range(60):  # bisect the head's scale
         middle = (low * high) ** 0.5
         model[-1].weight.data = head * middle
-        loss = fm.measure(model, (x, y), trials=1, subset_size=2, robustness_samples=0).train_loss
+        loss = fm.measure(model, (x, y), trials=1, subset_size=2, measures=()).train_loss
         low, high = (middle, high) if loss > target else (low, middle)
     assert loss == pytest.approx(target, rel=0.01)
     if target >= 1e-9:
@@ -461,9 +461,9 @@ def test_shares_add_up_and_round_trip() -> None:
 
 def test_trials_stop_at_the_standard_error_asked_for() -> None:
     model, x, y = minimum()
-    everything = fm.measure(model, (x, y), subset_size=12, trials=40, robustness_samples=0)
+    everything = fm.measure(model, (x, y), subset_size=12, trials=40, measures=())
     target = everything.log_det_fisher.standard_error * 2
-    c = fm.measure(model, (x, y), subset_size=12, trials=40, robustness_samples=0, max_standard_error=target)
+    c = fm.measure(model, (x, y), subset_size=12, trials=40, measures=(), max_standard_error=target)
     done = c.settings.trials
     assert 5 <= done < 40
     assert c.log_det_fisher.standard_error <= target
@@ -480,7 +480,7 @@ def test_comparisons_stop_at_the_standard_error_of_their_differences() -> None:
     models = {"a": model, "b": copy.deepcopy(model), "c": copy.deepcopy(model)}
     models["b"][0].weight.data *= 1.001
     models["c"][5].weight.data += 1e-3 * torch.randn_like(models["c"][5].weight)
-    options = {"subset_size": 12, "robustness_samples": 0, "trials": 30}
+    options = {"subset_size": 12, "measures": (), "trials": 30}
     everything = fm.compare(models, (x, y), **options)
     per_trial = {name: c.log_det_fisher.per_trial for name, c in everything.characterizations.items()}
     pairs = list(itertools.combinations(models, 2))
@@ -535,7 +535,7 @@ def test_numbers_that_json_lacks_become_null() -> None:
 def test_the_generic_path_gives_the_same_and_says_which_parameters_took_it() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Linear(20, 3).double(), torch.randn(30, 20, dtype=torch.float64), torch.arange(30) % 3
-    how: dict[str, Any] = {"subset_size": 8, "trials": 3, "robustness_samples": 0}
+    how: dict[str, Any] = {"subset_size": 8, "trials": 3, "measures": ()}
     with pytest.warns(NotAMinimumWarning):
         by_rules = fm.measure(model, (x, y), **how)
     with pytest.warns(NotAMinimumWarning):

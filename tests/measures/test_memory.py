@@ -40,7 +40,7 @@ def problem(samples: int = 700) -> tuple[Counting, Tensor, Tensor]:
 @pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
 def test_the_training_loss_keeps_to_the_budget() -> None:
     model, x, y = problem()
-    options = {"subset_size": 8, "trials": 1, "robustness_samples": 0, "progress": False, "loss": nn.CrossEntropyLoss()}
+    options = {"subset_size": 8, "trials": 1, "measures": (), "progress": False, "loss": nn.CrossEntropyLoss()}
     plan = plan_for(model, x[:8], memory_budget=100_000)
     model.sizes.clear()
     within = fm.measure(model, (x, y), memory_budget=100_000, **options)

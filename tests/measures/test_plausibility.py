@@ -22,7 +22,7 @@ N, CLASSES, LENGTH = 20, 4, 6
 torch.manual_seed(0)
 X, Y = torch.randn(N, 5, dtype=torch.float64), torch.arange(N) % CLASSES
 TOKENS = torch.randint(0, CLASSES, (N, LENGTH))
-OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 2, "progress": False, "robustness_samples": 0}
+OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 2, "progress": False, "measures": ()}
 
 
 def mlp(*last: nn.Module, width: int = 16) -> nn.Module:

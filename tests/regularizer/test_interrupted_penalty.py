@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.torch_compat import compiler_stance
 from support.interruptions import what_interruptions_leave
 from support.regularizer_cases import SEED
 
@@ -18,8 +19,8 @@ WAYS: list[dict[str, Any]] = [
     {"estimator": "hvp"},
     {"batch_statistics": "whole-batch"},
     {"main_gradient": "sub-batches"},
+    {"passes": "together"},
 ]
-"""Not ``passes="together"``: interrupted inside, ``torch.func.vmap`` loses count of its own levels."""
 
 
 @pytest.mark.parametrize("moments", [30, pytest.param(400, marks=pytest.mark.slow)])
@@ -55,3 +56,22 @@ def test_an_interrupted_step_leaves_no_part_of_a_gradient() -> None:
     with pytest.raises(KeyboardInterrupt):
         regularizer.backward(F.cross_entropy, *data)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_compiled_models_run_their_graphs_after_an_interruption_that_a_context_manager_never_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch._dynamo.eval_frame")
+    before, set_stance = compiler_stance(), torch.compiler.set_stance
+
+    def interrupted(stance: str) -> None:
+        set_stance(stance)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.compiler, "set_stance", interrupted)
+    model = nn.Linear(6, 3)
+    with pytest.raises(KeyboardInterrupt):
+        FisherTraceRegularizer(model, num_sub_batches=2, estimator="hvp").penalize(
+            lambda batch: F.cross_entropy(model(batch[0]), batch[1]), (torch.randn(8, 6), torch.randint(3, (8,)))
+        )
+    assert compiler_stance() == before

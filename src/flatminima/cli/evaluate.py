@@ -58,7 +58,7 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
     options = parse(Evaluate, given, prog="evaluate")
     if options.ledger is None:
         raise FlatminimaError("evaluate takes a ledger: a CSV file with a line of names and a row for every minimum")
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab.reports import evidence_table, write_evaluation
         from flatminima.protocols import Ledger, evaluate, read_table
 
@@ -77,7 +77,7 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
             seed=options.seed_column,
             test_size=options.test_size,
         )
-        with ProgressBar("protocols", len(ledger.measures), enabled=not options.output.no_progress) as bar:
+        with ProgressBar("protocols", len(ledger.measures)) as bar:
             evaluation = evaluate(ledger, lambda measure: bar.advance())
         write_evaluation(evaluation, options.report, source=str(options.ledger))
     lines = [Text(f"• {line}") for line in evaluation.conclusions()]

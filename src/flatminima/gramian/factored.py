@@ -1,4 +1,4 @@
-"""ξ in factored form, and ln det ξ of it, or why there is none."""
+"""ξ in factored form, and ln det ξ of it and its parts, or why there is none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,42 @@ from torch import Tensor
 from flatminima.errors import RankDeficientError
 
 
+@dataclass(frozen=True)
+class LogDeterminant:
+    """ln det ξ, exactly taken apart.
+
+    A row of J is g_i = ‖δ_i‖ h_i, with δ_i the loss's gradient at the logits and h_i what δ_i/‖δ_i‖ back-propagates to;
+    C_ij = cos(g_i, g_j). Then ln det ξ = Σ 2 ln‖δ_i‖ + Σ 2 ln‖h_i‖ + ln det C. Rescaling any sample's loss changes the
+    first part alone.
+
+    Attributes:
+        residual: Σ 2 ln‖δ_i‖, how far the outputs are from the labels: the training loss in other clothes.
+        sensitivity: Σ 2 ln‖h_i‖, how strongly the weights feel a unit error at the logits.
+        diversity: ln det C ≤ 0, the log-volume of the unit gradients.
+    """
+
+    residual: float
+    sensitivity: float
+    diversity: float
+
+    @property
+    def at_unit_residuals(self) -> float:
+        """Sensitivity + diversity = ln det of the Gram matrix of the h_i."""
+        return self.sensitivity + self.diversity
+
+    @property
+    def total(self) -> float:
+        """The logarithm of det ξ."""
+        return self.residual + self.at_unit_residuals
+
+
 def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) -> float:
-    """Natural logarithm of det ξ (Eq. 5), from the factored form: no under- or overflow, no −∞.
+    """Natural logarithm of det ξ (Eq. 5); the sum of :func:`log_determinant_parts`, and its errors."""
+    return log_determinant_parts(factored, names).total
+
+
+def log_determinant_parts(factored: FactoredGram, names: Sequence[int] | None = None) -> LogDeterminant:
+    """The logarithm of det ξ and its parts, from the factored form: no under- or overflow, no −∞.
 
     ξ = S C S with C of unit diagonal, so ln det ξ = Σ ln C's eigenvalues + 2 Σ ln S_i: the eigenvalues are taken of the
     well-scaled part alone.
@@ -40,7 +74,11 @@ def log_determinant(factored: FactoredGram, names: Sequence[int] | None = None) 
         raise RankDeficientError(
             f"ξ is singular (rank {rank} of {n}): {_singularity(correlation, names, factored.dtype)}"
         )
-    return float(eigenvalues.log().sum() + 2 * (norms.log() + factored.log_scale).sum())
+    return LogDeterminant(
+        residual=float(2 * factored.log_scale.sum()),
+        sensitivity=float(2 * norms.log().sum()),
+        diversity=float(eigenvalues.log().sum()),
+    )
 
 
 def _singularity(correlation: Tensor, names: Sequence[int], dtype: torch.dtype) -> str:

@@ -1,22 +1,26 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
+from flatminima.measures.catalogue import input_jacobian_norms
 from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions, PlainOptions
+from flatminima.measures.registry import CATALOGUE, Measure, catalogued
 from flatminima.measures.results import Characterization, Estimate, Settings, Share, jsonable
-from flatminima.measures.robustness import input_jacobian_norms
-from flatminima.measures.tables import MEASURES
+from flatminima.measures.trial import Trial
 
 __all__ = [
-    "MEASURES",
+    "CATALOGUE",
     "Characterization",
     "Comparison",
     "Estimate",
+    "Measure",
     "MeasureOptions",
     "PlainOptions",
     "Settings",
     "Share",
+    "Trial",
+    "catalogued",
     "compare",
     "comparison_of",
     "evaluate",

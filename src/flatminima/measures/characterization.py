@@ -10,7 +10,7 @@ import torch
 from flatminima.errors import RankDeficientError, SingularTrialWarning, warn
 from flatminima.gramian import warn_generic
 from flatminima.measures.preparation import PreparedModel
-from flatminima.measures.results import Characterization, Estimate, Settings, Share
+from flatminima.measures.results import ATTRIBUTES, Characterization, Estimate, Settings, Share
 from flatminima.measures.trials import ShareValues, TrialValues
 from flatminima.network import device_of
 
@@ -22,27 +22,29 @@ def characterize(prepared: PreparedModel, trials: Sequence[TrialValues]) -> Char
         RankDeficientError: if ξ was singular in every trial.
     """
     if prepared.options.path == "rules":
-        warn_generic(trials[0].generic_parameters)
-    robustness = [trial.robustness for trial in trials]
+        warn_generic(trials[0].generic_parameters, prepared.checks)
+    singular = _singular_trials(trials)
+    left_out = {name: reason for trial in reversed(trials) for name, reason in trial.undefined.items()}
+    estimates = {
+        measure.name: Estimate.of([trial.values[measure.name] for trial in trials])
+        for measure in prepared.selection.measures
+        if measure.name not in left_out
+    }
     return Characterization(
-        log_det_fisher=Estimate.of([trial.log_det_fisher for trial in trials]),
-        spectral_radius=Estimate.of([trial.spectral_radius for trial in trials]),
-        frobenius_norm=Estimate.of([trial.frobenius_norm for trial in trials]),
-        fisher_frobenius_norm=Estimate.of([trial.fisher_frobenius_norm for trial in trials]),
-        fisher_trace=Estimate.of([trial.fisher_trace for trial in trials]),
-        robustness=None if all(map(math.isnan, robustness)) else Estimate.of(robustness),
+        **{name: estimates.get(name) for name in ATTRIBUTES},  # type: ignore[arg-type]
+        others={name: estimate for name, estimate in estimates.items() if name not in ATTRIBUTES},
         spectrum=tuple(torch.stack([trial.spectrum for trial in trials]).mean(0).tolist()),
         train_loss=prepared.train.loss,
         train_accuracy=None if prepared.train.correct is None else prepared.train.accuracy,
         num_parameters=prepared.num_parameters,
         num_samples=len(prepared.samples),
-        singular_trials=_singular_trials(trials),
+        singular_trials=singular,
         shares=_joined_shares(trials),
-        settings=_settings(prepared, trials),
+        settings=_settings(prepared, trials, left_out),
     )
 
 
-def _settings(prepared: PreparedModel, trials: Sequence[TrialValues]) -> Settings:
+def _settings(prepared: PreparedModel, trials: Sequence[TrialValues], left_out: dict[str, str]) -> Settings:
     options = prepared.options
     loss = options.loss
     return Settings(
@@ -54,11 +56,12 @@ def _settings(prepared: PreparedModel, trials: Sequence[TrialValues]) -> Setting
         batchnorm=options.batchnorm,
         logit_normalization=options.logit_normalization,
         scale_invariant=options.scale_invariant,
-        robustness_samples=prepared.robustness_samples,
+        robustness_samples=options.robustness_samples,
         generic_parameters=list(trials[0].generic_parameters),
         dtype=trials[0].dtype,
         device=str(device_of(prepared.model)),
-        no_robustness=prepared.no_robustness,
+        left_out={name: reason for name, reason in left_out.items() if name not in ATTRIBUTES},
+        larger_is_better=[measure.name for measure in prepared.selection.measures if measure.larger_is_better],
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from flatminima.gramian import PathName
 from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
-from flatminima.measures.options import MeasureOptions, with_options_explained
+from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.results import Characterization
 from flatminima.measures.trials import perform_trial, perform_trials
@@ -33,6 +34,8 @@ def measure(  # noqa: D417 (the options are explained in one place)
     logit_normalization: float | None = None,
     scale_invariant: bool = False,
     max_standard_error: float | None = None,
+    measures: Measures = ("paper",),
+    initial: Mapping[str, Tensor] | None = None,
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
     per_parameter: bool = False,
@@ -63,6 +66,7 @@ def measure(  # noqa: D417 (the options are explained in one place)
         NotLogitsWarning: if the outputs look like probabilities.
         UnshiftedLabelsWarning: if a language model is asked for the tokens that it is given.
         GenericPathWarning: if some parameters have no layer rule.
+        ImpreciseWarning: if ``max_standard_error`` is not reached.
 
     Example:
         >>> import torch, flatminima
@@ -84,6 +88,8 @@ def measure(  # noqa: D417 (the options are explained in one place)
         logit_normalization=logit_normalization,
         scale_invariant=scale_invariant,
         max_standard_error=max_standard_error,
+        measures=measures,
+        initial=initial,
         robustness_samples=robustness_samples,
         on_singular=on_singular,
         per_parameter=per_parameter,
@@ -101,4 +107,6 @@ def measure(  # noqa: D417 (the options are explained in one place)
             distributed=distributed,
             progress=progress,
         )
-        return characterize(prepared, done)
+        characterization = characterize(prepared, done)
+        warn_of_imprecision(options, characterization.log_det_fisher.per_trial, "γ̂")
+        return characterization

@@ -6,15 +6,21 @@ An option is explained here and nowhere else; the lab and its command line deriv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-from flatminima.errors import require
-from flatminima.gramian import PathName
+from torch import Tensor
+
+from flatminima.errors import ImpreciseWarning, require, require_flag, require_integer, require_number, warn
+from flatminima.gramian import PathName, require_path
 from flatminima.losses import Loss, per_sample_form
 from flatminima.measures.fisher import Fisher
+from flatminima.measures.registry import Measure, MeasureFunction, selected
 from flatminima.measures.results import Estimate
+
+Measures = str | MeasureFunction | Measure | Sequence[str | MeasureFunction | Measure]
+"""One or several names, groups, callables or :class:`~flatminima.measures.Measure` objects."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,8 +51,8 @@ class PlainOptions:
             nothing (Dinh et al. 2017; Sec. 5.1).
         max_standard_error: Stop as soon as the standard error of γ̂, or in a comparison of all its paired differences,
             is at most this, and at least five trials are done.
-        robustness_samples: Samples per subset for the robustness, the costliest measure (None: all of them; 0: leave
-            it out).
+        robustness_samples: Samples per subset for the robustness, K - 1 backward passes each (None: as many as take no
+            longer than a forward and backward pass of the subset).
         on_singular: Where a subset's gradients are linearly dependent (duplicates, say): "raise" an error, or "skip"
             it, which leaves it out of γ̂ with a warning.
     """
@@ -70,6 +76,12 @@ class MeasureOptions(PlainOptions):
     Attributes:
         loss: ``"cross_entropy"``, a loss of :mod:`flatminima.losses` or ``torch.nn``, or ``loss(logits, targets)`` →
             (N',) tensor of per-sample losses.
+        measures: What is measured beside γ̂, its parts and what else the paper has of ξ: names, or the groups
+            ``"paper"`` (with the robustness), ``"free"`` (from ξ), ``"cheap"`` (at most a forward and backward pass a
+            trial), ``"weights"`` (of the weights alone) and ``"all"``. Of a group, what is not defined for the network
+            is left out, and said. Also callables of your own: each takes a :class:`~flatminima.measures.Trial`,
+            returns a number, and is known by its ``__name__``; or :class:`~flatminima.measures.Measure` objects.
+        initial: The weights that training began with, by name (a ``state_dict``), for measures of the distance.
         per_parameter: Also report every parameter's share of ξ, in ``Characterization.shares``.
         path: Rows of J by layer rules where there are any ("rules"), or all by plain autograd, one sample at a time
             ("generic"): slower by far, and never needed, as rules are held against plain autograd.
@@ -85,6 +97,8 @@ class MeasureOptions(PlainOptions):
     """
 
     loss: Loss = "cross_entropy"
+    measures: Measures = ("paper",)
+    initial: Mapping[str, Tensor] | None = None
     per_parameter: bool = False
     path: PathName = "rules"
     memory_budget: int | None = None
@@ -93,11 +107,11 @@ class MeasureOptions(PlainOptions):
 
     def __post_init__(self) -> None:
         per_sample_form(self.loss)
-        for name in ("subset_size", "trials", "seed"):
-            value = getattr(self, name)
-            require(hasattr(value, "__index__"), f"{name} must be an integer, got {value!r}")
+        selected(self.measures)
+        self._require_types()
+        require(-(2**63) <= self.seed < 2**64, f"seed must fit 64 bits, got {self.seed}")
         require(
-            self.batchnorm == "eval" or isinstance(self.batchnorm, int),
+            self.batchnorm == "eval" or (isinstance(self.batchnorm, int) and not isinstance(self.batchnorm, bool)),
             f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
             "chunk",
         )
@@ -110,14 +124,25 @@ class MeasureOptions(PlainOptions):
             self.max_standard_error is None or self.max_standard_error > 0,
             f"max_standard_error must be positive, got {self.max_standard_error}",
         )
-        require(self.path in get_args(PathName), f"unknown path={self.path!r}: use 'rules' or 'generic'")
+        require_path(self.path)
         require(
             self.on_singular in ("raise", "skip"), f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'"
         )
         require(
-            self.robustness_samples is None or self.robustness_samples >= 0,
-            f"robustness_samples must be 0 or more, got {self.robustness_samples}",
+            self.robustness_samples is None or self.robustness_samples >= 1,
+            f"robustness_samples must be 1 or more, got {self.robustness_samples}: to leave the robustness out, leave "
+            "'paper' out of measures",
         )
+
+    def _require_types(self) -> None:
+        for name in ("subset_size", "trials", "seed"):
+            require_integer(name, getattr(self, name))
+        if self.robustness_samples is not None:
+            require_integer("robustness_samples", self.robustness_samples)
+        for name in ("logit_normalization", "max_standard_error", "memory_budget"):
+            require_number(name, getattr(self, name), optional=True)
+        for name in ("scale_invariant", "per_parameter", "distributed", "progress"):
+            require_flag(name, getattr(self, name))
 
     def precise_enough(self, values: Sequence[float]) -> bool:
         """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""
@@ -125,6 +150,24 @@ class MeasureOptions(PlainOptions):
             return False
         kept = [value for value in values if not math.isnan(value)]
         return len(kept) >= MINIMUM_TRIALS and Estimate.of(kept).standard_error <= self.max_standard_error
+
+
+def warn_of_imprecision(options: MeasureOptions, values: Sequence[float], what: str) -> None:
+    """Warn where all trials together have not reached ``max_standard_error``.
+
+    Args:
+        options: as measured.
+        values: one per trial, as for :meth:`MeasureOptions.precise_enough`.
+        what: they are the trials' values of.
+    """
+    if options.max_standard_error is None or options.precise_enough(values):
+        return
+    few = f"; at least {MINIMUM_TRIALS} are needed" if len(values) < MINIMUM_TRIALS else ""
+    warn(
+        f"after all {len(values)} trials the standard error of {what} is {Estimate.of(values).standard_error:.2g}, not "
+        f"at most max_standard_error={options.max_standard_error:g}{few}: raise trials",
+        ImpreciseWarning,
+    )
 
 
 def with_options_explained(function: Function) -> Function:

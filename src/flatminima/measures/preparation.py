@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -16,13 +15,12 @@ from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluation, evaluat
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
 from flatminima.measures.plausibility import SAMPLES_LOOKED_AT, constant_outputs, refuse_random, warn_of_implausible
-from flatminima.measures.robustness import why_no_robustness
+from flatminima.measures.registry import Selection, selected
 from flatminima.network import (
     Inputs,
     Samples,
-    call_model,
+    call_model_without_graph,
     device_of,
-    draw_subsets,
     evaluating,
     explained_errors,
     model_inputs,
@@ -32,6 +30,7 @@ from flatminima.network import (
     undisturbed,
 )
 from flatminima.parallel import Processes, processes_of, shared
+from flatminima.sampling import draw_subsets
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ class PreparedModel:
         rows: how samples become rows of J.
         train: loss and accuracy over all of its training data.
         plan: how ξ is formed within the memory budget.
-        no_robustness: why the robustness is not defined for it, if it is not.
+        selection: the measures to be taken.
         constant_outputs: whether it returns the same for several samples.
-        checks: what the trials have found out about its rows of J; the one thing here that grows.
+        checks: what the trials have found out about its rows of J.
+        values_of_weights: measures of the weights alone by name, which the first trial takes for all. These two grow.
     """
 
     model: nn.Module
@@ -62,19 +62,14 @@ class PreparedModel:
     rows: FisherRows
     train: Evaluation
     plan: Plan
-    no_robustness: str | None
+    selection: Selection
     constant_outputs: bool
     checks: Checks
+    values_of_weights: dict[str, float] = field(default_factory=dict)
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
         """The samples of trial ``number`` on the model's device."""
         return _fetched(self.model, self.samples, self.subsets[number], self.processes)
-
-    @property
-    def robustness_samples(self) -> int:
-        """On how many samples of a subset the robustness is computed."""
-        most, size = self.options.robustness_samples, self.options.subset_size
-        return size if most is None else min(most, size)
 
 
 def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> PreparedModel:
@@ -93,7 +88,6 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
     num_parameters = sum(part.parameter.numel() for part in trainable_parts(unwrapped(model), processes).values())
     subsets = draw_subsets(len(samples), options.subset_size, options.trials, options.seed)
     inputs, targets = _fetched(model, samples, subsets[0], processes)
-    no_robustness = why_no_robustness(inputs, targets, _logits(model, inputs, 1))
     rows = FisherRows.of(options.fisher, options.loss, model, inputs)
     _refuse_more_rows_than_parameters(rows, num_parameters, options)
     plan = plan_for(model, rows.of_batch(inputs, targets)[0], memory_budget=options.memory_budget)
@@ -115,7 +109,7 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
         rows,
         train,
         plan,
-        no_robustness,
+        selected(options.measures),
         constant_outputs(logits),
         Checks(),
     )
@@ -156,8 +150,8 @@ def _fetched(model: nn.Module, samples: Samples, indices: list[int], processes: 
 
 def _logits(model: nn.Module, inputs: Inputs, samples: int) -> Tensor:
     """Those of the first samples."""
-    with evaluating(model), torch.no_grad(), true_precision(), explained_errors(model, inputs):
-        return call_model(model, take(inputs, slice(samples)))
+    with evaluating(model), true_precision(), explained_errors(model, inputs):
+        return call_model_without_graph(model, take(inputs, slice(samples)))
 
 
 def _refuse_more_rows_than_parameters(rows: FisherRows, num_parameters: int, options: MeasureOptions) -> None:

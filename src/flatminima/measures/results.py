@@ -16,7 +16,8 @@ from rich.table import Table
 
 from flatminima.errors import FlatminimaError
 from flatminima.measures.fisher import Fisher
-from flatminima.measures.tables import MEASURES, characterization_table, rendered
+from flatminima.measures.registry import in_table_order
+from flatminima.measures.tables import characterization_table, rendered
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,42 @@ class Share:
     rank: int
 
 
+ATTRIBUTES = (
+    "log_det_fisher",
+    "residual",
+    "sensitivity",
+    "diversity",
+    "log_det_unit_fisher",
+    "spectral_radius",
+    "frobenius_norm",
+    "fisher_frobenius_norm",
+    "fisher_trace",
+)
+"""The measures that are attributes of every :class:`Characterization`."""
+
+
 @dataclass(frozen=True)
 class Characterization:
     """The measures of one trained minimum; smaller means better generalization, at similar training loss.
+
+    γ̂ = residual + sensitivity + diversity, trial by trial. The residual only says how well the minimum fits; what is
+    evidence about the minimum itself is the rest, γ̂ at unit residuals.
 
     F_i is sample i's part of the Fisher information: g_i g_iᵀ of its loss gradient g_i (Eq. 4), so that ‖F_i‖_F² is
     ξ_ii²; with ``fisher="labels"`` or ``"model"`` it is Σ_c y_c ∇ℓ_c ∇ℓ_cᵀ (Eq. 2), and J has K − 1 rows per sample.
 
     Attributes:
         log_det_fisher: γ̂ = (1/T) Σ_t ln det ξ_t (Eq. 5), natural logarithm.
+        residual: Σ_i 2 ln‖δ_i‖ of the losses' gradients δ_i at the logits. None with batch statistics, and so the
+            other parts.
+        sensitivity: Σ_i 2 ln‖h_i‖, with h_i what δ_i/‖δ_i‖ back-propagates to.
+        diversity: ln det C ≤ 0, of the cosines C_ij of the rows of J.
+        log_det_unit_fisher: sensitivity + diversity, γ̂ at unit residuals.
         spectral_radius: (1/T) Σ_t ‖J_t‖₂², the largest eigenvalue of ξ_t (App. D; Keskar et al.).
         frobenius_norm: mean_i ‖F_i‖_F² over samples (App. D; Wu et al.), exact instead of sampled.
         fisher_frobenius_norm: ‖(1/N') J_tᵀJ_t‖_F² = ‖ξ_t‖_F² / N'², of the subset's Fisher information itself.
         fisher_trace: mean_i tr F_i over samples = tr ξ_t / N' (Sec. 6).
-        robustness: mean_i ‖J_x[f_w(x_i)]‖₂² (Sokolić et al.); None where it is not defined, or left out.
+        others: all other measures by name: the robustness, rivals, and your own.
         spectrum: eigenvalues of ξ_t in descending order, averaged over trials; as many as J has rows.
         train_loss: mean loss over all of ``data``; measures compare at similar values only.
         train_accuracy: fraction of ``data`` classified right; None for losses other than the cross entropy.
@@ -86,11 +109,15 @@ class Characterization:
     """
 
     log_det_fisher: Estimate
+    residual: Estimate | None
+    sensitivity: Estimate | None
+    diversity: Estimate | None
+    log_det_unit_fisher: Estimate | None
     spectral_radius: Estimate
     frobenius_norm: Estimate
     fisher_frobenius_norm: Estimate
     fisher_trace: Estimate
-    robustness: Estimate | None
+    others: dict[str, Estimate]
     spectrum: tuple[float, ...]
     train_loss: float
     train_accuracy: float | None
@@ -102,7 +129,13 @@ class Characterization:
 
     def estimates(self) -> dict[str, Estimate]:
         """The measures by name, γ̂ first; those not defined for this network left out."""
-        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
+        found = {name: value for name in ATTRIBUTES if (value := getattr(self, name)) is not None} | self.others
+        return {name: found[name] for name in in_table_order(found)}
+
+    @property
+    def robustness(self) -> Estimate | None:
+        """mean_i ‖J_x[f_w(x_i)]‖₂² (Sokolić et al.); None where it is not defined, or was not asked for."""
+        return self.others.get("robustness")
 
     def to_json(self) -> str:
         """One JSON object; NaN and infinities become null."""
@@ -117,16 +150,17 @@ class Characterization:
         """
         try:
             values = json.loads(text)
-            for name in MEASURES:
+            for name in ATTRIBUTES:
                 if values[name] is not None:
                     values[name] = _estimate_from(values[name])
+            values["others"] = {name: _estimate_from(value) for name, value in values["others"].items()}
             values["settings"] = Settings(**values["settings"])
             for name in ("spectrum", "singular_trials"):
                 values[name] = tuple(values[name])
             if values["shares"] is not None:
                 values["shares"] = {name: _share_from(share) for name, share in values["shares"].items()}
             return cls(**values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FlatminimaError(f"not a characterization ({error!r}): measure the model again") from error
 
     def __rich__(self) -> Table:
@@ -149,13 +183,14 @@ class Settings:
         batchnorm: as in :class:`~flatminima.measures.PlainOptions`.
         logit_normalization: as in :class:`~flatminima.measures.PlainOptions`.
         scale_invariant: as in :class:`~flatminima.measures.PlainOptions`.
-        robustness_samples: samples per trial that the robustness was computed on.
+        robustness_samples: as in :class:`~flatminima.measures.PlainOptions`.
         generic_parameters: parameters without a layer rule, differentiated one sample at a time.
         dtype: the network's floating-point type.
         device: where it ran.
         torch_version: PyTorch's version.
         flatminima_version: this library's version.
-        no_robustness: why there is no robustness, where it is not defined.
+        left_out: of the groups of measures that were asked for, those that are not defined here, with the reason.
+        larger_is_better: the measures of whose values larger ones are better.
     """
 
     loss: str
@@ -166,13 +201,14 @@ class Settings:
     batchnorm: str | int
     logit_normalization: float | None
     scale_invariant: bool
-    robustness_samples: int
+    robustness_samples: int | None
     generic_parameters: list[str]
     dtype: str
     device: str
     torch_version: str = field(default_factory=lambda: str(torch.__version__))
     flatminima_version: str = field(default_factory=lambda: version("flatminima"))
-    no_robustness: str | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    larger_is_better: list[str] = field(default_factory=list)
 
 
 def _estimate_from(values: dict[str, Any]) -> Estimate:

@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from flatminima.measures.registry import label_of
 
 if TYPE_CHECKING:  # results draw themselves by these functions
     from flatminima.measures.comparison import Comparison
     from flatminima.measures.results import Characterization
-
-MEASURES = {
-    "log_det_fisher": "γ̂ = ln det ξ",
-    "spectral_radius": "spectral radius",
-    "frobenius_norm": "Frobenius norm² (per sample)",
-    "fisher_frobenius_norm": "Frobenius norm² (Fisher)",
-    "fisher_trace": "trace of the Fisher",
-    "robustness": "robustness",
-}
-"""Every measure's field and its name in tables."""
 
 
 def characterization_table(characterization: Characterization) -> Table:
@@ -30,7 +23,7 @@ def characterization_table(characterization: Characterization) -> Table:
     for heading in ("measure", "mean", "standard error"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     for name, estimate in characterization.estimates().items():
-        table.add_row(MEASURES[name], f"{estimate.mean:.6g}", f"{estimate.standard_error:.2g}")
+        table.add_row(label_of(name), f"{estimate.mean:.6g}", f"{estimate.standard_error:.2g}")
     table.add_section()
     table.add_row("training loss", f"{characterization.train_loss:.6g}", "")
     if characterization.train_accuracy is not None:
@@ -40,8 +33,8 @@ def characterization_table(characterization: Characterization) -> Table:
         f"seed {settings.seed}"
     )
     fisher = "" if settings.fisher == "empirical" else f", exact Fisher by {settings.fisher}"
-    robustness = "" if settings.no_robustness is None else f"; no robustness: {settings.no_robustness}"
-    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{robustness}"
+    left_out = "".join(f"; no {label_of(name).strip()}: {reason}" for name, reason in settings.left_out.items())
+    table.caption = Text(f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{left_out}", "table.caption")
     return table
 
 
@@ -49,14 +42,13 @@ def comparison_table(comparison: Comparison) -> Table:
     """Every measure of every minimum, with its rank and its difference to the best by γ̂; and the training losses."""
     ranks = comparison.ranks()
     best = min(ranks, key=ranks.__getitem__)
-    table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
+    table = Table(title=Text(f"Minima on the same subsets; differences to {best!r}, the best by γ̂", "table.title"))
     table.add_column("measure")
     for name in comparison.characterizations:
-        table.add_column(name, justify="right")
-    for measure, label in MEASURES.items():
+        table.add_column(Text(name), justify="right")  # a name is text: no markup, no emoji
+    for measure in comparison.measures():
         cells = [_cell(comparison, name, best, measure) for name in comparison.characterizations]
-        if any(cells):
-            table.add_row(label, *cells)
+        table.add_row(Text(label_of(measure)), *cells)
     table.add_section()
     table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in comparison.characterizations.values()))
     return table
@@ -66,7 +58,8 @@ def _cell(comparison: Comparison, name: str, best: str, measure: str) -> str:
     estimates = comparison.characterizations[name].estimates()
     if measure not in estimates:
         return ""
-    text = f"{estimates[measure].mean:.6g}  (rank {comparison.ranks(measure)[name]})"
+    ranks = comparison.ranks(measure)
+    text = f"{estimates[measure].mean:.6g}" + (f"  (rank {ranks[name]})" if name in ranks else "")
     if name != best and measure in comparison.characterizations[best].estimates():
         difference = comparison.difference(name, best, measure)
         text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"

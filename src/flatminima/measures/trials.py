@@ -12,13 +12,23 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from flatminima.errors import RankDeficientError
-from flatminima.gramian import FactoredGram, factored_gram, log_determinant, numerical_rank
+from flatminima.errors import RankDeficientError, UndefinedMeasureError, require
+from flatminima.gramian import (
+    FactoredGram,
+    LogDeterminant,
+    factored_gram,
+    log_determinant,
+    log_determinant_parts,
+    numerical_rank,
+    unwrapped,
+)
 from flatminima.measures.preparation import PreparedModel
-from flatminima.measures.robustness import input_jacobian_norms
-from flatminima.network import Inputs
+from flatminima.measures.registry import CATALOGUE, Selection
+from flatminima.measures.trial import Trial
+from flatminima.network import evaluating, sound_batchnorm, true_precision
 from flatminima.parallel import Processes
 from flatminima.progress import track
+from flatminima.torch_compat import version_of
 
 Outcome = TypeVar("Outcome")
 
@@ -36,31 +46,28 @@ class ShareValues(NamedTuple):
 
 @dataclass(frozen=True)
 class TrialValues:
-    """One subset's values, each as of the same name in :class:`~flatminima.Characterization`.
+    """What one subset gives.
 
     Attributes:
-        log_det_fisher: ln det ξ; NaN where ξ is singular and that is to be skipped.
-        spectral_radius: the largest eigenvalue of ξ.
-        frobenius_norm: mean_i ‖F_i‖_F².
-        fisher_frobenius_norm: ‖ξ‖_F² / N'².
-        fisher_trace: tr ξ / N'.
-        robustness: the mean over the samples it is computed on; NaN where there is none.
+        values: every measure's by name; NaN where this trial has none.
+        undefined: the measures that are not defined, with the reason.
         spectrum: eigenvalues of ξ in descending order, on the CPU.
         shares: of every parameter by name, where asked for.
         generic_parameters: parameters without a layer rule.
         dtype: the network's floating-point type.
     """
 
-    log_det_fisher: float
-    spectral_radius: float
-    frobenius_norm: float
-    fisher_frobenius_norm: float
-    fisher_trace: float
-    robustness: float
+    values: dict[str, float]
+    undefined: dict[str, str]
     spectrum: Tensor
     shares: dict[str, ShareValues] | None
     generic_parameters: tuple[str, ...]
     dtype: str
+
+    @property
+    def log_det_fisher(self) -> float:
+        """The logarithm of det ξ; NaN where ξ is singular and that is to be skipped."""
+        return self.values["log_det_fisher"]
 
 
 def perform_trials(
@@ -108,54 +115,87 @@ def perform_trial(prepared: PreparedModel, number: int) -> TrialValues:
 def _values(prepared: PreparedModel, number: int) -> TrialValues:
     options, rows = prepared.options, prepared.rows
     inputs, targets = prepared.batch(number)
-    factored = factored_gram(
+    form = partial(
+        factored_gram,
         prepared.model,
         *rows.of_batch(inputs, targets),
         loss=rows.loss,
         logit_normalization=options.logit_normalization,
         batchnorm=options.batchnorm,
-        scale_invariant=options.scale_invariant,
-        shares=options.per_parameter,
         plan=prepared.plan,
         path=options.path,
         checks=prepared.checks,
     )
-    robustness = _mean_robustness(prepared, inputs)
-    log_det = _log_det(prepared, number, factored)
-    xi = factored.matrix()
-    spectrum = torch.linalg.eigvalsh(xi).flip(0).clamp_min(0).cpu()
-    samples, per_sample = options.subset_size, rows.per_sample
-    own = xi.view(samples, per_sample, samples, per_sample).diagonal(dim1=0, dim2=2)  # the samples' blocks
-    shares = factored.shares
+    factored = form(scale_invariant=options.scale_invariant, shares=options.per_parameter)
+    trial = Trial(
+        number,
+        unwrapped(prepared.model),
+        inputs,
+        targets,
+        factored,
+        _log_det(prepared, number, factored),
+        rows.per_sample,
+        prepared.train,
+        len(prepared.samples),
+        options.initial,
+        options,
+        form,
+        prepared.plan.affordable_samples,
+        sharded=prepared.processes.size > 1,
+    )
+    values, undefined = _measured(trial, prepared.selection, prepared.values_of_weights)
+    shares, samples = factored.shares, options.subset_size
     return TrialValues(
-        log_det_fisher=log_det,
-        spectral_radius=spectrum[0].item(),
-        frobenius_norm=own.square().sum().item() / samples,
-        fisher_frobenius_norm=xi.square().sum().item() / samples**2,
-        fisher_trace=xi.trace().item() / samples,
-        robustness=robustness,
-        spectrum=spectrum,
+        values,
+        undefined,
+        spectrum=trial.spectrum,
         shares=None if shares is None else {name: _share(factored, unit, samples) for name, unit in shares.items()},
         generic_parameters=factored.generic_parameters,
         dtype=str(factored.dtype).removeprefix("torch."),
     )
 
 
-def _mean_robustness(prepared: PreparedModel, inputs: Inputs) -> float:
-    """The mean over the samples that it is computed on; NaN where there is none."""
-    samples = prepared.robustness_samples
-    if not samples or prepared.no_robustness is not None:
-        return math.nan
-    return input_jacobian_norms(prepared.model, inputs[:samples]).mean().item()
+def _measured(
+    trial: Trial, selection: Selection, of_weights: dict[str, float]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Every measure's value, and why those that have none are not defined.
+
+    Args:
+        trial: the trial.
+        selection: the measures.
+        of_weights: values of those of the weights alone that earlier trials have found; this one adds its own.
+
+    Raises:
+        UndefinedMeasureError: for a measure that was asked for by name.
+        FlatminimaError: if a user's own changes the weights.
+    """
+    values, undefined = {}, {}
+    with evaluating(trial.model), true_precision(), torch.enable_grad(), sound_batchnorm():
+        for measure in selection.measures:
+            versions = [version_of(parameter) for parameter in trial.model.parameters()]
+            try:
+                values[measure.name] = of_weights[measure.name] if measure.name in of_weights else measure.of(trial)
+            except UndefinedMeasureError as error:
+                if measure.name in selection.by_name:
+                    raise UndefinedMeasureError(f"{measure.name} is not defined here: {error}") from None
+                undefined[measure.name] = str(error)
+            require(
+                measure.name in CATALOGUE
+                or versions == [version_of(parameter) for parameter in trial.model.parameters()],
+                f"measure {measure.name!r} changed the model's weights, which what is measured after it would see: "
+                "work on copy.deepcopy(trial.model)",
+            )
+    of_weights.update({m.name: values[m.name] for m in selection.measures if m.cost == "weights" and m.name in values})
+    return values, undefined
 
 
-def _log_det(prepared: PreparedModel, number: int, factored: FactoredGram) -> float:
-    """The logarithm of det ξ; NaN where ξ is singular and that is to be skipped."""
+def _log_det(prepared: PreparedModel, number: int, factored: FactoredGram) -> LogDeterminant | None:
+    """The logarithm of det ξ and its parts; None where ξ is singular and that is to be skipped."""
     try:
-        return log_determinant(factored, prepared.rows.names(prepared.subsets[number]))
+        return log_determinant_parts(factored, prepared.rows.names(prepared.subsets[number]))
     except RankDeficientError as error:
         if prepared.options.on_singular == "skip":
-            return math.nan
+            return None
         if prepared.constant_outputs:
             raise RankDeficientError(
                 f"trial {number}: the network returns the same outputs for different samples, so that their gradients "

@@ -147,13 +147,13 @@ def test_runs_are_compared_on_the_same_subsets(paths: dict[str, Path], monkeypat
 
 @pytest.mark.filterwarnings("ignore::flatminima.errors.UnequalLossWarning")
 def test_runs_are_measured_together_until_their_differences_are_known(paths: dict[str, Path]) -> None:
-    how = replace(HOW, trials=20, robustness_samples=0, max_standard_error=1e9)
+    how = replace(HOW, trials=20, measures=(), max_standard_error=1e9)
     pair = {name: paths[name] for name in ("plain", "confused")}
     comparison = compare_runs(pair, how, progress=False)
     assert [c.settings.trials for c in comparison.characterizations.values()] == [5, 5]
     models = {name: load_run(path)[1] for name, path in pair.items()}
     clean = load_run(paths["plain"])[2]
-    expected = fm.compare(models, clean, subset_size=10, trials=5, robustness_samples=0, progress=False)
+    expected = fm.compare(models, clean, subset_size=10, trials=5, measures=(), progress=False)
     assert comparison == expected
     assert not (paths["plain"] / "measures.json").exists()
 

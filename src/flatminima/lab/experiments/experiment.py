@@ -12,13 +12,13 @@ from flatminima.errors import FlatminimaError, recorded_warnings
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.runs import Measuring, RunFolder, RunResult, RunSpec, kept_measures, measure_run, train
 from flatminima.losses import LOGIT_NORMALIZATION
-from flatminima.measures import MEASURES, Characterization, jsonable
+from flatminima.measures import CATALOGUE, Characterization, jsonable
 
 NORMALIZED = "log_det_fisher_normalized"
 """γ̂ at normalized logits, for minima of unequal training loss."""
 
 INDICATORS = {
-    **MEASURES,
+    **{name: measure.label.strip() for name, measure in CATALOGUE.items()},
     NORMALIZED: "γ̂ at normalized logits",
     "train_loss": "training loss (no measure: the baseline)",
 }
@@ -175,7 +175,7 @@ class Task:
             return []
         return [
             self.measuring,
-            replace(self.measuring, logit_normalization=LOGIT_NORMALIZATION, robustness_samples=0),
+            replace(self.measuring, logit_normalization=LOGIT_NORMALIZATION, measures=()),
         ]
 
 
@@ -241,6 +241,6 @@ def _record(
     means["train_loss"] = plain.train_loss
     return replace(
         record,
-        indicators={name: jsonable(means.get(name, math.nan)) for name in INDICATORS},
+        indicators={name: jsonable(means.get(name, math.nan)) for name in {**INDICATORS, **means}},
         log_det_fisher_standard_error=jsonable(plain.log_det_fisher.standard_error),
     )

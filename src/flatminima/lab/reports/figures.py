@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.text import Text
 
 from flatminima.lab.storage import write_file
 
@@ -53,20 +55,25 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def __rich__(self) -> rich.table.Table:
-        shown = rich.table.Table(title=self.title, title_justify="left")
+        # Cells may be names, and a name is text: neither markup nor an emoji.
+        shown = rich.table.Table(title=Text(self.title, "table.title"), title_justify="left")
         for number, heading in enumerate(self.header):
-            shown.add_column(heading, justify="left" if number == 0 else "right")
+            shown.add_column(Text(heading), justify="left" if number == 0 else "right")
         for row in self.rows:
-            shown.add_row(*row)
+            shown.add_row(*map(Text, row))
         return shown
 
     def markdown(self) -> str:
         """The table with its title above it."""
-        lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
-        body = "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
-        )
-        return f"**{self.title}**\n\n{body}\n"
+        rule = ("---", *("---:" for _ in self.header[1:]))
+        lines = [[markdown_text(cell) for cell in line] for line in (self.header, *self.rows)]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+        return f"**{markdown_text(self.title)}**\n\n{body}\n"
+
+
+def markdown_text(text: str) -> str:
+    """Markdown that shows ``text`` as it is, in one line: names may have anything in them."""
+    return re.sub(r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
 def picture(
@@ -77,6 +84,7 @@ def picture(
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 10,
+        "text.parse_math": False,  # a dollar in a name is a dollar
         "svg.fonttype": "path",
         "svg.hashsalt": "flatminima",  # the same data give the same bytes
         "text.color": INK,

@@ -32,7 +32,7 @@ from flatminima.lab.experiments import (
     write_ledger,
 )
 from flatminima.lab.reports.evidence import evidence_table
-from flatminima.lab.reports.figures import Picture, Table, band, lines, picture, write_page
+from flatminima.lab.reports.figures import Picture, Table, band, lines, markdown_text, picture, write_page
 from flatminima.lab.storage import write_file
 
 _SHOWN_OF_A_SEARCH = 10
@@ -131,12 +131,12 @@ def figures(summary: Summary) -> list[Picture]:
 
 
 def _markdown(sections: Sequence[Section], heading: str, lead: str) -> str:
-    parts = [f"# {heading}\n\n{lead}\n"]
+    parts = [f"# {markdown_text(heading)}\n\n{markdown_text(lead)}\n"]
     for part in sections:
-        parts.append(f"## {part.summary.title}\n\n{part.summary.question}\n")
-        parts.append("\n".join(f"* {line}" for line in part.summary.verdict) + "\n")
+        parts.append(f"## {markdown_text(part.summary.title)}\n\n{markdown_text(part.summary.question)}\n")
+        parts.append("\n".join(f"* {markdown_text(line)}" for line in part.summary.verdict) + "\n")
         parts.append(part.progress + "\n")
-        parts += [f"* {line}\n" for line in failure_lines(part.summary)]
+        parts += [f"* {markdown_text(line)}\n" for line in failure_lines(part.summary)]
         parts += [table.markdown() for table in part.tables]
     return "\n".join(parts)
 

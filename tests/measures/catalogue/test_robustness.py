@@ -7,8 +7,7 @@ from torch.func import jacrev
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError
-from flatminima.measures import Characterization
-from flatminima.measures.robustness import input_jacobian_norms
+from flatminima.measures import Characterization, input_jacobian_norms
 
 
 def network(classes: int = 4) -> nn.Module:
@@ -75,7 +74,7 @@ def test_outputs_that_are_no_class_logits_have_no_robustness_and_the_result_says
     model, x, y, loss = OTHER_OUTPUTS[kind]
     c = measured(model, x, y, loss)
     assert c.robustness is None
-    assert "one class per sample" in c.settings.no_robustness
+    assert "one class per sample" in c.settings.left_out["robustness"]
     assert "no robustness: " in " ".join(str(c).split())
     assert Characterization.from_json(c.to_json()) == c
 
@@ -86,8 +85,8 @@ def test_class_logits_of_any_loss_have_one() -> None:
         return -((1 - p) ** 2) * p.log()
 
     model, x, y = mlp(3).double(), X.double(), torch.arange(20) % 3
-    c = fm.measure(model, (x, y), loss=focal, subset_size=20, trials=1, progress=False)
-    assert c.settings.no_robustness is None
+    c = fm.measure(model, (x, y), loss=focal, subset_size=20, trials=1, robustness_samples=20, progress=False)
+    assert "robustness" not in c.settings.left_out
     assert c.robustness is not None
     assert c.robustness.mean == pytest.approx(input_jacobian_norms(model, x).mean().item())
 
@@ -118,8 +117,8 @@ def test_a_network_that_writes_to_its_input_leaves_the_callers_alone() -> None:
 
     model, x, y = InPlace(), X.double(), torch.arange(20) % 3
     given = x.clone()
-    c = fm.measure(model, (given, y), subset_size=20, trials=1, progress=False)
-    expected = fm.measure(model.net, (x - 3, y), subset_size=20, trials=1, progress=False)
+    c = fm.measure(model, (given, y), subset_size=20, trials=1, robustness_samples=20, progress=False)
+    expected = fm.measure(model.net, (x - 3, y), subset_size=20, trials=1, robustness_samples=20, progress=False)
     assert c.log_det_fisher.mean == pytest.approx(expected.log_det_fisher.mean, rel=1e-9)
     assert c.robustness.mean == pytest.approx(expected.robustness.mean, rel=1e-9)
     assert c.train_loss == pytest.approx(expected.train_loss, rel=1e-9)

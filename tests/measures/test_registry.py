@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -240,3 +241,16 @@ def test_every_measure_of_the_catalogue_says_what_it_is_and_where_it_comes_from(
     assert measure.label
     assert measure.source
     assert measure.function.__doc__
+
+
+NOTES = Path(__file__).parents[2] / "docs" / "notes" / "measures.md"
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_notes_have_a_line_for_every_measure_with_its_cost_and_direction(name: str) -> None:
+    measure = CATALOGUE[name]
+    lines = [line for line in NOTES.read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(lines) == 1
+    cost, better = (cell.strip() for cell in lines[0].split(" | ")[2:4])
+    assert cost.split()[0] == measure.cost
+    assert better == ("larger" if measure.larger_is_better else "smaller")

@@ -6,6 +6,7 @@ from flatminima.losses.forms import (
     is_single_label,
     label_entropy,
     logit_gradient,
+    mean_loss,
     per_sample_form,
     per_sample_loss,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "is_single_label",
     "label_entropy",
     "logit_gradient",
+    "mean_loss",
     "off_target_log_probabilities",
     "per_sample_form",
     "per_sample_loss",

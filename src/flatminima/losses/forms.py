@@ -8,8 +8,16 @@ from typing import Literal
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError, require
-from flatminima.losses.gradients import FactoredLoss, LogitGradient, PerSampleLoss, gradient_at, gradient_of
+from flatminima.losses.gradients import (
+    FactoredLoss,
+    LogitGradient,
+    PerSampleLoss,
+    differentiable_losses,
+    gradient_at,
+    gradient_of,
+)
 from flatminima.losses.known import BinaryCrossEntropy, CrossEntropy, SquaredError
+from flatminima.network import float64_device, in_float64
 
 LOGIT_NORMALIZATION = 0.04
 """The authors' constant: logits are divided by 0.04 times their norm, so every sample's have norm 25."""
@@ -43,6 +51,16 @@ def logit_gradient(
 def per_sample_loss(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
     """The losses alone: (N,) float64. Takes and raises what :func:`logit_gradient` does."""
     return logit_gradient(loss, logits, targets).loss
+
+
+def mean_loss(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the samples, float64, to be differentiated, also twice; small ones keep their digits.
+
+    Takes and raises what :func:`logit_gradient` does.
+    """
+    form = per_sample_form(loss)
+    form = form.form if isinstance(form, _OneOutput) else form
+    return differentiable_losses(form, in_float64(logits), targets.to(float64_device(logits.device))).mean()
 
 
 def per_sample_form(loss: Loss | FactoredLoss) -> FactoredLoss | PerSampleLoss:

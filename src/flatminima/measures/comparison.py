@@ -27,13 +27,13 @@ from flatminima.gramian import PathName
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
-from flatminima.measures.options import MeasureOptions, Measures, with_options_explained
+from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.registry import CATALOGUE, in_table_order
 from flatminima.measures.results import Characterization, Estimate, jsonable
 from flatminima.measures.tables import comparison_table, rendered
 from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
-from flatminima.network import Data, samples_of
+from flatminima.network import Data, samples_of, undone_if_interrupted
 
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
@@ -114,6 +114,7 @@ class Comparison:
 
 
 @with_options_explained
+@undone_if_interrupted
 def compare(  # noqa: D417 (the options are explained in one place)
     models: Mapping[str, nn.Module],
     data: Data,
@@ -150,6 +151,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
     Warns:
         UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
         UnlikeModelsWarning: if they differ in their number of trainable parameters.
+        ImpreciseWarning: if ``max_standard_error`` is not reached by some pair.
 
     Example:
         >>> import torch, flatminima
@@ -212,7 +214,10 @@ def compare(  # noqa: D417 (the options are explained in one place)
         for name in prepared:
             with naming(name):
                 characterizations[name] = characterize(prepared[name], [trial[name] for trial in done])
-    return comparison_of(characterizations)
+    comparison = comparison_of(characterizations)
+    for a, b in itertools.combinations(models, 2):
+        warn_of_imprecision(options, comparison.difference(a, b).per_trial, f"γ̂'s difference between {a!r} and {b!r}")
+    return comparison
 
 
 def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:

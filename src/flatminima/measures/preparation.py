@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -20,9 +19,8 @@ from flatminima.measures.registry import Selection, selected
 from flatminima.network import (
     Inputs,
     Samples,
-    call_model,
+    call_model_without_graph,
     device_of,
-    draw_subsets,
     evaluating,
     explained_errors,
     model_inputs,
@@ -32,6 +30,7 @@ from flatminima.network import (
     undisturbed,
 )
 from flatminima.parallel import Processes, processes_of, shared
+from flatminima.sampling import draw_subsets
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class PreparedModel:
         plan: how ξ is formed within the memory budget.
         selection: the measures to be taken.
         constant_outputs: whether it returns the same for several samples.
-        checks: what the trials have found out about its rows of J; the one thing here that grows.
+        checks: what the trials have found out about its rows of J.
+        values_of_weights: measures of the weights alone by name, which the first trial takes for all. These two grow.
     """
 
     model: nn.Module
@@ -65,6 +65,7 @@ class PreparedModel:
     selection: Selection
     constant_outputs: bool
     checks: Checks
+    values_of_weights: dict[str, float] = field(default_factory=dict)
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
         """The samples of trial ``number`` on the model's device."""
@@ -149,8 +150,8 @@ def _fetched(model: nn.Module, samples: Samples, indices: list[int], processes: 
 
 def _logits(model: nn.Module, inputs: Inputs, samples: int) -> Tensor:
     """Those of the first samples."""
-    with evaluating(model), torch.no_grad(), true_precision(), explained_errors(model, inputs):
-        return call_model(model, take(inputs, slice(samples)))
+    with evaluating(model), true_precision(), explained_errors(model, inputs):
+        return call_model_without_graph(model, take(inputs, slice(samples)))
 
 
 def _refuse_more_rows_than_parameters(rows: FisherRows, num_parameters: int, options: MeasureOptions) -> None:

@@ -38,7 +38,7 @@ class Trial:
         initial: the weights that training began with by name, where they were given.
         options: how the minimum is measured.
         form: gives ξ of the subset with other options of ``factored_gram``; it takes as long as ξ itself.
-        batch: samples that fit the memory budget in one pass.
+        samples_at_once: as many as memory holds a forward and backward pass of.
         sharded: whether the model's parameters are split over processes, so that none has them whole.
     """
 
@@ -54,7 +54,7 @@ class Trial:
     initial: Mapping[str, Tensor] | None
     options: MeasureOptions
     form: Callable[..., FactoredGram]
-    batch: int
+    samples_at_once: int
     sharded: bool = False
 
     @property
@@ -103,8 +103,8 @@ class Trial:
     @property
     def chunks(self) -> list[slice]:
         """The samples of one pass after the other, as many in each as fit the memory budget."""
-        samples = len(self.targets)
-        return [slice(start, min(start + self.batch, samples)) for start in range(0, samples, self.batch)]
+        samples, step = len(self.targets), self.samples_at_once
+        return [slice(start, min(start + step, samples)) for start in range(0, samples, step)]
 
     @cached_property
     def unit_weight_products(self) -> Tensor:

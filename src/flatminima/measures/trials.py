@@ -143,7 +143,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         prepared.plan.affordable_samples,
         sharded=any(map(is_sharded, prepared.model.parameters())),
     )
-    values, undefined = _measured(trial, prepared.selection)
+    values, undefined = _measured(trial, prepared.selection, prepared.values_of_weights)
     shares, samples = factored.shares, options.subset_size
     return TrialValues(
         values,
@@ -155,8 +155,15 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
     )
 
 
-def _measured(trial: Trial, selection: Selection) -> tuple[dict[str, float], dict[str, str]]:
+def _measured(
+    trial: Trial, selection: Selection, of_weights: dict[str, float]
+) -> tuple[dict[str, float], dict[str, str]]:
     """Every measure's value, and why those that have none are not defined.
+
+    Args:
+        trial: the trial.
+        selection: the measures.
+        of_weights: values of those of the weights alone that earlier trials have found; this one adds its own.
 
     Raises:
         UndefinedMeasureError: for a measure that was asked for by name.
@@ -167,7 +174,7 @@ def _measured(trial: Trial, selection: Selection) -> tuple[dict[str, float], dic
         for measure in selection.measures:
             versions = [version_of(parameter) for parameter in trial.model.parameters()]
             try:
-                values[measure.name] = measure.of(trial)
+                values[measure.name] = of_weights[measure.name] if measure.name in of_weights else measure.of(trial)
             except UndefinedMeasureError as error:
                 if measure.name in selection.by_name:
                     raise UndefinedMeasureError(f"{measure.name} is not defined here: {error}") from None
@@ -178,6 +185,7 @@ def _measured(trial: Trial, selection: Selection) -> tuple[dict[str, float], dic
                 f"measure {measure.name!r} changed the model's weights, which what is measured after it would see: "
                 "work on copy.deepcopy(trial.model)",
             )
+    of_weights.update({m.name: values[m.name] for m in selection.measures if m.cost == "weights" and m.name in values})
     return values, undefined
 
 

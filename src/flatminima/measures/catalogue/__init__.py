@@ -16,6 +16,14 @@ from flatminima.measures.catalogue import weight_alignment
 from flatminima.measures.catalogue import relative_flatness
 from flatminima.measures.catalogue import margin
 from flatminima.measures.catalogue import robustness
+from flatminima.measures.catalogue import sharpness
+from flatminima.measures.catalogue import pac_bayes
+from flatminima.measures.catalogue import hessian
+from flatminima.measures.catalogue import parameter_norm
+from flatminima.measures.catalogue import initial_distance
+from flatminima.measures.catalogue import spectral_norms
+from flatminima.measures.catalogue import path_norm
+from flatminima.measures.catalogue import heavy_tail
 from flatminima.measures.catalogue.robustness import input_jacobian_norms
 
 __all__ = [
@@ -28,11 +36,19 @@ __all__ = [
     "gamma",
     "ggn_eigenvalue",
     "gradient_noise",
+    "heavy_tail",
+    "hessian",
+    "initial_distance",
     "input_jacobian_norms",
     "margin",
+    "pac_bayes",
+    "parameter_norm",
+    "path_norm",
     "relative_flatness",
     "ridge_log_det",
     "robustness",
+    "sharpness",
+    "spectral_norms",
     "spectral_radius",
     "weight_alignment",
 ]

@@ -18,6 +18,7 @@ from flatminima.network import (
     sound_batchnorm,
     true_precision,
 )
+from flatminima.torch_compat import without_checkpoints
 
 _PASSES = 3
 """A forward and backward pass of a sample costs about so many of its forward passes."""
@@ -65,7 +66,14 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
         NonFiniteError: if a logit is NaN or infinite.
         FlatminimaError: if the logits are not (N, K) with K ≥ 2.
     """
-    with evaluating(model), true_precision(), torch.enable_grad(), frozen(model.parameters()), sound_batchnorm():
+    with (
+        evaluating(model),
+        true_precision(),
+        torch.enable_grad(),
+        frozen(model.parameters()),
+        sound_batchnorm(),
+        without_checkpoints(),
+    ):
         x = inputs.detach().requires_grad_()
         logits = call_model(model, x.clone())  # a leaf cannot be written to, as some models do with their input
         require(

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flatminima as fm
+from flatminima.errors import UndefinedMeasureError
+from flatminima.measures import CATALOGUE, Trial
+from flatminima.network import sound_batchnorm
+from support.small_networks import pinned_linear, trained_network
+from support.trials import trial_of
+
+pytest.importorskip("curvlinops")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning"),
+    pytest.mark.xdist_group("curvlinops"),
+]
+
+TOP, TRACE = CATALOGUE["hessian_top_eigenvalue"], CATALOGUE["hessian_trace"]
+
+
+def exact(trial: Trial) -> tuple[float, float]:
+    hessian = fm.exact_hessian(trial.model, trial.inputs, trial.targets)
+    return torch.linalg.eigvalsh(hessian)[-1].item(), hessian.trace().item()
+
+
+def wide(samples: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """42 weights, and a Hessian of at most that many times one class's rank."""
+    torch.manual_seed(0)
+    return nn.Linear(20, 2).double(), torch.randn(samples, 20, dtype=torch.float64), torch.arange(samples) % 2
+
+
+def small() -> tuple[nn.Module, Tensor, Tensor]:
+    model, x = pinned_linear(12)
+    return model, x, torch.arange(12) % 3
+
+
+def convolutional() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    model = nn.Sequential(*layers).double()
+    model[1].weight.requires_grad_(False)
+    return model, torch.randn(9, 1, 4, 4, dtype=torch.float64), torch.arange(9) % 3
+
+
+class Tied(nn.Module):
+    """One weight in two places, inputs by name, and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
+        x = self.second(self.first(tokens).tanh())
+        return self.head(F.scaled_dot_product_attention(x, x, x).mean(1) * scale[:, None])
+
+
+def tied() -> tuple[nn.Module, Any, Tensor]:
+    torch.manual_seed(0)
+    inputs = {"tokens": torch.randn(9, 2, 4, dtype=torch.float64), "scale": torch.rand(9, dtype=torch.float64)}
+    return Tied().double(), inputs, torch.arange(9) % 3
+
+
+@pytest.mark.parametrize(("case", "at_once"), [(small, sys.maxsize), (convolutional, 8), (tied, sys.maxsize)])
+def test_the_top_eigenvalue_is_that_of_the_exact_hessian(case: Any, at_once: int) -> None:
+    model, x, y = case()
+    trial = trial_of(model, *(x if isinstance(x, tuple) else (x,)), y, subset_size=5)
+    trial = dataclasses.replace(trial, samples_at_once=at_once)  # 8: two at once, and the fifth alone
+    with sound_batchnorm():
+        found = TOP.of(trial)
+    assert found == pytest.approx(exact(trial)[0], rel=1e-7)
+
+
+def test_the_trace_of_few_parameters_is_exact() -> None:
+    trial = trial_of(*small(), subset_size=5)
+    assert TRACE.of(trial) == pytest.approx(exact(trial)[1], rel=1e-12)
+
+
+def test_the_trace_of_low_rank_is_exact() -> None:
+    trial = trial_of(*wide(6))
+    assert TRACE.of(trial) == pytest.approx(exact(trial)[1], rel=1e-9)
+
+
+def test_the_trace_is_right_on_average() -> None:
+    """Of full rank: within four standard errors, which are a small part of it."""
+    model, x, y = trained_network(20)
+    trial = trial_of(model, x, y.argmax(1))
+    expected = exact(trial)[1]
+    errors = torch.tensor([TRACE.of(dataclasses.replace(trial, number=i)) - expected for i in range(6)])
+    standard_error = errors.std().item() / 6**0.5
+    assert 0 < standard_error < 0.1 * expected
+    assert abs(errors.mean().item()) < 4 * standard_error
+
+
+def test_draws_are_the_trials_own_and_the_callers_generator_stays() -> None:
+    model, x, y = trained_network(30)
+    trial = trial_of(model, x, y.argmax(1), subset_size=20)
+    state = torch.get_rng_state()
+    values = [measure.of(trial) for measure in (TRACE, TOP)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert [measure.of(trial) for measure in (TRACE, TOP)] == values
+
+
+def test_float32_agrees_with_float64_where_the_loss_is_tiny() -> None:
+    torch.manual_seed(0)
+    y = torch.arange(6) % 3
+    model, x = nn.Linear(11, 3).double(), F.one_hot(y, 11).double() + 0.1 * torch.randn(6, 11, dtype=torch.float64)
+    model.weight.data = 32 * torch.eye(3, 11, dtype=torch.float64)
+    for measure in (TOP, TRACE):
+        expected = measure.of(trial_of(model, x, y))
+        assert 0 < expected < 1e-9
+        found = measure.of(trial_of(copy.deepcopy(model).float(), x.float(), y))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+class Once(torch.autograd.Function):
+    """Differentiable in one way alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class DifferentiableOnce(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(super().forward(x))
+
+
+def test_a_network_without_a_second_derivative_has_none() -> None:
+    torch.manual_seed(0)
+    trial = trial_of(DifferentiableOnce(5, 3), torch.randn(6, 5), torch.arange(6) % 3)
+    with pytest.raises(UndefinedMeasureError, match="no second derivative by curvlinops"):
+        TRACE.of(trial)
+
+
+def test_without_curvlinops_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    model, x, y = small()
+    with pytest.raises(UndefinedMeasureError, match=r"pip install 'flatminima\[curvature\]'") as error:
+        fm.measure(model, (x, y), subset_size=4, trials=1, measures="hessian_trace", progress=False)
+    assert "\n" not in str(error.value)

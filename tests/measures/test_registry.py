@@ -18,7 +18,7 @@ import flatminima as fm
 from flatminima.errors import FlatminimaError, UndefinedMeasureError
 from flatminima.measures import CATALOGUE, Characterization, Measure, Trial
 from flatminima.measures.registry import catalogued, selected
-from flatminima.network import draw_subsets
+from flatminima.sampling import draw_subsets
 from support.minima import fitted
 
 OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 4, "progress": False}

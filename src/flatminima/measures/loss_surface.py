@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatminima.losses import mean_loss
 from flatminima.measures.trial import Trial
-from flatminima.network import Inputs, batch_size, call_model, take
+from flatminima.network import Inputs, call_model, call_model_without_graph, take
 
 
 def parts_of_subset(trial: Trial) -> Iterator[tuple[Inputs, Tensor]]:
@@ -20,23 +20,21 @@ def parts_of_subset(trial: Trial) -> Iterator[tuple[Inputs, Tensor]]:
 
 def loss_of_subset(trial: Trial) -> float:
     """The mean loss of the subset at the weights as they are."""
-    with torch.no_grad():
-        return sum(_share(trial, *part).item() for part in parts_of_subset(trial))
+    outputs = ((call_model_without_graph(trial.model, inputs), targets) for inputs, targets in parts_of_subset(trial))
+    return sum(_share(trial, logits, targets).item() for logits, targets in outputs)
 
 
 def loss_and_gradient(trial: Trial, parameters: list[nn.Parameter]) -> tuple[float, list[Tensor]]:
     """The mean loss of the subset at the weights as they are, and its gradient."""
     total, gradient = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
-    for part in parts_of_subset(trial):
-        loss = _share(trial, *part)
+    for inputs, targets in parts_of_subset(trial):
+        loss = _share(trial, call_model(trial.model, inputs), targets)
         total += loss.item()
         for whole, piece in zip(gradient, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True):
             whole += piece
     return total, gradient
 
 
-def _share(trial: Trial, inputs: Inputs, targets: Tensor) -> Tensor:
+def _share(trial: Trial, logits: Tensor, targets: Tensor) -> Tensor:
     """What some samples add to the mean loss of the subset."""
-    return mean_loss(trial.loss, call_model(trial.model, inputs), targets) * (
-        batch_size((inputs, targets)) / len(trial.targets)
-    )
+    return mean_loss(trial.loss, logits, targets) * (len(targets) / len(trial.targets))

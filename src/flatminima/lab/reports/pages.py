@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 
 from flatminima.lab.experiments import (
     INDICATORS,
-    NORMALIZED,
     SHORT_NAMES,
     Contrast,
     Difference,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
@@ -100,18 +100,25 @@ def without_checkpoints() -> Iterator[None]:
 
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
-_CHECKPOINTS = {name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}
+_VARIANTS = [{name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}]
+"""PyTorch's own, and behind it those of all contexts that are open, in any thread; the last is in use."""
 
 
 @contextmanager
 def _checkpoints_as(replacements: dict[str, Any]) -> Iterator[None]:
+    variant = {**_VARIANTS[0], **replacements}
     try:
-        for name, replacement in replacements.items():
-            setattr(checkpoints, name, replacement)
+        _VARIANTS.append(variant)
+        _use_last_variant()
         yield
     finally:
-        for name in replacements:
-            setattr(checkpoints, name, _CHECKPOINTS[name])
+        _VARIANTS[:] = [other for other in _VARIANTS if other is not variant]
+        _use_last_variant()
+
+
+def _use_last_variant() -> None:
+    for name, value in _VARIANTS[-1].items():
+        setattr(checkpoints, name, value)
 
 
 def _nothing_around_it(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -226,6 +233,18 @@ def hides_what_is_saved(error: RuntimeError) -> bool:
 def raises_when_differentiated(node: Any) -> bool:
     """Whether a node of the autograd graph stands behind a function marked ``once_differentiable``."""
     return str(node.name()).endswith("Error")
+
+
+def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph that ``results`` come from."""
+    seen: set[Any] = {None}
+    waiting: list[Any] = [result.grad_fn for result in results]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node
 
 
 # Modes.

@@ -87,14 +87,16 @@ class CrossEntropy:
         counted = labels != self.ignore_index
         _check_classes(labels[counted] if targets.dim() > 1 else labels, classes)  # a sample cannot be ignored whole
         labels = labels.where(counted, 0)
-        losses, log_norm = logits.new_empty(n, used), logits.new_empty(n, used)  # views of one cannot be differentiated
+        pieces, log_norm = [], logits.new_empty(n, used)
         direction = torch.zeros_like(z, memory_format=torch.contiguous_format)
         for part in _pieces(used, n * classes):
-            of_part = self._of_positions(z[:, part].reshape(-1, classes), labels[:, part].reshape(-1))
-            losses[:, part], log_norm[:, part] = (values.view(n, -1) for values in (of_part[0], of_part[2]))
-            direction[:, part] = of_part[1].view(n, -1, classes)
+            losses, *of_part = self._of_positions(z[:, part].reshape(-1, classes), labels[:, part].reshape(-1))
+            pieces.append(losses.view(n, -1))  # which may be differentiated, the gradients not
+            direction[:, part], log_norm[:, part] = (
+                values.detach().view(n, -1, *values.shape[1:]) for values in of_part
+            )
         share = self._shares(counted, labels)
-        losses = (share * losses).sum(1)
+        losses = (share * torch.cat(pieces, 1)).sum(1)
         log_norm = _combine_(direction[:, :used], log_norm + share.log())
         direction = direction.reshape(logits.shape if class_last else logits.movedim(1, -1).shape)
         return LogitGradient(losses, direction if class_last else direction.movedim(-1, 1), log_norm)
@@ -178,8 +180,8 @@ class BinaryCrossEntropy:
         certain = (y == 0) | (y == 1)
         log_delta = torch.where(certain, F.logsigmoid(logits * (1 - 2 * y)), (logits.sigmoid() - y).abs().log())
         sign = torch.where(certain, 1 - 2 * y, (logits.sigmoid() - y).sign())
-        direction = sign.reshape(len(y), -1, 1)
-        log_norm = _combine_(direction, log_delta.reshape(len(y), -1))
+        direction = sign.detach().reshape(len(y), -1, 1)
+        log_norm = _combine_(direction, log_delta.detach().reshape(len(y), -1))
         return LogitGradient(losses, direction.view_as(logits), log_norm + math.log(share))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mpmath import mp
 from torch import nn
 
 from flatminima.errors import FlatminimaError, NonFiniteError, WrongGradientError
+from flatminima.gramian.planning import LOGITS
 from flatminima.losses import (
     BinaryCrossEntropy,
     CrossEntropy,
@@ -19,6 +21,7 @@ from flatminima.losses import (
     logit_gradient,
     mean_loss,
 )
+from flatminima.losses.known import PIECE_ELEMENTS
 
 
 def plain(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -201,6 +204,44 @@ def test_a_chunk_at_a_time_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     parts = logit_gradient("cross_entropy", logits, targets, logit_normalization=0.1)
     torch.testing.assert_close(explicit(parts), explicit(whole))
     assert torch.equal(parts.loss, whole.loss)
+
+
+@pytest.mark.parametrize(
+    ("shape", "next_token"), [((3, 7, 5), False), ((3, 7, 5), True), ((3, 5, 7), False), ((3, 5, 2, 4), False)]
+)
+def test_a_piece_of_positions_at_a_time_gives_the_same(
+    shape: tuple[int, ...], next_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(shape, dtype=torch.float64)
+    targets = torch.randint(0, 5, shape[:-1] if shape == (3, 7, 5) else (shape[0], *shape[2:]))
+    targets[0, -1], targets[1] = -100, -100
+    loss = CrossEntropy(label_smoothing=0.1, next_token=next_token, class_dimension=-1 if shape[-1] == 5 else 1)
+    whole = logit_gradient(loss, logits, targets)
+    monkeypatch.setattr("flatminima.losses.known.PIECE_ELEMENTS", 40)
+    pieces = logit_gradient(loss, logits, targets)
+    torch.testing.assert_close(explicit(pieces), explicit(whole), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(pieces.loss, whole.loss, rtol=1e-12, atol=0)
+
+
+def test_a_single_token_has_no_next_one() -> None:
+    with pytest.raises(FlatminimaError, match="needs logits of shape"):
+        logit_gradient(CrossEntropy(next_token=True), torch.randn(2, 1, 5), torch.zeros(2, 1, dtype=torch.long))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_one_sample_of_many_tokens_takes_no_more_than_the_plan_allows_for() -> None:
+    """A language model's logits of one sample, 32 MiB in float32."""
+
+    def peak() -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+    tokens, classes = 256, 2**15
+    logits, targets = torch.randn(1, tokens, classes), torch.randint(0, classes, (1, tokens))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    logit_gradient(CrossEntropy(next_token=True), logits, targets)
+    pieces = 12 * 8 * PIECE_ELEMENTS
+    assert peak() - before < (LOGITS - 1) * logits.numel() * logits.element_size() + pieces  # the logits are there
 
 
 class Focal(nn.CrossEntropyLoss):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import vmap
-from torch.overrides import BaseTorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode, wrap_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from flatminima import torch_compat
@@ -71,16 +73,6 @@ def test_version_counts_what_is_written_in_place() -> None:
 def test_views_are_told_from_tensors_of_their_own() -> None:
     x = torch.zeros(3, 2)
     assert [torch_compat.is_view(t) for t in (x, x.T, x[1:], x.clone(), x + 1)] == [False, True, True, False, False]
-
-
-def test_tensors_are_keys_by_identity_and_are_not_kept_alive() -> None:
-    x, y = torch.zeros(3), torch.zeros(3)
-    keys = torch_compat.WeakIdKeyDictionary()
-    keys[x] = True
-    assert x in keys
-    assert y not in keys
-    del x
-    assert len(keys) == 0
 
 
 def test_convolutions_backward_pass_alone_is_that_of_autograd() -> None:
@@ -389,3 +381,120 @@ def test_forward_pre_hooks_can_be_removed_by_their_keys() -> None:
     del hooks[key]
     module.register_forward_pre_hook(lambda *_: pytest.fail("not this one")).remove()
     module(torch.zeros(1))
+
+
+W = torch.randn(3, 3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda x: torch.func.grad(lambda z: z.exp().sum())(x),
+        lambda x: torch.func.jvp(lambda z: F.linear(torch.tanh(z), W), (x,), (x,))[1],
+    ],
+    ids=["backward", "forward"],
+)
+def test_derivatives_by_func_do_not_go_with_hooks_on_what_is_saved(derivative: Callable[[Tensor], Tensor]) -> None:
+    def pack(tensor: Tensor) -> Tensor:
+        tensor.untyped_storage().data_ptr()
+        return tensor
+
+    x = torch.randn(3, requires_grad=True)
+    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with kept, pytest.raises(RuntimeError) as raised:
+        derivative(x)
+    assert torch_compat.hides_what_is_saved(raised.value)
+    assert not torch_compat.hides_what_is_saved(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_a_derivative_without_a_graph_is_told_from_other_errors() -> None:
+    x = torch.randn(3, requires_grad=True)
+    with torch.no_grad(), pytest.raises(RuntimeError) as raised:
+        torch.autograd.grad(x.sum(), x)
+    assert torch_compat.lacks_a_graph(raised.value)
+    assert not torch_compat.lacks_a_graph(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+class Seen(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@wrap_torch_function(lambda x: (x,))
+def wrapped(x: Tensor) -> Tensor:
+    return x + 1
+
+
+@pytest.mark.parametrize(
+    ("function", "visible"),
+    [
+        (torch.add, True),
+        (Tensor.add, True),
+        (Tensor.__getitem__, True),
+        (F.linear, True),
+        (F.embedding, True),
+        (F.multi_head_attention_forward, True),
+        (torch.ops.aten.add.Tensor, True),
+        (torch.ops.aten.add, True),
+        (torch.autograd.grad, True),
+        (wrapped, True),
+        (F.max_pool2d, False),
+        (lambda x: x + 1, False),
+        (math.sqrt, False),
+        (Cube.apply, False),
+        (nn.Linear, False),
+        (nn.ReLU(), False),
+    ],
+    ids=str,
+)
+def test_which_functions_are_visible_to_function_modes(function: Any, visible: bool) -> None:
+    assert torch_compat.is_visible_to_function_modes(function) == visible
+
+
+def test_what_is_visible_is_seen() -> None:
+    x = torch.randn(2, 3)
+    with Seen() as seen:
+        for function in (torch.add, Tensor.add, F.linear, torch.ops.aten.add.Tensor):
+            function(x, x)
+        Tensor.__getitem__(x, 0)
+        wrapped(x)
+        torch.func.jvp(torch.tanh, (x,), (x,))
+    named = {torch.add, Tensor.add, Tensor.__getitem__, F.linear, torch.ops.aten.add.Tensor, wrapped}
+    assert named | {torch_compat.make_dual} <= set(seen.functions)
+
+
+def test_levels_of_func_are_counted_and_left() -> None:
+    def interrupted(x: Tensor) -> Tensor:
+        torch._C._functorch._vmap_increment_nesting(2, "error")  # as vmap does, without a way back
+        raise KeyboardInterrupt
+
+    before = torch_compat.func_levels()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(torch.ones(2))
+    assert torch_compat.func_levels() == before + 1
+    torch_compat.leave_func_levels(before)
+    assert torch_compat.func_levels() == before
+    assert vmap(torch.sin)(torch.ones(2)).shape == (2,)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_plain_calls_for_a_while(reentrant: bool) -> None:
+    calls = 0
+
+    def function(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x.exp()
+
+    x = torch.randn(3, requires_grad=True)
+    for expected in (1, 2):
+        calls = 0
+        with torch_compat.without_checkpoints() if expected == 1 else nullcontext():
+            output = checkpoint(function, x, use_reentrant=reentrant).sum()
+        output.backward()
+        assert calls == expected

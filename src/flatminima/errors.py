@@ -7,11 +7,14 @@ a caller can catch or silence them by name.
 from __future__ import annotations
 
 import difflib
+import math
+import numbers
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _NOT_THE_USERS = frozenset({"flatminima", "torch", "contextlib"})
 """Packages whose calls may lie between a user's line and a warning of ours."""
@@ -65,6 +68,10 @@ class UnequalLossWarning(FlatminimaWarning):
     """Compared models differ in training loss, which confounds γ̂."""
 
 
+class ImpreciseWarning(FlatminimaWarning):
+    """The trials were not enough for the standard error that was asked for."""
+
+
 class SingularTrialWarning(FlatminimaWarning):
     """Trials with a singular ξ were left out of ln det ξ, as asked for."""
 
@@ -85,10 +92,37 @@ class AccumulationWarning(FlatminimaWarning):
     """Gradients were accumulated over calls that each counted as a step of its own."""
 
 
+class LedgerWarning(FlatminimaWarning):
+    """Rows of a ledger lack what is asked for, or are there twice."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`FlatminimaError` unless the condition holds."""
     if not condition:
         raise FlatminimaError(message)
+
+
+def require_integer(name: str, value: object) -> None:
+    """Raise :class:`FlatminimaError` for an option that is no integer; numpy's are, True and False are not."""
+    require(hasattr(value, "__index__") and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+
+
+def require_number(name: str, value: object, *, optional: bool = False) -> None:
+    """Raise :class:`FlatminimaError` for an option that is no real number; numpy's are, True and False are not."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    require(number or (optional and value is None), f"{name} must be a number, got {value!r}")
+
+
+def require_positive(name: str, value: Any, *, or_zero: bool = False) -> None:
+    """Raise :class:`FlatminimaError` for an option that is no finite number above (or at) zero."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    what = "zero or a positive number" if or_zero else "a positive number"
+    require(number and (value > 0 or (or_zero and value == 0)), f"{name} must be {what}, got {value!r}")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raise :class:`FlatminimaError` for an option that is neither True nor False."""
+    require(isinstance(value, bool), f"{name} must be True or False, got {value!r}")
 
 
 def warn(message: str, category: type[Warning]) -> None:
@@ -113,14 +147,27 @@ def require_one_of(what: str, name: str, names: Collection[str]) -> None:
 
 def one_line(said: BaseException | str) -> str:
     """A text, or what an error says, in one line; the type's name of an error that says nothing."""
-    words = " ".join(str(said).split())
+    words = " ".join(_said_by(said).split())
     return words if isinstance(said, str) else words or type(said).__name__
+
+
+def described(error: BaseException) -> str:
+    """What somebody else's error says, in one line, behind its type; ours speak for themselves."""
+    words, kind = one_line(error), type(error).__name__
+    return words if isinstance(error, FlatminimaError) or words == kind else f"{kind}: {words}"
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the pages that may follow; two lines where the first only announces the second."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in _said_by(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _said_by(error: BaseException | str) -> str:
+    try:
+        return str(error)
+    except Exception:  # an error of somebody else's may fail at saying what it is
+        return ""
 
 
 @contextmanager

@@ -20,7 +20,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatminima.errors import FlatminimaError, RankDeficientError
 from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
-from flatminima.network import Inputs, batch_size, call_model, map_tensors, sound_batchnorm, take, undisturbed
+from flatminima.network import (
+    Inputs,
+    batch_size,
+    call_model,
+    call_model_without_graph,
+    map_tensors,
+    sound_batchnorm,
+    take,
+    undisturbed,
+)
+from flatminima.torch_compat import without_checkpoints
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -123,6 +133,7 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
         NonFiniteError: as for :func:`exact_fisher`.
     """
     # Fused attention kernels have no second derivative.
+    model = unwrapped(model)
     with undisturbed(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         reference = _Reference.of(model, inputs, labels)
         W, n = reference.num_parameters, len(reference.y)
@@ -154,7 +165,6 @@ class _Reference:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, labels: Labels) -> _Reference:
-        model = unwrapped(model)
         W = sum(p.numel() for p in trainable_parameters(model).values())
         if W > MAX_PARAMETERS:
             raise FlatminimaError(
@@ -165,8 +175,7 @@ class _Reference:
             raise FlatminimaError("no samples: pass the training set")
         model = copy.deepcopy(model).cpu().double().eval()
         inputs = map_tensors(_on_cpu, inputs)
-        with torch.no_grad():
-            logits = call_model(model, take(inputs, slice(None)))
+        logits = call_model_without_graph(model, inputs)
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise FlatminimaError(
                 f"exact forms need logits of shape (N, K ≥ 2), the model returned {tuple(logits.shape)}"
@@ -179,7 +188,7 @@ class _Reference:
         return sum(p.numel() for p in self.parameters)
 
     def logits(self, samples: slice) -> Tensor:
-        with sound_batchnorm():
+        with sound_batchnorm(), without_checkpoints():
             return call_model(self.model, take(self.inputs, samples))
 
     def gradient(self, output: Tensor, weight: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
@@ -195,6 +204,7 @@ def _fisher_factor(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
 
     The factor keeps the digits that the product AᵀA would square away.
     """
+    model = unwrapped(model)
     with undisturbed(model):
         reference = _Reference.of(model, inputs, labels)
         W, n = reference.num_parameters, len(reference.y)

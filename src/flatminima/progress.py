@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TypeVar
 
@@ -20,10 +22,23 @@ PATIENCE_SECONDS = 2.0
 _SPEED_SECONDS = 120.0  # the past from which a live view tells the time left
 
 
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silent(silence: bool = True) -> Iterator[None]:
+    """No bar is shown by what is called here, whoever would show it."""
+    token = _silent.set(silence or _silent.get())
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def terminal(enabled: bool = True) -> Console | None:
     """Standard error where bars are shown; None if they are not wanted, or it is no terminal."""
     console = Console(stderr=True)
-    return console if enabled and console.is_terminal else None
+    return console if enabled and not _silent.get() and console.is_terminal else None
 
 
 class ProgressBar:
@@ -34,7 +49,7 @@ class ProgressBar:
     ) -> None:
         self._console = terminal(enabled)
         self._bar = rich.progress.Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             *([TimeElapsedColumn()] if elapsed else []),

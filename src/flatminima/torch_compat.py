@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import function
 from torch.nn.modules import batchnorm
 from torch.utils import checkpoint as checkpoints
@@ -31,9 +33,6 @@ CustomFunctionNode = function.BackwardCFunction
 TensorWeakRef: Any = weak.TensorWeakRef
 """A reference that does not keep a tensor alive and, unlike ``weakref``, survives that of Python's object for it."""
 
-WeakIdKeyDictionary = weak.WeakIdKeyDictionary
-"""A dictionary with tensors as keys, told apart by identity and not kept alive."""
-
 # Tensors. Plain aliases, for they are on hot paths.
 
 foreach_add = torch._foreach_add
@@ -41,6 +40,7 @@ foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
+foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
 version_of: Callable[[Tensor], int] = attrgetter("_version")
@@ -51,6 +51,9 @@ is_view: Callable[[Tensor], bool] = Tensor._is_view
 
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """The tensor that a view shows; None for one that is no view."""
+
+make_dual: Callable[..., Any] = torch._make_dual
+"""By which forward-mode derivatives begin; ``torch.autograd.forward_ad.make_dual`` is not seen by function modes."""
 
 # Operators that no public function calls in the same way.
 
@@ -85,12 +88,40 @@ def without_reentrant_checkpoints() -> Iterator[None]:
     Both compute the same. Where no argument requires a gradient, the reentrant variant has none for the weights inside,
     and so has this.
     """
-    original = checkpoints.CheckpointFunction
+    with _checkpoints_as({"CheckpointFunction": _Checkpoint}):
+        yield
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Let ``checkpoint(...)`` be a plain call of the function: what watches a forward pass must not see it twice."""
+    with _checkpoints_as({"CheckpointFunction": _PlainCall, _GENERATOR: _nothing_around_it}):
+        yield
+
+
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_CHECKPOINTS = {name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}
+
+
+@contextmanager
+def _checkpoints_as(replacements: dict[str, Any]) -> Iterator[None]:
     try:
-        checkpoints.CheckpointFunction = _Checkpoint  # type: ignore[assignment, misc]
+        for name, replacement in replacements.items():
+            setattr(checkpoints, name, replacement)
         yield
     finally:
-        checkpoints.CheckpointFunction = original  # type: ignore[misc]
+        for name in replacements:
+            setattr(checkpoints, name, _CHECKPOINTS[name])
+
+
+def _nothing_around_it(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _PlainCall:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 class _Checkpoint:
@@ -182,6 +213,16 @@ def has_no_derivative(error: RuntimeError) -> bool:
     return "not implemented" in str(error)
 
 
+def lacks_a_graph(error: RuntimeError) -> bool:
+    """Whether a derivative was asked for where gradients are not recorded."""
+    return "does not require grad" in str(error)
+
+
+def hides_what_is_saved(error: RuntimeError) -> bool:
+    """Whether derivatives by ``torch.func`` have met hooks on what autograd saves: some of these fail then."""
+    return re.search("saved tensor hooks|invalid python storage", str(error)) is not None
+
+
 def raises_when_differentiated(node: Any) -> bool:
     """Whether a node of the autograd graph stands behind a function marked ``once_differentiable``."""
     return str(node.name()).endswith("Error")
@@ -211,6 +252,25 @@ def leave_function_modes(count: int) -> None:
     """Leave all but the first ``count`` of them, whose own ``__exit__`` an interruption has prevented."""
     while function_modes() > count:
         torch._C._pop_torch_function_stack()
+
+
+func_levels: Callable[[], int] = torch._C._functorch.get_dynamic_layer_stack_depth
+"""How many transforms of ``torch.func`` (``vmap``, say) this thread is in."""
+
+leave_func_levels: Callable[[int], None] = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
+"""Leave all but so many of them, which an interruption has kept from leaving themselves."""
+
+
+def is_visible_to_function_modes(function: Any) -> bool:
+    """Whether a ``TorchFunctionMode`` sees calls of it: PyTorch's own in C, operators, Python that passes them on."""
+    if isinstance(function, FunctionType):
+        return "handle_torch_function" in function.__code__.co_names
+    if isinstance(function, BuiltinFunctionType):
+        return (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch"
+    return isinstance(
+        function,
+        (OpOverload, OpOverloadPacket, MethodDescriptorType, WrapperDescriptorType, MethodWrapperType),
+    )
 
 
 # Precision.

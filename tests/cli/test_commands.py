@@ -81,6 +81,13 @@ def test_compare_prints_the_table_and_names_what_it_warns_of(
     assert all(line.startswith("flatminima: warning: ") for line in lines)
 
 
+def test_names_are_text_in_tables(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compare", f"net[v2]={runs[0]}", f"[/]={runs[1]}", *MEASURE]) == 0
+    header = capsys.readouterr().out.splitlines()[2]
+    assert "net[v2]" in header
+    assert "[/]" in header
+
+
 def test_compare_takes_checkpoints_of_a_network_that_is_not_ours(
     runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +125,18 @@ def test_a_network_that_is_not_ours(
         assert json.loads(captured.out)["settings"]["dtype"] == "float64"
         assert "flatminima: warning: training loss" in captured.err
     data = ["--data", "digits"]
-    singular = ["measure", "--model", "mynets:linear", *data, "--subset-size", "640", "--trials", "1"]
+    singular = [
+        "measure",
+        "--model",
+        "mynets:linear",
+        *data,
+        "--normalize",
+        "data",
+        "--subset-size",
+        "640",
+        "--trials",
+        "1",
+    ]
     assert "--on-singular skip" in error_of(capsys, singular, lines=2)
     assert "no function or class 'nets'" in error_of(capsys, ["measure", "--model", "mynets:nets", *data])
     assert "cannot import 'nothere'" in error_of(capsys, ["measure", "--model", "nothere:net", *data])
@@ -170,9 +188,9 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert "10 runs are left" in said
     assert "with 2 workers" in " ".join(said.split())
     assert cli.main([*command, "--json"]) == 0
-    assert sum(row["left"] for row in json.loads(capsys.readouterr().out)) == 10
+    assert sum(row["left"] for row in json.loads(capsys.readouterr().out)["plan"]) == 10
     assert cli.main(["reproduce", "search", "--out", str(tmp_path), "--dry-run", "--json", "--trials", "3"]) == 0
-    assert [row["left"] for row in json.loads(capsys.readouterr().out)] == [3, 3]
+    assert [row["left"] for row in json.loads(capsys.readouterr().out)["plan"]] == [3, 3]
     assert list(tmp_path.iterdir()) == []
 
 

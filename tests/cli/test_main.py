@@ -121,6 +121,43 @@ def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert capsys.readouterr().err == "flatminima: warning: first second\n"
 
 
+def test_a_network_that_leaves_the_program_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaving(given: list[str]) -> Any:
+        sys.exit(0)
+
+    monkeypatch.setitem(COMMANDS, "demo", leaving)
+    assert "error: SystemExit: 0" in error_of(capsys, ["demo"], status=1)
+
+
+@pytest.mark.parametrize("command", ["demo", "reproduce"])
+def test_ctrl_c_says_that_finished_runs_are_kept(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(given: list[str]) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, command, interrupted)
+    assert cli.main([command]) == 130
+    assert "interrupted: finished runs are kept; the same command goes on" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_program_is_imported_leaves_no_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'tyro':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "import flatminima.cli\n"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert completed.returncode == 130
+    assert completed.stderr == "flatminima: interrupted: the same command starts again\n"
+
+
 def test_a_missing_package_is_named_with_its_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

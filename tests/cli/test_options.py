@@ -12,7 +12,7 @@ import pytest
 from flatminima import cli
 from flatminima.cli.commands import recipe_of
 from flatminima.cli.main import INTERRUPTED
-from flatminima.cli.options import Compare, Demo, Measure, Reproduce, RunOptions, Train, option_names
+from flatminima.cli.options import Compare, Demo, Measure, Reproduce, RunOptions, Train, option_names, options_meant
 from flatminima.cli.refusals import refusal
 from flatminima.lab import runs
 from flatminima.lab.runs.spec import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec
@@ -95,6 +95,12 @@ def test_schedule_options_are_those_of_the_recipe(capsys: pytest.CaptureFixture[
         (["train", "--precision", "8"], "'32-true', 'bf16-mixed'"),
         (["train", "--model", "resnet2"], "did you mean 'resnet20'?"),
         (["train", "resnet2"], "did you mean 'resnet20'?"),
+        (["train", "--epochs", "many"], "--epochs: 'many' cannot be used, it takes an integer or None"),
+        (["train", "--lr", "fast"], "--lr: 'fast' cannot be used, it takes a number"),
+        (["train", "--lr", "nan"], "got nan; it must be finite (options: --lr)"),
+        (["train", "--batch-size", "0"], "batch_size must be >= 1, got 0 (options: --batch-size)"),
+        (["demo", "--workers", "0"], "--workers must be positive, got 0"),
+        (["reproduce", "table-1", "--seeds"], "--seeds needs at least one number"),
         (["train", "--lr", "-1"], "error: lr must be positive"),
         (["train", "--sam.rho", "0"], "error: sam.rho must be positive"),
         (["train", "--sam", "--regularizer.beta", "1"], "--regularizer and --sam are rivals"),
@@ -124,6 +130,23 @@ def test_a_wrong_argument_of_the_program_is_one_line_on_a_terminal_of_unicode_to
     expected = "flatminima: error: unrecognized options: --trial (did you mean '--trials'?)"
     assert completed.stderr == f"{expected} (flatminima measure --help explains)\n"
     assert completed.returncode == 2
+
+
+@pytest.mark.parametrize("command", ["", "demo", "train", "measure", "compare", "reproduce"])
+def test_help_keeps_to_eighty_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([*filter(None, [command]), "--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_options_are_named_as_they_are_typed() -> None:
+    names = option_names(Train(RunOptions.of(RECIPES["resnet20"])))
+    assert options_meant("batch_size 5 is larger", names) == ["--batch-size"]
+    assert options_meant("clip with max_grad_norm", names) == ["--regularizer.max-grad-norm", "--sam.max-grad-norm"]
+    assert options_meant("regularizer.max_grad_norm must be positive", names) == ["--regularizer.max-grad-norm"]
+    assert options_meant("the data, the model and the seed, e.g. batch_sizes: see --batch-size", names) == []
 
 
 class Unknown:

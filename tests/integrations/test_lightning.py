@@ -220,5 +220,5 @@ def test_example_runs_on_two_processes() -> None:
 def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     monkeypatch.delitem(sys.modules, "flatminima.integrations.lightning")
-    with pytest.raises(FlatminimaError, match="pip install lightning"):
+    with pytest.raises(FlatminimaError, match=r"pip install 'flatminima\[integrations\]'"):
         import flatminima.integrations.lightning  # noqa: F401

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -300,6 +301,55 @@ def test_interruption_saves_every_run_and_leaves_no_worker_behind(tmp_path: Path
     workers = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
     assert len(workers) == 2
     assert not any(map(lives, workers))
+
+
+class Starting:
+    """A worker that Ctrl-C meets as it starts, and one before it that runs."""
+
+    made: ClassVar[list[Starting]] = []
+
+    def __init__(self, **_: Any) -> None:
+        self.stopped = self.is_started = False
+        self.made.append(self)
+
+    def start(self) -> None:
+        if len(self.made) == 2:
+            raise KeyboardInterrupt
+        self.is_started = True
+
+    def terminate(self) -> None:
+        assert self.is_started
+        self.stopped = True
+
+    def join(self, timeout: float | None = None) -> None:
+        assert self.is_started
+
+    kill = join
+
+
+def test_ctrl_c_while_workers_start_stops_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.get_context("forkserver"), "Process", Starting, raising=False)
+    Starting.made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(square, [0, 1, 2], WorkerPool(3), progress=False)
+    assert [worker.stopped for worker in Starting.made] == [True, False]
+
+
+def test_the_server_of_workers_is_deaf_to_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to all processes of the program: the server, while it imports, would print a traceback."""
+
+    def inherited() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    masks: list[Any] = []
+    monkeypatch.setattr(multiprocessing.forkserver, "ensure_running", inherited)
+    monkeypatch.setattr(multiprocessing.get_context("forkserver"), "Process", Starting, raising=False)
+    Starting.made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(square, [0, 1, 2], WorkerPool(3), progress=False)
+    assert all(signal.SIGINT in mask for mask in masks)
+    assert len(masks) == 2
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

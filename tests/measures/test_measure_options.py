@@ -5,11 +5,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import flatminima as fm
+from flatminima.errors import FlatminimaError, ImpreciseWarning
 from flatminima.measures import MeasureOptions
 
 FIELDS = dataclasses.fields(MeasureOptions)
@@ -50,3 +52,64 @@ def test_help_explains_every_option(function: Callable[..., Any]) -> None:
 def test_a_misspelled_option_is_named(function: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'trails'"):
         function(nn.Linear(2, 2), (torch.zeros(2, 2), torch.zeros(2)), trails=2)
+
+
+WRONG: list[tuple[str, Any]] = [
+    *(("trials", value) for value in ("5", 2.5, None, True)),
+    *(("subset_size", value) for value in ("5", True)),
+    *(("seed", value) for value in (1.5, 2**70)),
+    *(("batchnorm", value) for value in ("10", 2.5, True, None)),
+    *(("logit_normalization", value) for value in ("0.04", True, 1j)),
+    *(("max_standard_error", value) for value in ("0.1", True, float("nan"))),
+    *(("robustness_samples", value) for value in ("5", 2.5, -1)),
+    ("memory_budget", "1GB"),
+    *((name, "yes") for name in ("scale_invariant", "per_parameter", "distributed", "progress")),
+    *((name, ["raise"]) for name in ("on_singular", "path", "loss")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=str)
+def test_an_option_of_a_wrong_type_is_named_in_one_line(name: str, value: Any) -> None:
+    with pytest.raises(FlatminimaError, match=name) as raised:
+        MeasureOptions(**{name: value})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float64, np.float32])
+def test_numpys_numbers_are_options_too(kind: Any) -> None:
+    whole = {} if kind is not np.int64 else {"trials": kind(3), "subset_size": kind(5), "robustness_samples": kind(0)}
+    MeasureOptions(logit_normalization=kind(1), max_standard_error=kind(1), **whole)
+
+
+def minima() -> tuple[dict[str, nn.Module], tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    models: dict[str, nn.Module] = {name: nn.Linear(20, 3).double() for name in "ab"}
+    return models, (torch.randn(40, 20, dtype=torch.float64), torch.arange(40) % 3)
+
+
+PRECISION: dict[str, Any] = {"subset_size": 5, "robustness_samples": 0, "progress": False}
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
+@pytest.mark.parametrize(
+    ("trials", "message"),
+    [
+        (6, r"all 6 trials the standard error of γ̂ is \S+, not at most max_standard_error=1e-09: raise"),
+        (2, "at least 5"),
+    ],
+)
+def test_a_standard_error_that_is_not_reached_is_said(trials: int, message: str) -> None:
+    models, data = minima()
+    with pytest.warns(ImpreciseWarning, match=message):
+        fm.measure(models["a"], data, trials=trials, max_standard_error=1e-9, **PRECISION)
+    with pytest.warns(ImpreciseWarning, match="γ̂'s difference between 'a' and 'b'"):
+        fm.compare(models, data, trials=trials, max_standard_error=1e-9, **PRECISION)
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
+def test_a_standard_error_that_is_reached_is_not_warned_of() -> None:
+    models, data = minima()
+    fm.measure(models["a"], data, trials=8, max_standard_error=1e9, **PRECISION)
+    assert (
+        len(fm.compare(models, data, trials=8, max_standard_error=1e9, **PRECISION).difference("a", "b").per_trial) == 5
+    )

@@ -155,3 +155,12 @@ def test_tensors_that_disagree_about_their_samples_are_named() -> None:
         batch_size({"a": X, "b": [torch.zeros(3)], "rate": torch.tensor(1.0)})
     with pytest.raises(FlatminimaError, match="found none"):
         batch_size({"rate": torch.tensor(1.0), "note": "x"})
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_in_one_line(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=layout)
+    for use in (batch_size, lambda batch: take(batch, slice(0, 1)), lambda batch: take(batch, torch.tensor([1]))):
+        with pytest.raises(FlatminimaError, match="pad them to one length"):
+            use({"x": nested, "y": torch.arange(2)})

@@ -5,13 +5,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning
-from flatminima.network.samples import draw_subsets, samples_of
+from flatminima.network.samples import samples_of
 
 X, Y = torch.randn(30, 4), torch.arange(30)
 
@@ -91,18 +89,6 @@ def test_a_shuffling_loader_is_indexed_with_a_warning() -> None:
 def test_unsuitable_data_are_refused(data, message: str) -> None:
     with pytest.raises(FlatminimaError, match=message):
         samples_of(data).fetch([0])
-
-
-@given(n=st.integers(1, 50), size=st.integers(1, 50), trials=st.integers(1, 5), seed=st.integers(0, 1000))
-def test_subsets_are_distinct_indices_and_do_not_depend_on_the_number_of_trials(n, size, trials, seed) -> None:
-    if size > n:
-        with pytest.raises(FlatminimaError, match="fewer than subset_size"):
-            draw_subsets(n, size, trials, seed)
-        return
-    subsets = draw_subsets(n, size, trials, seed)
-    assert len(subsets) == trials
-    assert all(len(set(subset)) == size and set(subset) <= set(range(n)) for subset in subsets)
-    assert draw_subsets(n, size, trials + 1, seed)[:trials] == subsets
 
 
 class Bucketing(BatchSampler):

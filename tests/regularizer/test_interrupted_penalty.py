@@ -19,8 +19,8 @@ WAYS: list[dict[str, Any]] = [
     {"estimator": "hvp"},
     {"batch_statistics": "whole-batch"},
     {"main_gradient": "sub-batches"},
+    {"passes": "together"},
 ]
-"""Not ``passes="together"``: interrupted inside, ``torch.func.vmap`` loses count of its own levels."""
 
 
 @pytest.mark.parametrize("moments", [30, pytest.param(400, marks=pytest.mark.slow)])

@@ -13,16 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from flatminima.torch_compat import compiler_stance, float32_switches, function_modes
-
-SWALLOWING = ("/torch/utils/weak.py",)
-"""Files of callbacks that run while something is freed, where Python itself swallows every exception."""
+from flatminima.torch_compat import compiler_stance, float32_switches, func_levels, function_modes
 
 
 class InterruptAtLine:
     """A trace function that raises ``KeyboardInterrupt`` at the n-th line that is executed, in whatever function.
-
-    Lines of :data:`SWALLOWING` are not counted.
 
     Attributes:
         lines: how many have been.
@@ -33,7 +28,7 @@ class InterruptAtLine:
         self.number, self.lines, self.where = number, 0, ""
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and not frame.f_code.co_filename.endswith(SWALLOWING):
+        if event == "line":
             self.lines += 1
             if self.lines == self.number:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -56,6 +51,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "autocast": torch.is_autocast_enabled("cpu"),
         "function modes": function_modes(),
         "compiler's stance": compiler_stance(),
+        "levels of torch.func": func_levels(),
         "torch's generator": torch.get_rng_state().tolist(),
         "Python's generator": random.getstate(),
         "numpy's generator": np.random.get_state()[1].tolist(),  # type: ignore[index, union-attr]  # noqa: NPY002

@@ -7,15 +7,16 @@ import inspect
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Group
 from rich.text import Text
 from tyro.conf import arg
 
+from flatminima.cli.evaluate import evaluate
 from flatminima.cli.options import (
     PROGRAM,
     REGULARIZERS,
@@ -31,10 +32,13 @@ from flatminima.cli.output import Report, say, standard_output_kept_clean
 from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.lab.runs import RECIPES
 
+if TYPE_CHECKING:
+    from flatminima.lab.data import Normalization
+
 
 def _demo(given: list[str]) -> tuple[bool, Report]:
     options = parse(Demo, given, prog="demo")
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab import demo
         from flatminima.lab.experiments import json_of
         from flatminima.lab.study import table
@@ -59,7 +63,7 @@ def _train(given: list[str]) -> tuple[bool, Report]:
     spec = options.run.spec(
         [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
     )
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab.networks import resolve_device
         from flatminima.lab.runs import RunFolder, train
 
@@ -115,14 +119,14 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
     if bool(options.runs) == (foreign.model is not None):
         raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab.data import load_data
-        from flatminima.lab.networks import load_model
-        from flatminima.lab.runs import measure_run
+        from flatminima.lab.runs import load_network, measure_run
 
+        images: dict[str, Normalization] = {}
         if foreign.model is None:
-            if foreign.checkpoint or foreign.data:
-                raise FlatminimaError("--checkpoint and --data go with --model; a run folder has its own")
+            if foreign.checkpoint or foreign.data or foreign.normalize:
+                raise FlatminimaError("--checkpoint, --data and --normalize go with --model; a run folder has its own")
             measured = {str(path): measure_run(path, how, **where) for path in options.runs}
         elif foreign.data is None:
             raise FlatminimaError(
@@ -130,11 +134,19 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
             )
         else:
             train_set, _ = load_data(foreign.data)
-            model = load_model(foreign.model, foreign.checkpoint, train_set)
-            measured = {foreign.model: how.of(model, train_set, **where)}
+            network = load_network(foreign.model, foreign.checkpoint, train_set, foreign.normalize)
+            images[foreign.model] = network.normalization
+            measured = {foreign.model: how.of(network.model, network.data, **where)}
     bodies = {name: json.loads(characterization.to_json()) for name, characterization in measured.items()}
+    for name, normalization in images.items():
+        bodies[name]["normalization"] = dataclasses.asdict(normalization)
     tables = [part for name, table in measured.items() for part in (Text(name), table)]
-    return options.output.json, Report(bodies if len(bodies) > 1 else next(iter(bodies.values())), Group(*tables))
+    shown = Group(*tables, *_normalization_lines(images))
+    return options.output.json, Report(bodies if len(bodies) > 1 else next(iter(bodies.values())), shown)
+
+
+def _normalization_lines(images: Mapping[str, Normalization]) -> list[Text]:
+    return [Text(f"Pixels of 0 to 1 were normalized for {name}: {said}.") for name, said in images.items()]
 
 
 def _compare(given: list[str]) -> tuple[bool, Report]:
@@ -144,15 +156,23 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("two of them have the same name: give them as NAME=FOLDER")
     if options.model is not None and options.data is None:
         raise FlatminimaError("--model needs the training data too: add --data digits, cifar10, cifar100 or a folder")
+    if options.normalize is not None and options.model is None:
+        raise FlatminimaError("--normalize goes with --model; run folders know how their images were normalized")
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
-    with standard_output_kept_clean():
-        from flatminima.lab.runs import compare_networks, compare_runs
+    images: dict[str, Normalization] = {}
+    with standard_output_kept_clean(options.output):
+        from flatminima.lab.runs import compare_loaded, compare_runs, load_networks
 
         if options.data is None:
             comparison = compare_runs(paths, how, **where)
         else:
-            comparison = compare_networks(paths, options.data, options.model, how, **where)
-    return options.output.json, Report(json.loads(comparison.to_json()), comparison)
+            networks = load_networks(paths, options.data, options.model, options.normalize)
+            images = {name: network.normalization for name, network in networks.items()}
+            comparison = compare_loaded(networks, how, **where)
+    body = json.loads(comparison.to_json())
+    if images:
+        body["normalizations"] = {name: dataclasses.asdict(normalization) for name, normalization in images.items()}
+    return options.output.json, Report(body, Group(comparison, *_normalization_lines(images)))
 
 
 def _named(run: str) -> tuple[str, Path]:
@@ -165,7 +185,7 @@ def _named(run: str) -> tuple[str, Path]:
 
 def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
-    with standard_output_kept_clean():
+    with standard_output_kept_clean(options.output):
         from flatminima.lab import reproduce
         from flatminima.lab.experiments import EXPERIMENTS, json_of
         from flatminima.lab.jobs import Executor, Local, Ray, WorkerPool, available_cores
@@ -182,6 +202,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
         reproduction = reproduce.Reproduction(
             names=chosen,
             preset=options.preset,
+            protocol=options.protocol,
             out=options.out,
             data=options.data,
             seeds=options.seeds,
@@ -192,7 +213,8 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
         if options.dry_run:
             plan = reproduction.plan()
             shown = reproduce.plan_table(plan, reproduction.workers)
-            return options.output.json, Report([dataclasses.asdict(row) for row in plan], shown)
+            rows = [dataclasses.asdict(row) for row in plan]
+            return options.output.json, Report({"plan": rows, "workers": reproduction.workers}, shown)
         summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
         status = int(any(summary.failures for summary in summaries))
@@ -204,5 +226,6 @@ COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {
     "train": _train,
     "measure": _measure,
     "compare": _compare,
+    "evaluate": evaluate,
     "reproduce": _reproduce,
 }

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -12,7 +19,7 @@ import tyro
 from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 from flatminima.cli.refusals import problems_handed_to, refusal
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, require
 from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 PROGRAM = "flatminima"
@@ -50,6 +57,13 @@ class Demo:
     workers: Annotated[int | None, arg(aliases=("-w",))] = None
     """Networks trained at once (None: one per core)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
+
+    def __post_init__(self) -> None:
+        _require_workers(self.workers)
+
+
+def _require_workers(workers: int | None) -> None:
+    require(workers is None or workers > 0, f"--workers must be positive, got {workers}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,13 @@ class MeasuringOptions(Measuring):
         return Measuring(**fields_of(self))
 
 
+_NORMALIZE = (
+    "How the training normalized pixels of 0 to 1: none, data (every channel of these images to mean 0 and standard "
+    "deviation 1), cifar10, cifar100, imagenet, or MEAN/STD such as 0.5/0.5 or 0.49,0.48,0.45/0.25,0.24,0.26 (None: as "
+    "a checkpoint of `train` says; else a guess that is said, by the training loss)."
+)
+
+
 @dataclass(frozen=True)
 class Foreign:
     """A network that is not ours, and the data it was trained on."""
@@ -127,9 +148,10 @@ class Foreign:
     model: Annotated[str | None, arg(aliases=("-m",))] = None
     """package.module:factory (importable from the current directory too), or the name of one of our networks."""
     checkpoint: Annotated[Path | None, arg(aliases=("-c",))] = None
-    """Its weights: .safetensors, or .pt/.pth holding a state dict alone (None: those that the factory gives it)."""
+    """Its weights: .safetensors, or .pt, .pth, .ckpt with a state dict (None: those that the factory gives it)."""
     data: Annotated[str | None, arg(aliases=("-d",))] = None
     """Its training data: digits, cifar10, cifar100, or a folder of parquet files."""
+    normalize: Annotated[str | None, arg(help=_NORMALIZE)] = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +193,7 @@ class Compare:
     """Compare on this training set (digits, cifar10, cifar100, or a folder of parquet files), not on the runs' own."""
     model: Annotated[str | None, arg(aliases=("-m",))] = None
     """What the checkpoints among RUNS are of: package.module:factory, or the name of one of our networks."""
+    normalize: Annotated[str | None, arg(help=f"{_NORMALIZE} Run folders know it.")] = None
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
@@ -193,6 +216,8 @@ class Reproduce:
     """scenario-1, scenario-2, scenario-3, table-1, table-2, search, or all."""
     preset: Annotated[Literal["paper", "small", "digits"], arg(aliases=("-p",))] = "digits"
     """How large: as in the paper; in small, on CIFAR-10; or in miniature, on handwritten digits."""
+    protocol: Literal["paper", "matched"] = "paper"
+    """When the scenarios' runs end: after the paper's epochs, or each once its training loss is down to the same."""
     out: Annotated[Path, arg(aliases=("-o",))] = Path("reproduction")
     """Folder for pages and runs."""
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
@@ -209,18 +234,64 @@ class Reproduce:
     """Only say what would run, and for how long."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
+    def __post_init__(self) -> None:
+        _require_workers(self.workers)
+        require(self.seeds != (), "--seeds needs at least one number")
+
+
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("options", default=())
+"""The options of the present command as they are typed."""
+
 
 def parse(command: type[Options], given: list[str], *, prog: str, **parsing: Any) -> Any:
     """The options given; what is wrong with them as a :class:`FlatminimaError` of one line."""
     name = prog.split()[0]
+    TYPED.set(tuple(option_names(parsing.get("default") or command())))
 
     def refuse(problem: object) -> None:
-        said = refusal(problem, option_names(parsing.get("default") or command()))
+        said = refusal(problem, TYPED.get())
         if said:
             raise FlatminimaError(f"{said} ({PROGRAM} {name} --help explains)")
 
-    with problems_handed_to(refuse):
-        return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
+    shown = _Help()
+    try:
+        with problems_handed_to(refuse), contextlib.redirect_stdout(shown):
+            return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
+    except SystemExit as leaving:
+        print(shown.wrapped(), end="")  # noqa: T201
+        raise Shown(leaving.code) from None
+
+
+class _Help(io.StringIO):
+    """What tyro prints, drawn as for the standard output there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._output = sys.stdout
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._output.encoding
+
+    def isatty(self) -> bool:
+        return self._output.isatty()
+
+    def wrapped(self) -> str:
+        """The text, its lines outside of boxes as wide as those within."""
+        width = shutil.get_terminal_size().columns
+        lines = (
+            line if len(line) <= width or line[:1] in "╭│╰" else textwrap.fill(line, width, break_on_hyphens=False)
+            for line in self.getvalue().splitlines()
+        )
+        return "".join(f"{line}\n" for line in lines)
+
+
+class Shown(Exception):  # noqa: N818
+    """The help was shown, or what is wrong: there is nothing more to do."""
+
+    def __init__(self, code: str | int | None) -> None:
+        super().__init__()
+        self.status = code if isinstance(code, int) else int(code is not None)
 
 
 def option_names(options: Any) -> list[str]:
@@ -232,6 +303,18 @@ def option_names(options: Any) -> list[str]:
             names.append(first)
             names += [f"{first}.{second}" for second in (fields_of(inner) if dataclasses.is_dataclass(inner) else ())]
     return [f"--{name.replace('_', '-')}" for name in names]
+
+
+def options_meant(text: str, names: Sequence[str]) -> list[str]:
+    """The options that a message calls by their names in Python, as ``batch_size``: it knows no command line."""
+    words = set(re.findall(r"[A-Za-z][\w.]*\w", re.sub(r"\bRunSpec\.", "", text)))
+    plain = {word for word in words if "_" in word or "." in word or word in _UNMISTAKABLE}
+    found = {name: name.removeprefix("--").replace("-", "_") for name in names if name not in text}
+    return [name for name, word in found.items() if word in plain or word.rpartition(".")[2] in plain]
+
+
+_UNMISTAKABLE = ("lr", "normalize")
+"""Options without an underscore that are no words of prose."""
 
 
 def fields_of(value: Any) -> dict[str, Any]:

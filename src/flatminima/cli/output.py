@@ -6,13 +6,14 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import RenderableType
 
-from flatminima.cli.options import PROGRAM
+from flatminima.cli.options import PROGRAM, Output
 from flatminima.errors import one_line
 from flatminima.parallel import Processes
+from flatminima.progress import silent
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Report:
 
 
 @contextlib.contextmanager
-def standard_output_kept_clean() -> Iterator[None]:
-    """What other code prints goes to standard error: standard output is the report's."""
-    with contextlib.redirect_stdout(sys.stderr):
+def standard_output_kept_clean(output: Output) -> Iterator[None]:
+    """What other code prints goes to standard error: standard output is the report's. And bars only if wanted."""
+    with contextlib.redirect_stdout(sys.stderr), silent(output.no_progress):
         yield
 
 
@@ -36,15 +37,3 @@ def say(text: str, *, by_any: bool = False) -> None:
     """Say it on standard error; of several processes the first alone, unless it may be news to that one."""
     if by_any or Processes.launched().rank == 0:
         print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr)  # noqa: T201
-
-
-def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """In the place of ``warnings.showwarning``: one line, as errors are."""
-    say(f"warning: {message}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,9 +59,30 @@ def _bad_value(problem: Any, known: Iterable[str]) -> str:
 
 
 def _no_instance(problem: Any, known: Iterable[str]) -> str:
-    message, *_ = one_line(problem.message).partition(" Got errors:")  # why each type of a union did not fit
-    message = message.rstrip(".")
-    return message if problem.argument is None else f"{_name(problem.argument)}: {message}"
+    message = one_line(problem.message)
+    if problem.argument is None:
+        return message.partition(" Got errors:")[0].rstrip(".")
+    found = _VALUE.search(message)
+    if found is None:
+        return f"{_name(problem.argument)}: {message}"
+    takes = " or ".join(_KINDS.get(kind, kind) for kind in problem.argument.lowered.metavar.split("|")[::-1])
+    return f"{_name(problem.argument)}: {found['value']} cannot be used, it takes {takes}"
+
+
+_VALUE = re.compile(
+    r"(could be instantiated from \[|could not convert string to float: |invalid literal for int\(\) with base 10: )"
+    r"(?P<value>'[^']*'(, '[^']*')*)"
+)
+"""How tyro and Python name a value that fits no type."""
+_KINDS = {
+    "INT": "an integer",
+    "FLOAT": "a number",
+    "{None}": "None",
+    "{[INT [INT ...]]}": "integers",
+    "INT [INT ...]": "integers",
+    "[INT [INT ...]]": "integers",
+    "[FLOAT [FLOAT ...]]": "numbers",
+}
 
 
 def _name(argument: Any) -> str:

@@ -1,7 +1,7 @@
 """A model, a loss and samples → ξ = JJᵀ, the Gram matrix of per-sample loss gradients."""
 
 from flatminima.gramian.checks import Checks
-from flatminima.gramian.engine import PathName, factored_gram, gram, plan_for, unwrapped, warn_generic
+from flatminima.gramian.engine import PathName, factored_gram, gram, plan_for, require_path, unwrapped, warn_generic
 from flatminima.gramian.factored import (
     FactoredGram,
     LogDeterminant,
@@ -25,6 +25,7 @@ __all__ = [
     "log_determinant_parts",
     "numerical_rank",
     "plan_for",
+    "require_path",
     "times_own_transpose",
     "times_transposes",
     "trainable_parameters",

@@ -15,7 +15,7 @@ from flatminima.gramian.planning import (
     row_bytes,
 )
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient
-from flatminima.network import Inputs, call_model, take
+from flatminima.network import Inputs, call_model, call_model_without_graph, take
 
 Group = list[tuple[nn.Parameter, int, int]]
 """Slices of parameters' first dimensions: (parameter, start, stop)."""
@@ -61,8 +61,7 @@ def note_losses(xi: Accumulator, batch: Batch, chunk: int) -> None:
     """Keep the losses of all samples and the norms of their gradients at the logits."""
     for start in range(0, len(xi), chunk):
         rows = slice(start, min(start + chunk, len(xi)))
-        with torch.no_grad():
-            logits = batch.logits(rows)
+        logits = call_model_without_graph(batch.model, take(batch.inputs, rows))
         xi.note(rows, batch.gradient_at(logits, rows))
 
 
@@ -131,9 +130,10 @@ def gradient_of(logits: Tensor, direction: Tensor, group: Group, *, keep: bool =
         logits, parameters, direction, retain_graph=keep, allow_unused=True, materialize_grads=True
     )
     # Copied, so that a slice does not keep the whole gradient.
-    return [_at_least_1d(g)[start:stop].clone() for (_, start, stop), g in zip(group, whole, strict=True)]
+    return [_with_rows(g)[start:stop].clone() for (_, start, stop), g in zip(group, whole, strict=True)]
 
 
-def _at_least_1d(values: Tensor) -> Tensor:
-    """A scalar parameter as one of a single entry."""
+def _with_rows(values: Tensor) -> Tensor:
+    """A scalar parameter as one of a single entry, and a sparse gradient (an embedding's) as a dense one."""
+    values = values.to_dense() if values.is_sparse else values
     return values if values.dim() else values.unsqueeze(0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from flatminima.gramian.planning import (
     pass_bytes,
     row_bytes,
 )
-from flatminima.gramian.recording import RecordedUse, Recorder
+from flatminima.gramian.recording import DerivativeInForwardError, RecordedUse, Recorder
 from flatminima.losses import FactoredLoss, Loss, refuse_non_finite
 from flatminima.network import (
     Inputs,
@@ -49,6 +49,7 @@ from flatminima.network import (
     in_float64,
     map_tensors,
     model_inputs,
+    require_module,
     sound_batchnorm,
     take,
     tensors_of,
@@ -57,7 +58,7 @@ from flatminima.network import (
     undone_if_interrupted,
 )
 from flatminima.parallel import Processes, reshard, shared
-from flatminima.torch_compat import uncompiled
+from flatminima.torch_compat import uncompiled, without_checkpoints
 
 PathName = Literal["rules", "generic"]
 """How rows of J are formed: by layer rules where there are any, or all by plain autograd, one sample at a time."""
@@ -97,9 +98,10 @@ def gram(
         >>> flatminima.gram(model, x, y).shape
         torch.Size([5, 5])
     """
-    result = factored_gram(model, inputs, targets, loss=loss, path=path)
+    checks = Checks()
+    result = factored_gram(model, inputs, targets, loss=loss, path=path, checks=checks)
     if path == "rules":
-        warn_generic(result.generic_parameters)
+        warn_generic(result.generic_parameters, checks)
     return result.matrix()
 
 
@@ -137,6 +139,11 @@ def factored_gram(
         checks: what is known from earlier ξ of this model; what was checked before is not checked again.
     """
     model = unwrapped(model)
+    require_path(path)
+    require(
+        isinstance(targets, Tensor),
+        f"targets must be a tensor, got {type(targets).__name__}: convert them",
+    )
     with undisturbed(model), shared(model) as processes:
         inputs = model_inputs(model, map_tensors(torch.Tensor.detach, inputs), targets)
         n = batch_size((inputs, targets))
@@ -149,7 +156,7 @@ def factored_gram(
         def empty() -> Accumulator:
             return Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
 
-        with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm():
+        with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm(), without_checkpoints():
             if isinstance(batchnorm, int):
                 generic: set[str] = set()
                 xi = empty()
@@ -178,7 +185,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     """
     model = unwrapped(model)
     budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
-    with undisturbed(model), shared(model) as processes, evaluating(model):
+    with undisturbed(model), shared(model) as processes, evaluating(model), true_precision(), without_checkpoints():
         parts = trainable_parts(model, processes)
         budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together
         per_sample = pass_bytes(model, take(inputs, slice(0, 1)))
@@ -191,8 +198,17 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
     return make_plan(n, longest, per_sample, held, budget)
 
 
-def warn_generic(names: Sequence[str]) -> None:
-    """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any."""
+def require_path(path: str) -> None:
+    """Raise :class:`FlatminimaError` unless ``path`` is a :data:`PathName`."""
+    require(path in get_args(PathName), f"unknown path={path!r}: use 'rules' or 'generic'")
+
+
+def warn_generic(names: Sequence[str], checks: Checks) -> None:
+    """Say by a :class:`GenericPathWarning` which parameters had no layer rule, if any.
+
+    Those whose rule was found to be wrong have been warned of then.
+    """
+    names = [name for name in names if name not in checks.distrusted]
     if names:
         warn(
             f"{_listed(names)} are used in a way no layer rule covers: "
@@ -220,7 +236,11 @@ def _checked(
         recorded = _Recorded()
         by_rules = {name: part for name, part in parts.items() if name not in one_by_one}
         if by_rules:
-            _add_by_rules(xi, batch, by_rules, plan, recorded)
+            try:
+                _add_by_rules(xi, batch, by_rules, plan, recorded)
+            except DerivativeInForwardError:
+                one_by_one = set(parts)
+                continue
         else:
             note_losses(xi, batch, plan.chunk)
         generic = one_by_one | set(recorded.given_up)
@@ -320,7 +340,7 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: Accum
         for use in uses:
             use.on_arrival = add_when_complete(parameter, uses)
     if logits.requires_grad:
-        torch.autograd.grad(logits, recorder.root, direction)
+        torch.autograd.grad(logits, [recorder.root, *recorder.leaves.values()], direction, allow_unused=True)
     for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
         sink.add_use(parameter, uses)
 
@@ -336,10 +356,7 @@ def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside a compiled or data-parallel one: the wrappers hide its calls, or split its batch."""
-    require(
-        isinstance(model, nn.Module),
-        f"a model is a torch.nn.Module, got {type(model).__name__}: build the network and load its weights first",
-    )
+    require_module(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
     inner = uncompiled(model)

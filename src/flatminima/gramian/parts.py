@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.gramian.planning import (
     first_dimension,
 )
+from flatminima.network import require_usable
 from flatminima.parallel import Processes, gathered_parameters, is_sharded, reshard, shard_of
 
 
@@ -114,7 +114,7 @@ def trainable_parts(model: nn.Module, processes: Processes) -> dict[str, Part]:
         FlatminimaError: if there is none.
         NonFiniteError: if a parameter holds NaN or infinity; names it.
     """
-    processes.attempt(lambda: _refuse_non_finite_parameters(model))
+    processes.attempt(lambda: _refuse_unsuitable_parameters(model))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise FlatminimaError(
@@ -123,17 +123,9 @@ def trainable_parts(model: nn.Module, processes: Processes) -> dict[str, Part]:
     return parts_of(model, parameters, processes)
 
 
-def _refuse_non_finite_parameters(model: nn.Module) -> None:
+def _refuse_unsuitable_parameters(model: nn.Module) -> None:
+    require_usable(model)
     for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise FlatminimaError(
-                f"parameter {name!r} has no shape yet (a lazy module): run the model on one batch first"
-            )
-        if parameter.is_inference():
-            raise FlatminimaError(
-                f"parameter {name!r} was made in inference mode, where gradients are lost for good: build or load the "
-                "model outside torch.inference_mode()"
-            )
         if not shard_of(parameter).isfinite().all():
             raise NonFiniteError(
                 f"NaN or infinity in parameter {name!r}: the checkpoint is broken or training diverged; load another"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flatminima.errors import FlatminimaError
-from flatminima.network import Inputs, call_model, explained_errors, tensors_of
+from flatminima.network import Inputs, RefusedAutocast, call_model, explained_errors, tensors_of
 from flatminima.parallel import is_sharded
+from flatminima.torch_compat import hides_what_is_saved
 
 FREE_SHARE = 0.5
 """The part of the free memory that is used if the user names no budget."""
@@ -127,6 +130,20 @@ def free_bytes(device: torch.device) -> int:
 
 def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
     """Bytes that a forward and backward pass of these inputs takes beside model and inputs: an estimate."""
+    with explained_errors(model, inputs), torch.enable_grad(), RefusedAutocast():
+        try:
+            saved, logits = _saved_bytes(model, inputs)
+        except RuntimeError as error:
+            if not hides_what_is_saved(error):
+                raise
+            with _Outputs() as outputs:
+                logits = call_model(model, inputs)
+            saved = outputs.bytes
+    return int(TRANSIENT * saved) + LOGITS * logits.numel() * logits.element_size()
+
+
+def _saved_bytes(model: nn.Module, inputs: Inputs) -> tuple[int, Tensor]:
+    """What autograd saves for the backward pass, and the logits."""
 
     def owned() -> set[int]:
         tensors = (*model.parameters(), *model.buffers(), *tensors_of(inputs))
@@ -143,10 +160,22 @@ def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # a result handed back as it is would hold its own graph, and so itself, for ever
 
-    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with explained_errors(model, inputs), torch.enable_grad(), kept:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         logits = call_model(model, inputs)
-    return int(TRANSIENT * sum(saved.values())) + LOGITS * logits.numel() * logits.element_size()
+    return sum(saved.values()), logits
+
+
+class _Outputs(TorchFunctionMode):
+    """Adds up what all calls return: more than is saved, for models in which this cannot be seen."""
+
+    bytes = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(output))
+        return output
 
 
 def _fill(parameters: Mapping[str, Tensor], samples: int, budget: int) -> Iterator[tuple[Piece, ...]]:

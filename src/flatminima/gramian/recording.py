@@ -23,7 +23,14 @@ from flatminima.gramian.planning import first_dimension
 from flatminima.gramian.rules import EXTRACTS, POSITIONWISE, RULES, SPLITS, ParameterUse, Rule
 from flatminima.network import Inputs, call_model, tensors_of
 from flatminima.parallel import fsdp_modules
-from flatminima.torch_compat import base_of, is_view, version_of
+from flatminima.torch_compat import base_of, is_view, make_dual, version_of
+
+_DERIVATIVES = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward, make_dual})
+"""The functions by which all derivatives are taken, those of ``torch.func`` too."""
+
+
+class DerivativeInForwardError(Exception):
+    """The model takes derivatives in its forward pass, through which parameters act where no call shows them."""
 
 
 @contextmanager
@@ -111,6 +118,8 @@ class Recorder(TorchFunctionMode):
     given up on: the generic path takes all of it.
 
     Attributes:
+        root: what all recorded outputs depend on, and so carry gradients.
+        leaves: whatever else in the forward pass was made to require gradients.
         signature: tells sequences of calls and shapes apart.
         guessed: whether it was only likely, somewhere, where the samples lie.
     """
@@ -126,9 +135,15 @@ class Recorder(TorchFunctionMode):
         self._layouts: dict[int, tuple[weakref.ref[Tensor], Layout]] = {}  # of the tensors computed from the inputs
         device = next(iter(parameters.values())).device
         self.root = torch.zeros((), device=device, requires_grad=True)
+        self.leaves: dict[int, Tensor] = {}
 
     def run(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """The model's logits; fills ``uses``."""
+        """The model's logits; fills ``uses``.
+
+        Raises:
+            DerivativeInForwardError: if the forward pass takes derivatives.
+            FlatminimaError: if the output's first dimension is not the samples.
+        """
         for tensor in tensors_of(inputs):
             self._mark(tensor, Layout(0))
         with self, following_inputs(model, self._follow):
@@ -158,7 +173,10 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _DERIVATIVES:
+            raise DerivativeInForwardError
         arguments = _tensors_among(args, kwargs)
+        self.leaves |= {id(tensor): tensor for tensor in arguments if tensor.requires_grad and tensor.is_leaf}
         touched = {id(tensor) for tensor in arguments if id(tensor) in self.uses or id(tensor) in self.extracts}
         if touched and func in SPLITS:
             with self:
@@ -308,7 +326,7 @@ class Recorder(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None or not isinstance(output, Tensor) or not torch.is_grad_enabled() or output.dim() == 0:
             return []
-        if layout is None or layout.dim < 0 or kwargs.get("out") is not None:
+        if layout is None or layout.dim < 0 or kwargs.get("out") is not None or output.is_complex():
             return []
         written_in_place = any(output is argument for argument in args)
         if written_in_place and not output.requires_grad:

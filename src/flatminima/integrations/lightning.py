@@ -18,7 +18,9 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from torchmetrics import Metric
 except ImportError as error:
-    raise FlatminimaError("flatminima.integrations.lightning needs Lightning: pip install lightning") from error
+    raise FlatminimaError(
+        "flatminima.integrations.lightning needs Lightning: pip install 'flatminima[integrations]'"
+    ) from error
 
 
 class FisherTraceCallback(Callback):

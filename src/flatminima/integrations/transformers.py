@@ -14,7 +14,7 @@ try:
     from transformers import Trainer
 except ImportError as error:
     raise FlatminimaError(
-        "flatminima.integrations.transformers needs Transformers and Accelerate: pip install 'transformers[torch]'"
+        "flatminima.integrations.transformers needs Transformers and Accelerate: pip install 'flatminima[integrations]'"
     ) from error
 
 

@@ -9,8 +9,20 @@ class DamagedFileError(FlatminimaError):
     """A file of a run is truncated, altered or not what its name says; what was trained can be trained again."""
 
 
+class UnreachedLossError(FlatminimaError):
+    """A run came to its limit without fitting its training set as well as it was to; it would again."""
+
+
 class DamagedRunWarning(FlatminimaWarning):
     """Part of a run folder was unusable and has been thrown away; the run goes on from what was whole."""
+
+
+class AdaptedCheckpointWarning(FlatminimaWarning):
+    """A checkpoint was not loaded as it is: names were shortened, tensors left out, or numbers rounded."""
+
+
+class GuessedNormalizationWarning(FlatminimaWarning):
+    """How a network's training normalized its images was not said, and was guessed by the training loss."""
 
 
 class ResumedElsewhereWarning(FlatminimaWarning):

@@ -20,12 +20,13 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 
-from flatminima.errors import FlatminimaError, FlatminimaWarning, one_line
+from flatminima.errors import FlatminimaError, FlatminimaWarning, described
 from flatminima.progress import track
 
 Task = TypeVar("Task")
@@ -150,7 +151,7 @@ class Ray:
         try:
             ray.init(address=self.address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
-            raise FlatminimaError(f"there is no Ray cluster at {self.address}: {_described(error)}") from None
+            raise FlatminimaError(f"there is no Ray cluster at {self.address}: {described(error)}") from None
         remote: Any = ray.remote(num_cpus=self.threads, num_gpus=self.gpus, max_retries=self.retries)(_attempt_remotely)
         running = {remote.remote(function, task, self.threads): number for number, task in enumerate(tasks)}
         try:
@@ -160,7 +161,7 @@ class Ray:
                 try:
                     outcome = ray.get(ended)
                 except ray.exceptions.RayError as error:
-                    outcome = Failure(tasks[number], _described(error))
+                    outcome = Failure(tasks[number], described(error))
                 yield number, outcome
         finally:
             for reference in running:
@@ -204,12 +205,7 @@ def _attempt(function: Callable[[Task], Result], task: Task) -> Result | Failure
     except Exception as error:
         if os.environ.get("FLATMINIMA_DEBUG"):
             traceback.print_exc()
-        return Failure(task, _described(error))
-
-
-def _described(error: Exception) -> str:
-    kind = "" if isinstance(error, FlatminimaError) else f"{type(error).__name__}: "
-    return kind + one_line(error)
+        return Failure(task, described(error))
 
 
 def _attempt_remotely(function: Callable[[Task], Result], task: Task, threads: int) -> Result | Failure:
@@ -225,7 +221,7 @@ def _require_listener(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except OSError as error:
-        raise FlatminimaError(f"there is no Ray cluster at {address}: {_described(error)}") from None
+        raise FlatminimaError(f"there is no Ray cluster at {address}: {described(error)}") from None
 
 
 def _visible_gpus() -> list[str]:
@@ -253,9 +249,15 @@ class _Slot:
         if self.process is None:
             context = _context()
             self.connection, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
-            self.process.start()
-            theirs.close()  # so that the worker's end is the only one, and its death the end of the connection
+            process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+            try:
+                process.start()
+                self.process = process
+            except BaseException:  # Ctrl-C: a worker that starts all the same finds its connection at an end
+                self.connection.close()
+                raise
+            finally:
+                theirs.close()  # so that the worker's end is the only one, and its death the end of the connection
         self.number = number
         with contextlib.suppress(OSError):  # it died meanwhile: `take` will see it
             self.connection.send(task)
@@ -279,6 +281,14 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    # Ctrl-C goes to the server too, which would end in a traceback while it still imports: it inherits that not.
+    # The tracker must be there before, since its start lets SIGINT through again.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return context
 
 

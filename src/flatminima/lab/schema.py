@@ -152,7 +152,8 @@ def _refusal(kind: Any, where: str, error: ValidationError) -> str:
     if not expected:  # of another kind
         return f"{holder}.{field}: {one_line(first['msg'])}, got {got}"
     optional = not within and dataclasses.is_dataclass(kind) and NoneType in get_args(get_type_hints(kind).get(field))
-    return f"{holder}.{field} must be {expected}{' | None' if optional else ''}, got {got}"
+    finite = "; it must be finite" if what == "finite_number" else ""
+    return f"{holder}.{field} must be {expected}{' | None' if optional else ''}, got {got}{finite}"
 
 
 def _shown(value: Any) -> str:

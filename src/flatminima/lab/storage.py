@@ -72,19 +72,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
     write_whole(path, safetensors.torch.save(stored, metadata=metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors and note, as JSON; the digest is checked, except in files that others wrote, which have none."""
+def read_tensors(path: Path, *, signed: bool = False) -> tuple[dict[str, Tensor], str]:
+    """Tensors and note, as JSON; the digest is checked, except in files that others wrote, which have none.
+
+    Args:
+        path: The file.
+        signed: It must be one of ours.
+
+    Raises:
+        DamagedFileError: The file is missing, truncated, altered, or not one of ours.
+    """
     try:
         # One look: `safe_open` would open the file twice, and it may be replaced in between.
         content = path.read_bytes()
         tensors = safetensors.torch.load(content)
         written = _metadata(content).get(_NOTE)
-        signed = _UNSIGNED if written is None else parse(_Signed, written)
+        entry = _UNSIGNED if written is None else parse(_Signed, written)
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise damaged(path, f"it is missing, truncated or not a safetensors file: {one_line(error)}") from None
-    if signed.digest is not None and signed.digest != _digest(tensors, signed.note):
+    if entry.digest is None and signed:
+        raise damaged(path, "another program has written it: it has no digest of ours")
+    if entry.digest is not None and entry.digest != _digest(tensors, entry.note):
         raise damaged(path, "it was altered after it was written: its digest does not match")
-    return tensors, signed.note
+    return tensors, entry.note
 
 
 def _metadata(content: bytes) -> dict[str, str]:

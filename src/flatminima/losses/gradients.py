@@ -101,7 +101,7 @@ def _by_autograd(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitG
     refuse_non_finite("losses", losses)
     refuse_non_finite("loss gradients", delta)
     _refuse_interacting(loss, logits, targets, losses)
-    norm = delta.flatten(1).norm(dim=1)
+    norm = delta.reshape(len(delta), -1).norm(dim=1)
     shape = (-1,) + (1,) * (delta.dim() - 1)
     return LogitGradient(losses.double(), delta / norm.where(norm > 0, 1).view(shape), norm.log())
 
@@ -142,16 +142,16 @@ def _at_normalized_logits(
 ) -> LogitGradient:
     """∂ℓ(z/(κ‖z‖))/∂z = (δ − ẑ ẑᵀδ) / (κ‖z‖), δ the gradient at the normalized logits and ẑ = z/‖z‖."""
     shape = (-1,) + (1,) * (logits.dim() - 1)
-    size = logits.flatten(1).norm(dim=1)
+    size = logits.reshape(len(logits), -1).norm(dim=1)
     if not (kappa > 0 and size.min() > 0):
         raise FlatminimaError(
             f"logit_normalization={kappa} needs a positive constant and logits that are not all zero: leave it out"
         )
     unit = logits / size.view(shape)
     inner = gradient_at(loss, unit / kappa, targets)
-    along = (unit * inner.direction).flatten(1).sum(1).view(shape)
+    along = (unit * inner.direction).reshape(len(unit), -1).sum(1).view(shape)
     delta = inner.direction - unit * along
-    norm = delta.flatten(1).norm(dim=1)
+    norm = delta.reshape(len(delta), -1).norm(dim=1)
     direction = delta / norm.where(norm > 0, 1).view(shape)
     return LogitGradient(inner.loss, direction, inner.log_norm + norm.log() - (kappa * size).log())
 

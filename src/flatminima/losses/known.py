@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatminima.errors import FlatminimaError, require
+from flatminima.errors import FlatminimaError, require, require_flag, require_integer, require_number
 from flatminima.losses.gradients import LogitGradient, gradient_of
+
+PIECE_ELEMENTS = 2**20
+"""Logits whose gradients are formed at once (8 MiB, some ten times over), where a sample has many positions."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,17 @@ class CrossEntropy:
     class_dimension: Literal[-1, 1] = -1
 
     def __post_init__(self) -> None:
+        require_number("label_smoothing", self.label_smoothing)
+        require_integer("ignore_index", self.ignore_index)
+        require_flag("next_token", self.next_token)
         require(0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         _require_mean_or_sum("positions", self.positions)
         require(self.class_dimension in (-1, 1), f"class_dimension must be -1 or 1, got {self.class_dimension!r}")
         if self.weight is not None:
+            require(
+                isinstance(self.weight, (Sequence, Tensor)) and not isinstance(self.weight, str),
+                f"weight must be a factor for every class, got {self.weight!r}",
+            )
             object.__setattr__(self, "weight", tuple(float(factor) for factor in self.weight))
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -61,28 +72,31 @@ class CrossEntropy:
         """Losses and factored gradients at float64 logits."""
         class_last = self._class_last(logits, targets)
         z = logits if class_last else logits.movedim(1, -1)
-        if self.next_token:
-            if z.dim() != 3:
-                raise FlatminimaError(
-                    f"next_token needs logits of shape (N, T, K), the model returned {tuple(z.shape)}"
-                )
-            z, targets = z[:, :-1], targets[:, 1:]
+        require(
+            not self.next_token or (z.dim() == 3 and z.shape[1] > 1),
+            f"next_token needs logits of shape (N, T ≥ 2, K), the model returned {tuple(z.shape)}",
+        )
         n, classes = z.shape[0], z.shape[-1]
         require(
             self.weight is None or len(self.weight) == classes,
             f"weight has {len(self.weight or ())} factors, but the model has {classes} classes: give one per class",
         )
-        flat, labels = z.reshape(-1, classes), targets.reshape(-1).long()
+        z = z.reshape(n, -1, classes)
+        used = z.shape[1] - self.next_token  # the last token has no next one
+        labels = (targets[:, 1:] if self.next_token else targets).reshape(n, -1).long()
         counted = labels != self.ignore_index
         _check_classes(labels[counted] if targets.dim() > 1 else labels, classes)  # a sample cannot be ignored whole
         labels = labels.where(counted, 0)
-        losses, direction, log_norm = self._of_positions(flat, labels)
-        share = self._shares(counted.view(n, -1), labels.view(n, -1))
-        losses = (share * losses.view(n, -1)).sum(1)
-        direction, log_norm = _combine(direction.view(n, -1, classes), log_norm.view(n, -1) + share.log())
-        direction = direction.reshape(z.shape)
-        if self.next_token:
-            direction = F.pad(direction, (0, 0, 0, 1))
+        losses, log_norm = logits.new_empty(2, n, used)
+        direction = torch.zeros_like(z, memory_format=torch.contiguous_format)
+        for part in _pieces(used, n * classes):
+            of_part = self._of_positions(z[:, part].reshape(-1, classes), labels[:, part].reshape(-1))
+            losses[:, part], log_norm[:, part] = (values.view(n, -1) for values in (of_part[0], of_part[2]))
+            direction[:, part] = of_part[1].view(n, -1, classes)
+        share = self._shares(counted, labels)
+        losses = (share * losses).sum(1)
+        log_norm = _combine_(direction[:, :used], log_norm + share.log())
+        direction = direction.reshape(logits.shape if class_last else logits.movedim(1, -1).shape)
         return LogitGradient(losses, direction if class_last else direction.movedim(-1, 1), log_norm)
 
     def _class_last(self, logits: Tensor, targets: Tensor) -> bool:
@@ -164,7 +178,8 @@ class BinaryCrossEntropy:
         certain = (y == 0) | (y == 1)
         log_delta = torch.where(certain, F.logsigmoid(logits * (1 - 2 * y)), (logits.sigmoid() - y).abs().log())
         sign = torch.where(certain, 1 - 2 * y, (logits.sigmoid() - y).sign())
-        direction, log_norm = _combine(sign.reshape(len(y), -1, 1), log_delta.reshape(len(y), -1))
+        direction = sign.reshape(len(y), -1, 1)
+        log_norm = _combine_(direction, log_delta.reshape(len(y), -1))
         return LogitGradient(losses, direction.view_as(logits), log_norm + math.log(share))
 
 
@@ -190,13 +205,21 @@ def off_target_log_probabilities(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.log_softmax(1).scatter(1, classes[:, None], -torch.inf)
 
 
-def _combine(directions: Tensor, log_norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Parts (N, P, K) of norms exp(log_norms) (N, P) as one unit direction per sample, and the norm's logarithm."""
+def _combine_(directions: Tensor, log_norms: Tensor) -> Tensor:
+    """Make parts (N, P, K) of norms exp(log_norms) (N, P) one unit direction per sample; the logarithm of its norm."""
     largest = log_norms.amax(1, keepdim=True)
     reference = largest.where(largest > -torch.inf, 0)
-    delta = directions * (log_norms - reference).exp()[:, :, None]
-    norm = delta.flatten(1).norm(dim=1)
-    return delta / norm.where(norm > 0, 1)[:, None, None], norm.log() + reference[:, 0]
+    delta = directions.mul_((log_norms - reference).exp()[:, :, None])  # in place: the largest tensor that there is
+    norm: Tensor = torch.linalg.vector_norm(delta, dim=(1, 2))
+    delta.div_(norm.where(norm > 0, 1)[:, None, None])
+    return norm.log() + reference[:, 0]
+
+
+def _pieces(positions: int, size: int) -> Iterator[slice]:
+    """Ranges of positions of so many entries each, of which some ten copies are made at once."""
+    step = max(1, PIECE_ELEMENTS // size)
+    for start in range(0, positions, step):
+        yield slice(start, min(start + step, positions))
 
 
 def _require_mean_or_sum(name: str, value: str) -> None:

@@ -22,7 +22,7 @@ def characterize(prepared: PreparedModel, trials: Sequence[TrialValues]) -> Char
         RankDeficientError: if ξ was singular in every trial.
     """
     if prepared.options.path == "rules":
-        warn_generic(trials[0].generic_parameters)
+        warn_generic(trials[0].generic_parameters, prepared.checks)
     singular = _singular_trials(trials)
     left_out = {name: reason for trial in reversed(trials) for name, reason in trial.undefined.items()}
     estimates = {

@@ -27,13 +27,13 @@ from flatminima.gramian import PathName
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
-from flatminima.measures.options import MeasureOptions, Measures, with_options_explained
+from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.registry import CATALOGUE, in_table_order
 from flatminima.measures.results import Characterization, Estimate, jsonable
 from flatminima.measures.tables import comparison_table, rendered
 from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
-from flatminima.network import Data, samples_of
+from flatminima.network import Data, samples_of, undone_if_interrupted
 
 SIMILAR_LOSS_RATIO = 1.5
 """Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
@@ -69,7 +69,7 @@ class Comparison:
         return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
 
     def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
-        """Every model's rank by the measure's mean, 1 = best; models without the measure left out.
+        """Every model's rank by the measure's mean, 1 = best; models without one left out.
 
         The smallest is the best, but for measures of which theory expects it of the largest.
 
@@ -81,9 +81,10 @@ class Comparison:
             measure in (*names, *CATALOGUE),
             f"no measure {measure!r}{did_you_mean(measure, names)}: choose from {', '.join(names)}",
         )
-        means = {
+        found = {
             name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
         }
+        means = {name: mean for name, mean in found.items() if not math.isnan(mean)}
         larger = any(measure in c.settings.larger_is_better for c in self.characterizations.values())
         order = sorted(means, key=means.__getitem__, reverse=larger)
         return {name: rank for rank, name in enumerate(order, start=1)}
@@ -113,6 +114,7 @@ class Comparison:
 
 
 @with_options_explained
+@undone_if_interrupted
 def compare(  # noqa: D417 (the options are explained in one place)
     models: Mapping[str, nn.Module],
     data: Data,
@@ -149,6 +151,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
     Warns:
         UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
         UnlikeModelsWarning: if they differ in their number of trainable parameters.
+        ImpreciseWarning: if ``max_standard_error`` is not reached by some pair.
 
     Example:
         >>> import torch, flatminima
@@ -211,7 +214,10 @@ def compare(  # noqa: D417 (the options are explained in one place)
         for name in prepared:
             with naming(name):
                 characterizations[name] = characterize(prepared[name], [trial[name] for trial in done])
-    return comparison_of(characterizations)
+    comparison = comparison_of(characterizations)
+    for a, b in itertools.combinations(models, 2):
+        warn_of_imprecision(options, comparison.difference(a, b).per_trial, f"γ̂'s difference between {a!r} and {b!r}")
+    return comparison
 
 
 def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:
@@ -237,19 +243,27 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
             f"{sizes[large]:,}): γ̂ orders minima of one architecture, and between several it follows their scale",
             UnlikeModelsWarning,
         )
+    comparison = Comparison(dict(characterizations))
     losses = {name: c.train_loss for name, c in characterizations.items()}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
     settings = characterizations[low].settings
     if losses[high] > SIMILAR_LOSS_RATIO * losses[low] and settings.logit_normalization is None:
-        n = settings.subset_size
-        shift = 2 * n * math.log(losses[high] / losses[low]) if losses[low] > 0 else math.inf
         warn(
-            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}): γ̂ falls with it, "
-            f"by up to about {shift:.0f} between these two, whatever the minima; compare at similar training loss, or "
-            f"with logit_normalization={LOGIT_NORMALIZATION}",
+            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}), and γ̂ falls with its "
+            f"loss, whatever the minimum{_residual_share(comparison, high, low)}; compare at similar training loss, by "
+            f"log_det_unit_fisher, or with logit_normalization={LOGIT_NORMALIZATION}",
             UnequalLossWarning,
         )
-    return Comparison(dict(characterizations))
+    return comparison
+
+
+def _residual_share(comparison: Comparison, first: str, second: str) -> str:
+    """How much of their difference in γ̂ is residual; nothing where there is no residual."""
+    pair = [comparison.characterizations[name] for name in (first, second)]
+    if any(c.residual is None for c in pair):
+        return ""
+    residual, whole = (comparison.difference(first, second, name).mean for name in ("residual", "log_det_fisher"))
+    return f": {residual:+.0f} of the {whole:+.0f} between these two is residual"
 
 
 def _drawn(c: Characterization) -> tuple[Any, ...]:

@@ -13,10 +13,9 @@ from flatminima.losses import Loss, is_single_label, per_sample_loss, refuse_non
 from flatminima.network import (
     Inputs,
     Samples,
-    call_model,
+    call_model_without_graph,
     device_of,
     evaluating,
-    take,
     tensors_of,
     to_device,
     true_precision,
@@ -80,7 +79,7 @@ def evaluate(
         for start in track(range(0, len(samples), batch), "training loss", progress):
             indices = range(start, min(start + batch, len(samples)))
             inputs, targets = to_device(processes.attempt(partial(samples.fetch, indices)), device)
-            logits = call_model(model, take(inputs, slice(None)))
+            logits = call_model_without_graph(model, inputs)
             refuse_non_finite("logits", logits, first=start, why=_why_not_finite(inputs))
             losses[indices.start : indices.stop] = per_sample_loss(loss, logits, targets)
             classified = is_single_label(loss, logits)

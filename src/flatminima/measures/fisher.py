@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.losses import CrossEntropy, LogitGradient, Loss, label_entropy, off_target_log_probabilities
-from flatminima.network import Inputs, call_model, evaluating, map_tensors, take
+from flatminima.network import Inputs, call_model_without_graph, evaluating, map_tensors, take
 
 Fisher = Literal["empirical", "labels", "model"]
 """``"empirical"`` (Eq. 4): one gradient per sample, that of its loss. ``"labels"`` (Eq. 2): the gradients of all K
@@ -53,8 +53,8 @@ class FisherRows:
             raise FlatminimaError(f"unknown fisher={fisher!r}: use 'empirical', 'labels' or 'model'")
         if fisher == "empirical":
             return cls(1, loss)
-        with evaluating(model), torch.no_grad():
-            logits = call_model(model, take(inputs, slice(0, 1)))
+        with evaluating(model):
+            logits = call_model_without_graph(model, take(inputs, slice(0, 1)))
         entropy = label_entropy(loss)
         if entropy is None or entropy.weight is not None or logits.dim() != 2:
             raise FlatminimaError(

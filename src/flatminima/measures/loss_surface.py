@@ -14,8 +14,7 @@ from flatminima.network import Inputs, call_model, take
 
 def parts_of_subset(trial: Trial) -> Iterator[tuple[Inputs, Tensor]]:
     """The subset's samples, as many at a time as memory holds a forward and backward pass of."""
-    for start in range(0, len(trial.targets), trial.samples_at_once):
-        part = slice(start, start + trial.samples_at_once)
+    for part in trial.chunks:
         yield take(trial.inputs, part), trial.targets[part]
 
 

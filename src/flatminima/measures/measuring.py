@@ -12,7 +12,7 @@ from flatminima.gramian import PathName
 from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.fisher import Fisher
-from flatminima.measures.options import MeasureOptions, Measures, with_options_explained
+from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.results import Characterization
 from flatminima.measures.trials import perform_trial, perform_trials
@@ -66,6 +66,7 @@ def measure(  # noqa: D417 (the options are explained in one place)
         NotLogitsWarning: if the outputs look like probabilities.
         UnshiftedLabelsWarning: if a language model is asked for the tokens that it is given.
         GenericPathWarning: if some parameters have no layer rule.
+        ImpreciseWarning: if ``max_standard_error`` is not reached.
 
     Example:
         >>> import torch, flatminima
@@ -106,4 +107,6 @@ def measure(  # noqa: D417 (the options are explained in one place)
             distributed=distributed,
             progress=progress,
         )
-        return characterize(prepared, done)
+        characterization = characterize(prepared, done)
+        warn_of_imprecision(options, characterization.log_det_fisher.per_trial, "γ̂")
+        return characterization

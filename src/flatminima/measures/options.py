@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from flatminima.errors import require
-from flatminima.gramian import PathName
+from flatminima.errors import ImpreciseWarning, require, require_flag, require_integer, require_number, warn
+from flatminima.gramian import PathName, require_path
 from flatminima.losses import Loss, per_sample_form
 from flatminima.measures.fisher import Fisher
 from flatminima.measures.registry import Measure, MeasureFunction, selected
@@ -108,11 +108,10 @@ class MeasureOptions(PlainOptions):
     def __post_init__(self) -> None:
         per_sample_form(self.loss)
         selected(self.measures)
-        for name in ("subset_size", "trials", "seed"):
-            value = getattr(self, name)
-            require(hasattr(value, "__index__"), f"{name} must be an integer, got {value!r}")
+        self._require_types()
+        require(-(2**63) <= self.seed < 2**64, f"seed must fit 64 bits, got {self.seed}")
         require(
-            self.batchnorm == "eval" or isinstance(self.batchnorm, int),
+            self.batchnorm == "eval" or (isinstance(self.batchnorm, int) and not isinstance(self.batchnorm, bool)),
             f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
             "chunk",
         )
@@ -125,7 +124,7 @@ class MeasureOptions(PlainOptions):
             self.max_standard_error is None or self.max_standard_error > 0,
             f"max_standard_error must be positive, got {self.max_standard_error}",
         )
-        require(self.path in get_args(PathName), f"unknown path={self.path!r}: use 'rules' or 'generic'")
+        require_path(self.path)
         require(
             self.on_singular in ("raise", "skip"), f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'"
         )
@@ -135,12 +134,40 @@ class MeasureOptions(PlainOptions):
             "'paper' out of measures",
         )
 
+    def _require_types(self) -> None:
+        for name in ("subset_size", "trials", "seed"):
+            require_integer(name, getattr(self, name))
+        if self.robustness_samples is not None:
+            require_integer("robustness_samples", self.robustness_samples)
+        for name in ("logit_normalization", "max_standard_error", "memory_budget"):
+            require_number(name, getattr(self, name), optional=True)
+        for name in ("scale_invariant", "per_parameter", "distributed", "progress"):
+            require_flag(name, getattr(self, name))
+
     def precise_enough(self, values: Sequence[float]) -> bool:
         """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""
         if self.max_standard_error is None:
             return False
         kept = [value for value in values if not math.isnan(value)]
         return len(kept) >= MINIMUM_TRIALS and Estimate.of(kept).standard_error <= self.max_standard_error
+
+
+def warn_of_imprecision(options: MeasureOptions, values: Sequence[float], what: str) -> None:
+    """Warn where all trials together have not reached ``max_standard_error``.
+
+    Args:
+        options: as measured.
+        values: one per trial, as for :meth:`MeasureOptions.precise_enough`.
+        what: they are the trials' values of.
+    """
+    if options.max_standard_error is None or options.precise_enough(values):
+        return
+    few = f"; at least {MINIMUM_TRIALS} are needed" if len(values) < MINIMUM_TRIALS else ""
+    warn(
+        f"after all {len(values)} trials the standard error of {what} is {Estimate.of(values).standard_error:.2g}, not "
+        f"at most max_standard_error={options.max_standard_error:g}{few}: raise trials",
+        ImpreciseWarning,
+    )
 
 
 def with_options_explained(function: Function) -> Function:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -20,9 +19,8 @@ from flatminima.measures.registry import Selection, selected
 from flatminima.network import (
     Inputs,
     Samples,
-    call_model,
+    call_model_without_graph,
     device_of,
-    draw_subsets,
     evaluating,
     explained_errors,
     model_inputs,
@@ -32,6 +30,7 @@ from flatminima.network import (
     undisturbed,
 )
 from flatminima.parallel import Processes, processes_of, shared
+from flatminima.sampling import draw_subsets
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,8 @@ def _fetched(model: nn.Module, samples: Samples, indices: list[int], processes: 
 
 def _logits(model: nn.Module, inputs: Inputs, samples: int) -> Tensor:
     """Those of the first samples."""
-    with evaluating(model), torch.no_grad(), true_precision(), explained_errors(model, inputs):
-        return call_model(model, take(inputs, slice(samples)))
+    with evaluating(model), true_precision(), explained_errors(model, inputs):
+        return call_model_without_graph(model, take(inputs, slice(samples)))
 
 
 def _refuse_more_rows_than_parameters(rows: FisherRows, num_parameters: int, options: MeasureOptions) -> None:

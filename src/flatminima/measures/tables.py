@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flatminima.measures.registry import label_of
 
@@ -33,7 +34,7 @@ def characterization_table(characterization: Characterization) -> Table:
     )
     fisher = "" if settings.fisher == "empirical" else f", exact Fisher by {settings.fisher}"
     left_out = "".join(f"; no {label_of(name).strip()}: {reason}" for name, reason in settings.left_out.items())
-    table.caption = f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{left_out}"
+    table.caption = Text(f"{drawn}, BatchNorm {settings.batchnorm}{fisher}{left_out}", "table.caption")
     return table
 
 
@@ -41,13 +42,13 @@ def comparison_table(comparison: Comparison) -> Table:
     """Every measure of every minimum, with its rank and its difference to the best by γ̂; and the training losses."""
     ranks = comparison.ranks()
     best = min(ranks, key=ranks.__getitem__)
-    table = Table(title=f"Minima on the same subsets; differences to {best!r}, the best by γ̂")
+    table = Table(title=Text(f"Minima on the same subsets; differences to {best!r}, the best by γ̂", "table.title"))
     table.add_column("measure")
     for name in comparison.characterizations:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")  # a name is text: no markup, no emoji
     for measure in comparison.measures():
         cells = [_cell(comparison, name, best, measure) for name in comparison.characterizations]
-        table.add_row(label_of(measure), *cells)
+        table.add_row(Text(label_of(measure)), *cells)
     table.add_section()
     table.add_row("training loss", *(f"{c.train_loss:.4g}" for c in comparison.characterizations.values()))
     return table
@@ -57,7 +58,8 @@ def _cell(comparison: Comparison, name: str, best: str, measure: str) -> str:
     estimates = comparison.characterizations[name].estimates()
     if measure not in estimates:
         return ""
-    text = f"{estimates[measure].mean:.6g}  (rank {comparison.ranks(measure)[name]})"
+    ranks = comparison.ranks(measure)
+    text = f"{estimates[measure].mean:.6g}" + (f"  (rank {ranks[name]})" if name in ranks else "")
     if name != best and measure in comparison.characterizations[best].estimates():
         difference = comparison.difference(name, best, measure)
         text += f"\n{difference.mean:+.3g} ± {difference.standard_error:.2g}"

@@ -20,6 +20,7 @@ from flatminima.gramian import (
     log_determinant,
     log_determinant_parts,
     numerical_rank,
+    unwrapped,
 )
 from flatminima.measures.preparation import PreparedModel
 from flatminima.measures.registry import CATALOGUE, Selection
@@ -114,21 +115,21 @@ def perform_trial(prepared: PreparedModel, number: int) -> TrialValues:
 def _values(prepared: PreparedModel, number: int) -> TrialValues:
     options, rows = prepared.options, prepared.rows
     inputs, targets = prepared.batch(number)
-    factored = factored_gram(
+    form = partial(
+        factored_gram,
         prepared.model,
         *rows.of_batch(inputs, targets),
         loss=rows.loss,
         logit_normalization=options.logit_normalization,
         batchnorm=options.batchnorm,
-        scale_invariant=options.scale_invariant,
-        shares=options.per_parameter,
         plan=prepared.plan,
         path=options.path,
         checks=prepared.checks,
     )
+    factored = form(scale_invariant=options.scale_invariant, shares=options.per_parameter)
     trial = Trial(
         number,
-        prepared.model,
+        unwrapped(prepared.model),
         inputs,
         targets,
         factored,
@@ -138,8 +139,9 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         len(prepared.samples),
         options.initial,
         options,
+        form,
+        prepared.plan.affordable_samples,
         sharded=prepared.processes.size > 1,
-        samples_at_once=prepared.plan.affordable_samples,
     )
     values, undefined = _measured(trial, prepared.selection, prepared.values_of_weights)
     shares, samples = factored.shares, options.subset_size

@@ -4,14 +4,17 @@ from flatminima.network.batches import (
     Inputs,
     batch_size,
     call_model,
+    call_model_without_graph,
     device_of,
     map_tensors,
     run_model,
     take,
+    taker,
     tensors_of,
     to_device,
 )
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
+from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
 from flatminima.network.modes import (
     Buffers,
@@ -19,11 +22,18 @@ from flatminima.network.modes import (
     frozen,
     moved,
     replaced_forward,
-    restored_generators,
     without_autocast,
 )
-from flatminima.network.precision import back_like, float32_products, float64_device, in_float64, true_precision
-from flatminima.network.samples import Data, Samples, draw_subsets, explained_errors, model_inputs, samples_of
+from flatminima.network.precision import (
+    RefusedAutocast,
+    back_like,
+    float32_products,
+    float64_device,
+    in_float64,
+    true_precision,
+)
+from flatminima.network.requirements import require_module, require_usable
+from flatminima.network.samples import Data, Samples, explained_errors, model_inputs, samples_of
 from flatminima.network.surroundings import undisturbed
 
 __all__ = [
@@ -31,15 +41,17 @@ __all__ = [
     "Before",
     "Buffers",
     "Data",
+    "Generators",
     "Inputs",
+    "RefusedAutocast",
     "Samples",
     "back_like",
     "batch_size",
     "batch_statistics",
     "call_model",
+    "call_model_without_graph",
     "chunk_statistics",
     "device_of",
-    "draw_subsets",
     "evaluating",
     "explained_errors",
     "float32_products",
@@ -50,11 +62,14 @@ __all__ = [
     "model_inputs",
     "moved",
     "replaced_forward",
+    "require_module",
+    "require_usable",
     "restored_generators",
     "run_model",
     "samples_of",
     "sound_batchnorm",
     "take",
+    "taker",
     "tensors_of",
     "to_device",
     "true_precision",

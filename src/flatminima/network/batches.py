@@ -9,12 +9,14 @@ import numbers
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError, require
+from flatminima.torch_compat import lacks_a_graph
 
 Inputs = Any
 """A tensor, a tuple or list (positional arguments), or a mapping (keyword arguments); every tensor has N rows.
@@ -45,8 +47,12 @@ def batch_size(inputs: Inputs) -> int:
     """The number of samples N: the common first dimension of every tensor that has one.
 
     Raises:
-        FlatminimaError: if there is no such tensor, or their first dimensions differ.
+        FlatminimaError: if there is no such tensor, their first dimensions differ, or one is nested.
     """
+    require(
+        not any(tensor.is_nested for tensor in tensors_of(inputs)),
+        "nested tensors cannot be indexed by sample here: pad them to one length, and give the model a mask",
+    )
     named = [(name, len(tensor)) for name, tensor in _named_tensors(inputs, "") if tensor.dim()]
     sizes = {size for _, size in named}
     if len(sizes) != 1:
@@ -70,33 +76,59 @@ def take(inputs: Inputs, indices: Tensor | slice) -> Inputs:
         FlatminimaError: by name for what is neither N things nor a constant, and for N things that are no tensor
             where there are groups.
     """
-    return _taken(inputs, indices, batch_size(inputs), "")
+    return taker(inputs)(indices)
 
 
-def _taken(value: Any, indices: Tensor | slice, size: int, name: str) -> Any:
-    grouped = isinstance(indices, Tensor) and indices.dim() > 1
+def taker(inputs: Inputs) -> Callable[[Tensor | slice], Inputs]:
+    """:func:`take` of the same inputs, again and again: what they consist of is looked at once, here.
+
+    Raises:
+        FlatminimaError: by name for what is neither N things nor a constant; the function itself for N things that are
+            no tensor where there are groups.
+    """
+    return _taker(inputs, batch_size(inputs), "")
+
+
+def _taker(value: Any, size: int, name: str) -> Callable[[Tensor | slice], Any]:
     if isinstance(value, Tensor):
-        if not value.dim():
-            return value.expand(len(indices)).clone() if grouped else value.clone()  # type: ignore[arg-type]
-        return value[indices].clone() if isinstance(indices, slice) else value[indices]
+        return partial(_rows if value.dim() else _copies, value)
     if _is_constant(value):
-        return value
+        return lambda indices: value
     if _is_per_sample(value, size):
-        require(
-            not grouped,
-            f"the batch's {name} is no tensor ({type(value).__name__}), so it cannot be split for all sub-batches "
-            "together: choose passes='one-by-one'",
-        )
-        if _is_array(value):
-            return value[indices if isinstance(indices, slice) else indices.tolist()].copy()
-        chosen = range(size)[indices] if isinstance(indices, slice) else indices.tolist()
-        return _of_type(value, [copy.copy(value[i]) for i in chosen])
+        return partial(_things, value, name)
     require(
         _is_container(value) and not _is_list_of_constants(value),
         f"the batch's {name or 'content'} ({type(value).__name__}) is neither {size} things, one for each sample, "
         "nor a number, string or None: leave it out of the batch, or make it one of these",
     )
-    return _rebuilt(value, lambda inner, key: _taken(inner, indices, size, f"{name}{key}"))
+    inner = [_taker(part, size, f"{name}{key}") for key, part in _parts(value)]
+    return lambda indices: _with_parts(value, [take_part(indices) for take_part in inner])
+
+
+def _rows(tensor: Tensor, indices: Tensor | slice) -> Tensor:
+    return tensor[indices].clone() if isinstance(indices, slice) else tensor[indices]
+
+
+def _copies(number: Tensor, indices: Tensor | slice) -> Tensor:
+    """Of a tensor without dimensions: one, or one for each group."""
+    return number.expand(len(indices)).clone() if _is_grouped(indices) else number.clone()  # type: ignore[arg-type]
+
+
+def _things(value: Any, name: str, indices: Tensor | slice) -> Any:
+    """What is no tensor and has one thing for each sample."""
+    require(
+        not _is_grouped(indices),
+        f"the batch's {name} is no tensor ({type(value).__name__}), so it cannot be split for all sub-batches "
+        "together: choose passes='one-by-one'",
+    )
+    if _is_array(value):
+        return value[indices if isinstance(indices, slice) else indices.tolist()].copy()
+    chosen = range(len(value))[indices] if isinstance(indices, slice) else indices.tolist()
+    return _of_type(value, [copy.copy(value[i]) for i in chosen])
+
+
+def _is_grouped(indices: Tensor | slice) -> bool:
+    return isinstance(indices, Tensor) and indices.dim() > 1
 
 
 def _is_constant(value: Any) -> bool:
@@ -157,11 +189,15 @@ def _rebuilt(container: Any, function: Callable[[Any, str], Any]) -> Any:
     """A container of the same type that holds ``function(value, key)``; anything else is handed on."""
     if not _is_container(container):
         return container
-    values = [function(value, key) for key, value in _parts(container)]
-    if isinstance(container, Mapping):
-        return _mapping_like(container, dict(zip(container, values, strict=True)))
+    return _with_parts(container, [function(value, key) for key, value in _parts(container)])
+
+
+def _with_parts(container: Any, values: list[Any]) -> Any:
+    """A container of the same type that holds ``values`` in the places of its own."""
     if isinstance(container, (tuple, list)):
         return _of_type(container, values)
+    if isinstance(container, Mapping):
+        return _mapping_like(container, dict(zip(container, values, strict=True)))
     clone = copy.copy(container)
     for field, value in zip(dataclasses.fields(container), values, strict=True):
         object.__setattr__(clone, field.name, value)  # a frozen dataclass's own refuses
@@ -212,6 +248,8 @@ def run_model(model: nn.Module, inputs: Inputs) -> Any:
 def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
     """The model's logits: its output if that is a tensor, else the output's ``logits`` (Hugging Face models).
 
+    Of a single sample the first dimension may be lacking, as after ``squeeze()``; it is put back.
+
     Raises:
         FlatminimaError: if the output is neither.
     """
@@ -222,7 +260,21 @@ def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
             f"{type(model).__name__} returned {type(output).__name__}: "
             "return the logits as a tensor, or an object with `.logits`"
         )
+    if logits.shape[:1] != (1,) and {len(tensor) for tensor in tensors_of(inputs) if tensor.dim()} == {1}:
+        return logits.unsqueeze(0)
     return logits
+
+
+def call_model_without_graph(model: nn.Module, inputs: Inputs) -> Tensor:
+    """:func:`call_model` where no gradient is wanted; a forward that takes derivatives itself still has its own."""
+    try:
+        with torch.no_grad():
+            return call_model(model, take(inputs, slice(None)))
+    except RuntimeError as error:
+        if not lacks_a_graph(error):
+            raise
+        with torch.enable_grad():
+            return call_model(model, take(inputs, slice(None))).detach()
 
 
 def device_of(model: nn.Module) -> torch.device:

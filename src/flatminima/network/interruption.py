@@ -6,22 +6,23 @@ frames of the traceback, and runs its ``finally`` when these are freed: too late
 
 from __future__ import annotations
 
-import random
-import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from flatminima.network.generators import Generators
 from flatminima.network.modes import Buffers
 from flatminima.torch_compat import (
     compiler_stance,
     float32_switches,
     forward_pre_hooks,
+    func_levels,
     function_modes,
+    leave_func_levels,
     leave_function_modes,
     own_parameters,
     restore_compiler_stance,
@@ -32,12 +33,17 @@ R = TypeVar("R")
 
 
 def undone_if_interrupted(function: Callable[P, R]) -> Callable[P, R]:
-    """Let an interruption of ``function(model, ...)`` leave the model and the process as they were before it."""
+    """Let an interruption of ``function(model, ...)`` leave the model and the process as they were before it.
+
+    Also of ``function(models, ...)`` with models by name.
+    """
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        model: Any = args[0] if args else kwargs.get("model")
-        before = Before(model if isinstance(model, nn.Module) else nn.Module(), writes_buffers=True)
+        given: Any = args[0] if args else kwargs.get("model", kwargs.get("models"))
+        models = given.values() if isinstance(given, Mapping) else [given]
+        modules = nn.ModuleList([model for model in models if isinstance(model, nn.Module)])
+        before = Before(modules, writes_buffers=True)
         try:
             return function(*args, **kwargs)
         except BaseException as error:
@@ -55,26 +61,28 @@ class Before:
     Args:
         model: its modes, buffers (the tensors that hold them), ``requires_grad``, ``.grad`` (the tensors) and hooks.
         writes_buffers: whether the call writes to the model's own buffers, so that their values are copied.
+
+    Attributes:
+        generators: the global random generators, for passes that are to be repeated.
     """
 
     def __init__(self, model: nn.Module, *, writes_buffers: bool) -> None:
-        modules = list(model.modules())
-        self._modes = [(module, module.training) for module in modules]
-        self._forwards = [(vars(module), vars(module).get("forward")) for module in modules]
-        self._hooks = [(hooks := forward_pre_hooks(module), set(hooks)) for module in modules]
-        self._weights = [(held := own_parameters(module), dict(held)) for module in modules]
+        self._modes, self._forwards, self._hooks, self._weights = [], [], [], []
+        for module in model.modules():
+            attributes, hooks, held = vars(module), forward_pre_hooks(module), own_parameters(module)
+            self._modes.append((module, module.training))
+            self._forwards.append((attributes, attributes.get("forward")))
+            self._hooks.append((hooks, set(hooks)))
+            self._weights.append((held, dict(held)))
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._buffers = Buffers(model)
         self._values = [buffer.detach().clone() for buffer in self._buffers.own] if writes_buffers else []
         self._switches = [(holder, name, getattr(holder, name)) for holder, name, _, _ in float32_switches()]
         self._records = torch.is_grad_enabled()
-        self._function_modes = function_modes()
+        self._function_modes, self._func_levels = function_modes(), func_levels()
         self._stance = compiler_stance()
-        numpy = sys.modules.get("numpy")
-        self._generators: list[tuple[Any, Any]] = [(torch.set_rng_state, torch.get_rng_state())]
-        self._generators.append((random.setstate, random.getstate()))
-        if numpy:
-            self._generators.append((numpy.random.set_state, numpy.random.get_state()))
+        self.generators = Generators(p for p, _, _ in self._parameters)
+        self._states = self.generators.states()
 
     def back_from(self, error: BaseException) -> None:
         """Put everything back; of an interruption, which has no locals worth looking at, free the frames first.
@@ -90,6 +98,7 @@ class Before:
             return
         traceback.clear_frames(interruption.__traceback__)
         traceback.clear_frames(error.__traceback__)
+        leave_func_levels(self._func_levels)
         for module, mode in self._modes:
             if module.training != mode:
                 module.train(mode)
@@ -115,8 +124,7 @@ class Before:
         torch.set_grad_enabled(self._records)
         leave_function_modes(self._function_modes)
         restore_compiler_stance(self._stance)
-        for set_state, state in self._generators:
-            set_state(state)
+        self.generators.go_back(self._states)
         if interruption is not error:
             raise interruption
 

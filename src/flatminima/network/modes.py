@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-import sys
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -124,30 +123,16 @@ class Buffers:
 
 
 @contextmanager
-def restored_generators(parameters: list[Tensor]) -> Iterator[None]:
-    """Put the global random generators back on exit: torch's (CPU and the model's devices), Python's and numpy's."""
-    accelerators = {parameter.device for parameter in parameters if parameter.device.type != "cpu"}
-    device_type = next(iter(accelerators)).type if accelerators else "cuda"
-    numpy = sys.modules.get("numpy")  # where it is not imported, nothing has drawn from it
-    pythons, numpys = random.getstate(), numpy and numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(accelerators, device_type=device_type):
-            yield
-    finally:
-        random.setstate(pythons)
-        if numpy:
-            numpy.random.set_state(numpys)
-
-
-@contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
     """Undo Accelerate's autocast wrapper, and notice any other forward that switches autocast back on."""
-    innermost = (module for module in model.modules() if own_parameters(module) and not list(module.children()))
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
+    innermost = (module for module in modules if own_parameters(module) and not list(module.children()))
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules:
             if "_original_forward" in module.__dict__:
                 stack.enter_context(replaced_forward(module, module.__dict__["_original_forward"]))
-        stack.callback(next(innermost, model).register_forward_pre_hook(_refuse_autocast).remove)
+        for module in itertools.islice(itertools.chain(innermost, modules), 1):
+            stack.callback(module.register_forward_pre_hook(_refuse_autocast).remove)
         yield
 
 

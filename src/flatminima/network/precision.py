@@ -6,11 +6,15 @@ What is formed of their results (losses, gradients at the logits, ξ) is float64
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from flatminima.errors import FlatminimaError
+from flatminima.network.batches import tensors_of
 from flatminima.torch_compat import float32_switches
 
 WITHOUT_FLOAT64 = frozenset({"mps"})
@@ -25,9 +29,30 @@ def true_precision() -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
-            stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(float32_products(tf32=False))
         yield
+
+
+class RefusedAutocast(TorchFunctionMode):
+    """Notices a forward pass that switches autocast on for itself, within :func:`true_precision`.
+
+    Raises:
+        FlatminimaError: at the first call under autocast with anything that it would round.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in tensors_of([args, kwargs or {}]):
+            rounded = tensor.is_floating_point() and tensor.dtype != torch.float64
+            if rounded and torch.is_autocast_enabled(tensor.device.type):
+                raise FlatminimaError(
+                    "the model switches autocast on inside its forward, where gradients would be rounded to half "
+                    "precision: measure copy.deepcopy(model).double(), which autocast leaves alone, or the model inside"
+                )
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

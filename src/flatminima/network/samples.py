@@ -65,34 +65,12 @@ def samples_of(data: Data) -> Samples:
     return samples
 
 
-def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> list[list[int]]:
-    """``trials`` subsets of ``subset_size`` distinct indices below ``num_samples``; the same for the same arguments.
-
-    Trial t is the same whatever ``trials`` is.
-
-    Raises:
-        FlatminimaError: if there are fewer samples than ``subset_size``, or an argument is not positive.
-    """
-    if subset_size < 1 or trials < 1:
-        raise FlatminimaError(f"subset_size and trials must be at least 1, got {subset_size} and {trials}")
-    if num_samples < subset_size:
-        raise FlatminimaError(
-            f"the data set has {num_samples} samples, fewer than subset_size={subset_size}: "
-            "lower subset_size or pass more data"
-        )
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return [
-        torch.randperm(num_samples, generator=generator, device="cpu")[:subset_size].tolist() for _ in range(trials)
-    ]
-
-
 def model_inputs(model: nn.Module, inputs: Inputs, targets: Tensor) -> Inputs:
     """The inputs that a model needs beside what the data give: those of a decoder, which it makes of the labels.
 
     Raises:
-        FlatminimaError: if an encoder–decoder model's inputs are no mapping, or for nested tensors.
+        FlatminimaError: if an encoder–decoder model's inputs are no mapping.
     """
-    _refuse_nested((inputs, targets))
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is None or targets.dim() < 2:
         return inputs
@@ -161,16 +139,8 @@ def _tensors_for_arrays(value: Any) -> Any:
     return value
 
 
-def _refuse_nested(batch: Any) -> None:
-    require(
-        not any(tensor.is_nested for tensor in tensors_of(batch)),
-        "nested tensors cannot be indexed by sample here: pad them to one length, and give the model a mask",
-    )
-
-
 class _TensorSamples:
     def __init__(self, inputs: Inputs, targets: Tensor) -> None:
-        _refuse_nested((inputs, targets))
         batch_size((inputs, targets))
         self.inputs, self.targets = inputs, targets
 

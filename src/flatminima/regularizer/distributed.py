@@ -39,9 +39,12 @@ def this_process_alone(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[None]:
     """FSDP2: all weights gathered, passes without communication, and FSDP2's defaults from there on."""
-    modules, outermost = fsdp_modules(model), outermost_fsdp_modules(model)
-    if modules:
-        refuse_other_sharding(model)  # again, as frameworks shard a model in place
+    modules = fsdp_modules(model)
+    if not modules:
+        yield
+        return
+    outermost = outermost_fsdp_modules(model)
+    refuse_other_sharding(model)  # again, as frameworks shard a model in place
     for module in modules:
         module.set_requires_gradient_sync(False, recurse=False)
         module.set_reshard_after_forward(False, recurse=False)
@@ -50,7 +53,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
     try:
         for module in modules:
             module.unshard()
-        accumulated += [(p, p.grad) for p in model.parameters()] if modules else []
+        accumulated += [(p, p.grad) for p in model.parameters()]
         for parameter, _ in accumulated:  # of earlier micro-batches: FSDP2 would take them for these passes' own
             parameter.grad = None
         yield

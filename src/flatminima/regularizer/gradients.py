@@ -6,12 +6,25 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from flatminima.errors import AccumulationWarning, warn
 from flatminima.parallel import whole
-from flatminima.torch_compat import TensorWeakRef, version_of
+from flatminima.torch_compat import TensorWeakRef, foreach_norm, version_of
+
+
+def norm_of(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of all together; 0 of none.
+
+    ``torch.nn.utils.get_total_norm`` sorts them by device and type first, for as long as a small layer's pass takes.
+    """
+    if not tensors:
+        return torch.tensor(0.0)
+    norms = foreach_norm(tensors)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    return norm
 
 
 class Gradients:
@@ -23,7 +36,7 @@ class Gradients:
 
     def norm(self) -> Tensor:
         """The global 2-norm."""
-        return whole(get_total_norm(self._values))
+        return whole(norm_of(self._values))
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Scale them down to the global norm ``max_norm`` if ``norm`` is larger."""

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flatminima.errors import require
 from flatminima.network import Buffers
 from flatminima.parallel import fsdp_modules
-from flatminima.regularizer.sub_batches import Closure, OneSubBatch, Samples, SubBatches, Weights
+from flatminima.regularizer.sub_batches import Closure, Indices, OneSubBatch, Samples, SubBatches, Weights
 from flatminima.regularizer.together import (
     LossesTogether,
     SubBatchesTogether,
@@ -44,8 +44,8 @@ class Passes(ABC):
     def __init__(self, model: nn.Module, estimator: Estimator) -> None: ...
 
     @abstractmethod
-    def rounds(self, rows: list[Tensor]) -> list[Tensor]:
-        """The indices that each round takes from the batch, given those of every sub-batch."""
+    def rounds(self, rows: list[range]) -> list[tuple[int, Indices]]:
+        """How many samples each round's sub-batches have, and what it takes from the batch, given each one's rows."""
 
     @abstractmethod
     def sub_batches(
@@ -59,9 +59,9 @@ class SequentialPasses(Passes):
 
     def __init__(self, model: nn.Module, estimator: Estimator) -> None: ...
 
-    def rounds(self, rows: list[Tensor]) -> list[Tensor]:
+    def rounds(self, rows: list[range]) -> list[tuple[int, Indices]]:
         """A round for each sub-batch, of its samples."""
-        return rows
+        return [(len(own), slice(own.start, own.stop)) for own in rows]
 
     def sub_batches(
         self, model: nn.Module, closure: Closure, samples: Samples, weights: Weights, buffers: Buffers
@@ -83,9 +83,9 @@ class VectorizedPasses(Passes):
         )
         self._losses: LossesTogether = losses_together
 
-    def rounds(self, rows: list[Tensor]) -> list[Tensor]:
+    def rounds(self, rows: list[range]) -> list[tuple[int, Indices]]:
         """A round for each size, of (sub-batches, samples)."""
-        return [torch.stack(list(same)) for _, same in itertools.groupby(rows, key=len)]
+        return [(size, torch.tensor(list(map(list, same)))) for size, same in itertools.groupby(rows, key=len)]
 
     def sub_batches(
         self, model: nn.Module, closure: Closure, samples: Samples, weights: Weights, buffers: Buffers

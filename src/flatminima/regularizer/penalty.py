@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import get_total_norm
 
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.network import (
     BatchStatistics,
     Buffers,
+    Generators,
     batch_statistics,
-    map_tensors,
-    restored_generators,
     true_precision,
     without_autocast,
 )
 from flatminima.regularizer.checks import rounding_unit, warn_of_coarse_rounding, warn_of_unrepeatable_passes
 from flatminima.regularizer.distributed import this_process_alone
+from flatminima.regularizer.gradients import norm_of
 from flatminima.regularizer.passes import Estimator, Passes
 from flatminima.regularizer.sub_batches import (
     Closure,
+    Indices,
     SingleSampleError,
     SubBatches,
     Weights,
-    samples_at,
+    shuffled,
     size_of,
     sub_batch_loss,
+    whole,
 )
 from flatminima.torch_compat import (
     eager_stance,
@@ -62,6 +64,7 @@ class PenaltySettings:
         closure: Closure,
         batch: Any,
         weights: Weights,
+        generators: Generators,
         *,
         update_buffers: bool,
         short: bool = False,
@@ -74,6 +77,7 @@ class PenaltySettings:
             closure: its loss.
             batch: the samples.
             weights: the trainable parameters.
+            generators: those that passes may draw from.
             update_buffers: whether to take the mean of what the sub-batches leave in the buffers.
             short: whether the batch is smaller than others: it then has fewer sub-batches where BatchNorm needs it.
             first: whether to look at how passes repeat and round.
@@ -87,38 +91,51 @@ class PenaltySettings:
             raise FlatminimaError("the batch is empty: pass at least one sample")
         order, count = torch.randperm(size), min(self.num_sub_batches, size)
         with true_precision(), without_autocast(model), this_process_alone(model), without_reentrant_checkpoints():
+            samples_at = shuffled(batch, order)
 
-            def fresh(indices: Tensor | slice) -> Any:
-                return _in_float32(samples_at(batch, indices))
-
-            def loss_of(indices: Tensor | slice) -> Tensor:
+            def loss_of(samples: Any) -> Tensor:
                 """With the generators and buffers as they are, and leaving them so."""
-                with restored_generators(weights.parameters), Buffers(model).scratch():
-                    return sub_batch_loss(closure, fresh(indices))
+                with generators.restored(), Buffers(model).scratch():
+                    return sub_batch_loss(closure, samples)
+
+            def loss_at(rows: range) -> Tensor:
+                return loss_of(samples_at(slice(rows.start, rows.stop)))
 
             def whole_batch_forward() -> None:
                 with Buffers(model).scratch():
-                    closure(fresh(slice(None)))
+                    closure(whole(batch))
 
             with batch_statistics(model, whole_batch_forward, self.batch_statistics):
-                run = _Run(self, model, closure, fresh, weights, Buffers(model), update_buffers)
+                run = _Run(self, model, closure, samples_at, weights, Buffers(model), generators, update_buffers)
+                rows = _near_equal(size, count)
                 try:
-                    penalty, means = run.over(list(order.tensor_split(count)))
+                    penalty, means = run.over(rows)
                 except SingleSampleError:
                     if not short or size == 1:
                         raise
-                    count = min(count, size // 2)
-                    penalty, means = run.over(list(order.tensor_split(count)))
-                rows = list(order.tensor_split(count))
+                    rows = _near_equal(size, min(count, size // 2))
+                    penalty, means = run.over(rows)
                 if not bool(torch.isfinite(penalty.value + penalty.loss)):
-                    penalty, means = run.over(_with_a_loss(rows, loss_of, penalty), count)
-                    _require_finite(penalty)
+                    with torch.no_grad():
+                        require_finite(loss_of(whole(batch)))
+                        kept = [own for own in rows if not bool(torch.isnan(loss_at(own)))]
+                    if len(kept) in (0, len(rows)):  # no sub-batch without labels made it so
+                        _require_finite_penalty(penalty)
+                    penalty, means = run.over(kept, len(rows))
+                    _require_finite_penalty(penalty)
                 if first and self.estimator == "finite-difference":
-                    penalty.eps = rounding_unit(model, lambda: loss_of(rows[0]), penalty.trace.dtype)
+                    penalty.eps = rounding_unit(model, lambda: loss_at(rows[0]), penalty.trace.dtype)
                     warn_of_coarse_rounding(penalty.eps, penalty.trace.dtype)
-                    warn_of_unrepeatable_passes(lambda: loss_of(rows[0]), penalty.value, self.alpha * penalty.trace)
+                    warn_of_unrepeatable_passes(lambda: loss_at(rows[0]), penalty.value, self.alpha * penalty.trace)
         penalty.buffers = means
         return penalty
+
+
+def _near_equal(size: int, count: int) -> list[range]:
+    """The rows of ``count`` sub-batches of ``size`` samples, larger ones first."""
+    smaller, more = divmod(size, count)
+    ends = [i * smaller + min(i, more) for i in range(count + 1)]
+    return list(map(range, ends, ends[1:]))
 
 
 @dataclass(frozen=True)
@@ -128,58 +145,47 @@ class _Run:
     settings: PenaltySettings
     model: nn.Module
     closure: Closure
-    fresh: Callable[[Tensor | slice], Any]
+    samples_at: Callable[[Indices], Any]
     weights: Weights
     buffers: Buffers
+    generators: Generators
     update_buffers: bool
 
-    def over(self, rows: list[Tensor], count: int | None = None) -> tuple[Penalty, _MeanBuffers | None]:
+    def over(self, rows: list[range], count: int | None = None) -> tuple[Penalty, _MeanBuffers | None]:
         """R_α of sub-batches, each weighing 1/``count`` (default: all), and what they leave in the buffers.
 
         Args:
-            rows: the indices of each sub-batch.
+            rows: those of each sub-batch.
             count: M, where sub-batches whose penalty is zero are left out.
         """
-        size = sum(map(len, rows))
-        estimator = {"finite-difference": _finite_difference, "hvp": _hessian_vector_product}[self.settings.estimator]
+        total = sum(map(len, rows))
         penalty = Penalty.zero(self.weights)
         means = _MeanBuffers(self.buffers.own) if self.update_buffers else None
         passes = self.settings.passes
-        for indices in passes.rounds(rows):
-            share = indices.shape[-1] / size
-
-            def samples(indices: Tensor = indices) -> Any:
-                return self.fresh(indices)
-
-            sub_batches = passes.sub_batches(self.model, self.closure, samples, self.weights, self.buffers)
-            estimate = estimator(sub_batches, self.settings.alpha)
-            penalty.add(estimate, weight=1 / (count or len(rows)), share=share)
+        for size, indices in passes.rounds(rows):
+            samples = partial(self.samples_at, indices)
+            estimate = self._estimate(passes.sub_batches(self.model, self.closure, samples, self.weights, self.buffers))
+            penalty.add(estimate, weight=1 / (count or len(rows)), share=size / total)
             if means is not None:
-                means.add(estimate.buffers, share)
+                means.add(estimate.buffers, size / total)
         return penalty, means
 
-
-def _with_a_loss(rows: list[Tensor], loss_of: Callable[[Tensor | slice], Tensor], penalty: Penalty) -> list[Tensor]:
-    """Those sub-batches whose loss is a number: NaN, 0/0, is the mean over labels none of which counts.
-
-    Raises:
-        NonFiniteError: if that is not what made the penalty NaN or infinite.
-    """
-    with torch.no_grad():
-        whole = loss_of(slice(None))
-        if not bool(torch.isfinite(whole)):
-            raise NonFiniteError(f"the loss is {float(whole)}: check inputs, weights and learning rate")
-        kept = [indices for indices in rows if not bool(torch.isnan(loss_of(indices)))]
-    if not kept or len(kept) == len(rows):
-        _require_finite(penalty)
-    return kept
+    def _estimate(self, sub_batches: SubBatches) -> _Estimate:
+        if self.settings.estimator == "hvp":
+            return _hessian_vector_product(sub_batches, self.settings.alpha)
+        return _finite_difference(sub_batches, self.settings.alpha, self.generators)
 
 
-def _require_finite(penalty: Penalty) -> None:
+def require_finite(loss: Tensor) -> None:
+    """Refuse a loss that is NaN or infinite."""
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(f"the loss is {float(loss)}: check inputs, weights and learning rate")
+
+
+def _require_finite_penalty(penalty: Penalty) -> None:
     if bool(torch.isfinite(penalty.value + penalty.loss)):
         return
-    if not bool(torch.isfinite(penalty.loss)):
-        raise NonFiniteError(f"the loss is {float(penalty.loss)}: check inputs, weights and learning rate")
+    require_finite(penalty.loss)
     raise NonFiniteError(
         f"the penalty is {float(penalty.value)} though the loss is {float(penalty.loss):.4g}: "
         "a sub-batch's loss is NaN or infinite at w − αg; lower alpha"
@@ -333,10 +339,10 @@ class _Estimate:
     buffers: list[Tensor]
 
 
-def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Estimate:
+def _finite_difference(sub_batches: SubBatches, alpha: float, generators: Generators) -> _Estimate:
     """L(B_i, w) − L(B_i, w − α g_i), and the same difference of gradients (Eq. 6)."""
     weights = sub_batches.weights
-    with restored_generators(weights.parameters), sub_batches.scratch_buffers():
+    with generators.restored(), sub_batches.scratch_buffers():
         loss = sub_batches.loss()
         gradients = sub_batches.gradients(loss)
         buffers = sub_batches.buffers_left()
@@ -349,7 +355,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float) -> _Estimate:
         count=sub_batches.count,
         loss=loss.detach(),
         gradient=sub_batches.total(here),
-        squares=get_total_norm(weights.select(here)).square(),
+        squares=norm_of(weights.select(here)).square(),
         penalty=loss.detach() - moved_loss.detach(),
         penalty_gradient=sub_batches.total(list(difference)),
         used=[a is not None or b is not None for a, b in zip(gradients, moved_gradients, strict=True)],
@@ -367,7 +373,7 @@ def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Estimate:
         products = _times_hessian(gradients, sub_batches)
         buffers = sub_batches.buffers_left()
     here = [value.detach() for value in _dense(gradients, sub_batches.parameters)]
-    squares = get_total_norm(weights.select(here)).square()
+    squares = norm_of(weights.select(here)).square()
     products = foreach_mul(_dense(products, sub_batches.parameters), alpha)
     return _Estimate(
         count=sub_batches.count,
@@ -423,8 +429,3 @@ def _dense(gradients: tuple[Tensor | None, ...], parameters: list[Tensor]) -> li
         torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
         for gradient, parameter in zip(gradients, parameters, strict=True)
     ]
-
-
-def _in_float32(batch: Any) -> Any:
-    half = (torch.float16, torch.bfloat16)
-    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in half else tensor, batch)

@@ -11,21 +11,19 @@ and no derivative passes through g_i, so its gradient is a finite difference of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from flatminima.errors import NonFiniteError, require
-from flatminima.network import BatchStatistics, Before, Inputs, device_of, run_model
+from flatminima.errors import require, require_number, require_positive
+from flatminima.network import BatchStatistics, Before, Inputs, device_of, require_usable, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
-from flatminima.regularizer.gradients import Gradients, GradientsLeft
+from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
 from flatminima.regularizer.passes import Estimator, PassesName, passes_for
-from flatminima.regularizer.penalty import Penalty, PenaltySettings
+from flatminima.regularizer.penalty import Penalty, PenaltySettings, require_finite
 from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss, size_of
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -138,8 +136,10 @@ class FisherTraceRegularizer:
         start_step: int = 0,
         warmup_steps: int = 0,
     ) -> None:
-        require(math.isfinite(alpha) and alpha > 0, f"alpha must be a positive number, got {alpha}")
-        require(math.isfinite(beta) and beta >= 0, f"beta must be zero or a positive number, got {beta}")
+        require_usable(model)
+        require_positive("alpha", alpha)
+        require_positive("beta", beta, or_zero=True)
+        require_number("max_grad_norm", max_grad_norm, optional=True)
         _require_integer("num_sub_batches", num_sub_batches, at_least=1)
         require(
             max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}"
@@ -253,7 +253,7 @@ class FisherTraceRegularizer:
             ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
             >>> loss = FisherTraceRegularizer(model).backward_closure(closure, batch)
         """
-        require(math.isfinite(weight) and weight > 0, f"weight must be a positive number, got {weight}")
+        require_positive("weight", weight)
         self._left.warn_if_untouched()
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
         try:
@@ -281,7 +281,7 @@ class FisherTraceRegularizer:
             with exchange(self.model, wanted=last):
                 main = scalar_loss(closure, batch)
                 loss = main.detach()
-                _require_finite_loss(loss)
+                require_finite(loss)
                 if penalty is not None:  # before the main gradient, so that the exchange carries both
                     penalty.add_gradient_to_grad(self.present_beta * weight * scale)
                 (main * (weight * scale)).backward()  # type: ignore[no-untyped-call]
@@ -320,6 +320,7 @@ class FisherTraceRegularizer:
                     closure,
                     batch,
                     weights,
+                    before.generators,
                     update_buffers=update_buffers,
                     short=size < self._largest_batch,
                     first=self._eps is None,
@@ -389,8 +390,8 @@ class FisherTraceRegularizer:
         return RegularizerStep(
             trace=penalty.trace,
             penalty=penalty.value,
-            penalty_gradient_norm=get_total_norm(penalty.gradient),
-            main_gradient_norm=get_total_norm(penalty.main_gradient),
+            penalty_gradient_norm=norm_of(penalty.gradient),
+            main_gradient_norm=norm_of(penalty.main_gradient),
             rounding_norm=gradient_error * (2 * penalty.trace / penalty.num_sub_batches).sqrt(),
         )
 
@@ -422,6 +423,7 @@ def _scale_of(scaler: torch.amp.GradScaler, model: nn.Module) -> Tensor:
 
 
 def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> set[str]:
+    require(isinstance(parameters, Iterable), f"parameters must be those of the model, got {parameters!r}")
     chosen = list(parameters)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     require(
@@ -429,11 +431,6 @@ def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> s
         f"parameters must be those of the model ({type(model).__name__}), not copies or names",
     )
     return {names[id(parameter)] for parameter in chosen}
-
-
-def _require_finite_loss(loss: Tensor) -> None:
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(f"the loss is {float(loss)}: check inputs, weights and learning rate")
 
 
 def _require_integer(name: str, value: int, *, at_least: int) -> None:

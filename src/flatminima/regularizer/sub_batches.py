@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError, require
-from flatminima.network import Buffers, batch_size, moved, sound_batchnorm, take, tensors_of
+from flatminima.network import Buffers, batch_size, map_tensors, moved, sound_batchnorm, take, taker, tensors_of
 from flatminima.torch_compat import needs_more_than_one_sample
 
 NOT_DIFFERENTIABLE = "the loss does not depend on a trainable parameter: is gradient recording switched off?"
 
 Closure = Callable[[Any], Tensor]
 """``closure(batch)`` → the scalar mean loss of the model on that batch."""
+
+Indices = Tensor | slice
+"""Which of a batch's samples: a slice, (n,), or (m, n) for m sub-batches together."""
 
 Samples = Callable[[], Any]
 """Gives a sub-batch in tensors and containers of its own: models and losses may write to what they are given."""
@@ -46,7 +49,7 @@ class SeveralBatches:
         count = min(count, *sizes.values())
         return cls(batches, {i: list(torch.randperm(n).tensor_split(count)) for i, n in sizes.items()})
 
-    def take(self, indices: Tensor | slice) -> Any:
+    def take(self, indices: Indices) -> Any:
         """The pieces at ``indices``, joined; in tensors and containers of its own."""
         if isinstance(indices, slice):
             indices = torch.arange(size_of(self))[indices]
@@ -61,9 +64,21 @@ def size_of(batch: Any) -> int:
     return len(next(iter(batch.rows.values()))) if isinstance(batch, SeveralBatches) else batch_size(batch)
 
 
-def samples_at(batch: Any, indices: Tensor | slice) -> Any:
-    """These samples or pieces, in tensors and containers of their own."""
-    return batch.take(indices) if isinstance(batch, SeveralBatches) else take(batch, indices)
+def whole(batch: Any) -> Any:
+    """All samples in their order, in float32 and in tensors and containers of their own."""
+    return _in_float32(batch.take(slice(None)) if isinstance(batch, SeveralBatches) else take(batch, slice(None)))
+
+
+def shuffled(batch: Any, order: Tensor) -> Callable[[Indices], Any]:
+    """What gives samples or pieces by their places in ``order``: like :func:`whole`, and as often as it is asked."""
+    if isinstance(batch, SeveralBatches):
+        return lambda indices: _in_float32(batch.take(order[indices]))
+    return taker(_in_float32(take(batch, order)))  # in that order once, so that sub-batches are slices
+
+
+def _in_float32(batch: Any) -> Any:
+    half = (torch.float16, torch.bfloat16)
+    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in half else tensor, batch)
 
 
 def _members(batches: Any) -> list[Any]:
@@ -95,14 +110,13 @@ class Weights:
         Raises:
             FlatminimaError: if there are none, they are in half precision, or the model is in DataParallel.
         """
+        outermost, *inner = model.modules()
         require(
-            not any(isinstance(module, nn.DataParallel) for module in model.modules()),
+            not any(isinstance(module, nn.DataParallel) for module in (outermost, *inner)),
             "DataParallel is not supported: use DistributedDataParallel, or train on one device with the inner module",
         )
         require(
-            not any(
-                isinstance(module, DistributedDataParallel) for child in model.children() for module in child.modules()
-            ),
+            not any(isinstance(module, DistributedDataParallel) for module in inner),
             "DistributedDataParallel must be the outermost module: wrap the whole model",
         )
         trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -156,7 +170,7 @@ class SubBatches(ABC):
         if not loss.requires_grad:  # a constant
             return (None,) * len(self.parameters)
         # A function marked once_differentiable shows that it is one where the gradient that comes to it has a history.
-        seed = torch.ones_like(loss, requires_grad=create_graph)
+        seed = torch.ones_like(loss, requires_grad=True) if create_graph else None
         return torch.autograd.grad(loss, self.parameters, seed, create_graph=create_graph, allow_unused=True)
 
     @abstractmethod
@@ -178,6 +192,7 @@ class OneSubBatch(SubBatches):
 
     def __post_init__(self) -> None:
         self.parameters, self.count = self.weights.parameters, 1
+        self._has_single_samples: bool | None = None  # known from the first pass on
 
     def scratch_buffers(self) -> AbstractContextManager[None]:
         """A context in which the model works on copies of its buffers."""
@@ -187,8 +202,11 @@ class OneSubBatch(SubBatches):
         """L(B_i, ·) with the model's own weights."""
         require(torch.is_grad_enabled(), NOT_DIFFERENTIABLE)
         samples = self.samples()
-        single = any(tensor.shape[:1] == (1,) for tensor in tensors_of(samples))
-        with sound_batchnorm() if single else nullcontext():
+        if self._has_single_samples is None:
+            self._has_single_samples = any(tensor.shape[:1] == (1,) for tensor in tensors_of(samples))
+        if not self._has_single_samples:
+            return sub_batch_loss(self.closure, samples)
+        with sound_batchnorm():
             return sub_batch_loss(self.closure, samples)
 
     def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:

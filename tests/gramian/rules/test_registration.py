@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,18 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 
 import flatminima as fm
-from flatminima.errors import GenericPathWarning
-from flatminima.gramian import factored_gram
-from flatminima.gramian.rules import EXTRACTS, RULES, SPLITS, ParameterUse, positions, rule, split, temporary_rules
+from flatminima.errors import FlatminimaError, GenericPathWarning
+from flatminima.gramian.rules import (
+    EXTRACTS,
+    RULES,
+    SPLITS,
+    ParameterUse,
+    extract,
+    positions,
+    rule,
+    split,
+    temporary_rules,
+)
 from support.oracles import explicit_gram
 
 
@@ -114,9 +124,32 @@ def test_a_wrong_rule_gives_no_wrong_number() -> None:
 
     model, x, y = network()
     rule(torch.ops.flatminima_tests.scaled.default)(rule_of_scale)
-    with pytest.warns(GenericPathWarning, match=r"layer rules gave for 1 parameters \(slope\) differs"):
-        xi = factored_gram(model, x, y).matrix()
+    with pytest.warns(GenericPathWarning, match=r"layer rules gave for 1 parameters \(slope\) differs") as warned:
+        xi = fm.gram(model, x, y)
     torch.testing.assert_close(xi, explicit_gram(model, x, y), rtol=1e-10, atol=0)
+    assert len(warned) == 1  # and no second one that says that there is no rule
+
+
+def plain(x: Tensor, slope: Tensor) -> Tensor:
+    return x * slope
+
+
+@pytest.mark.parametrize("register", [rule, extract, split])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (plain, "does not show calls of plain .*wrap_torch_function"),
+        (scaled, r"CustomOpDef.*torch.ops.<namespace>.<name>.default"),
+        (Swish.apply, "does not show calls of apply"),
+        (nn.Linear, "does not show calls of Linear"),
+        ("torch.add", "for a function itself.*got 'torch.add'"),
+    ],
+    ids=["plain function", "custom operator's definition", "custom function", "module", "name"],
+)
+def test_a_rule_that_would_never_be_used_is_refused(register: Any, function: Any, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message) as raised:
+        register(function)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_last_rule_for_a_function_is_the_one_in_use() -> None:

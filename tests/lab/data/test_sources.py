@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from flatminima import progress
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data.cache import Decoded
 from flatminima.lab.data.sources import LOADERS, data_set, load_data
@@ -178,6 +179,56 @@ def test_bad_rows(folder: Folder, cache: Path, images: list[bytes | None], label
         load_data(str(folder.path), cache_dir=cache)
     one_line(caught)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("label", [10**6, 2**40, 2**62])
+def test_one_absurd_label_is_one_line(label: int, folder: Folder, cache: Path) -> None:
+    path = folder.path / "train-00001-of-00002.parquet"
+    write_shard(path, [ONE_IMAGE, ONE_IMAGE], [0, label], label_feature=datasets.Value("int64"))
+    write_shard(folder.path / "train-00000-of-00002.parquet", [ONE_IMAGE], [1], label_feature=datasets.Value("int64"))
+    with pytest.raises(FlatminimaError, match=rf"label {label} in row 2 is far above .* different labels, 3") as caught:
+        load_data(str(folder.path), cache_dir=cache)
+    one_line(caught)
+    assert not cache.exists()
+
+
+def test_labels_may_leave_some_out(folder: Folder, cache: Path) -> None:
+    for file in folder.path.iterdir():
+        write_shard(file, [ONE_IMAGE, ONE_IMAGE], [0, 999], label_feature=datasets.Value("int64"))
+    assert load_data(str(folder.path), cache_dir=cache)[0].num_classes == 1000
+
+
+@pytest.mark.parametrize("header", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 5\n", b"%PDF-1.4\n"])
+def test_no_program_is_started_for_an_image(
+    header: bytes, folder: Folder, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.check_call", started)
+    monkeypatch.setattr("subprocess.Popen", started)
+    write_shard(folder.path / TEST_SHARD, [ONE_IMAGE, header + b"showpage\n%%EOF\n"], [0, 1])
+    with pytest.raises(FlatminimaError, match=r"image 1 \(no known format\).*one of PNG, JPEG, WEBP, BMP, TIFF, GIF"):
+        load_data(str(folder.path), cache_dir=cache)
+
+
+@pytest.mark.parametrize("silenced", [True, False])
+def test_bars_of_datasets_are_shown_where_ours_are(
+    silenced: bool, folder: Folder, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    load = datasets.load_dataset
+
+    def looked_at(*arguments: Any, **options: Any) -> Any:
+        seen.append(datasets.utils.are_progress_bars_disabled())
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", looked_at)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    with progress.silent(silenced):
+        load_data(str(folder.path), cache_dir=cache)
+    assert seen == [silenced]
+    assert not datasets.utils.are_progress_bars_disabled()
 
 
 def test_test_label_that_training_never_saw(tmp_path: Path, cache: Path) -> None:

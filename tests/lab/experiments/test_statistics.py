@@ -5,11 +5,13 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from flatminima.lab.experiments.statistics import Spread, kendall, paired_difference, rank_correlation
+from flatminima.lab.experiments.statistics import RankCorrelation, Spread, paired_difference
+from flatminima.lab.experiments.statistics import rank_correlation as in_short
+from flatminima.protocols import Evidence, Ledger
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,6 +21,12 @@ def test_spread() -> None:
     assert math.isnan(Spread.of([1.0]).std)
 
 
+def rank_correlation(values: list[float], errors: list[float], settings: list[str]) -> RankCorrelation:
+    """Of minima whose seeds are not named."""
+    frame = pd.DataFrame({"measure": values, "error": errors, "setting": settings})
+    return in_short(Evidence.of(Ledger.of(frame, error="error", hyper_parameters=["setting"]), "measure"))
+
+
 def test_rank_correlation_over_models_and_over_settings() -> None:
     values, errors = [1.0, 2.0, 3.0, 4.0, 6.0, 5.0], [0.1, 0.3, 0.2, 0.4, 0.5, 0.6]
     found = rank_correlation(values, errors, ["a", "a", "b", "b", "c", "c"])
@@ -26,17 +34,6 @@ def test_rank_correlation_over_models_and_over_settings() -> None:
     assert found.tau_of_settings == 1  # means 1.5, 3.5, 5.5 and 0.2, 0.3, 0.55
     assert found.low <= found.tau <= found.high
     assert found == rank_correlation(values, errors, ["a", "a", "b", "b", "c", "c"])
-
-
-def test_kendalls_tau_is_scipys_with_ties_along_any_axis() -> None:
-    x, y = np.random.default_rng(0).integers(0, 5, size=(2, 20, 9)).astype(float)
-    x[3], y[4, 2], y[5, 1] = 1.0, math.nan, math.inf
-    expected = [
-        stats.kendalltau(a, b).statistic if np.isfinite(b).all() else math.nan for a, b in zip(x, y, strict=True)
-    ]
-    assert np.isnan(expected).sum() == 3
-    assert kendall(x, y) == pytest.approx(expected, nan_ok=True)
-    assert kendall(x.T, y.T, axis=0) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

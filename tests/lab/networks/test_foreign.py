@@ -45,6 +45,26 @@ def broken():
 
 def number():
     return 3
+
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+def mute():
+    raise Mute
+
+def leaving():
+    raise SystemExit(0)
+
+class Leaving(nn.Linear):
+    def forward(self, x):
+        raise SystemExit(0)
+
+def leaves():
+    return Leaving(64, 10)
+
+def interrupted():
+    raise KeyboardInterrupt
 """
 
 
@@ -57,6 +77,7 @@ def digits() -> ImageSet:
 def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "loading_networks.py").write_text(NETWORKS)
     (tmp_path / "loading_unreadable.py").write_text("def net(:")
+    (tmp_path / "loading_script.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -101,7 +122,11 @@ def test_a_network_in_float64_is_taken_as_it_is(digits: ImageSet) -> None:
         ("loading_nowhere:net", "cannot import 'loading_nowhere'"),
         ("loading_unreadable:net", r"cannot import 'loading_unreadable' \(SyntaxError"),
         (":net", "cannot import ''"),
-        ("loading_networks:broken", r"calling it failed \(OSError: no such"),
+        ("loading_networks:broken", r"calling it failed \(OSError: no such file\)"),
+        ("loading_networks:mute", r"calling it failed \(Mute\)"),
+        ("loading_networks:leaving", r"calling it failed \(SystemExit: 0\)"),
+        ("loading_networks:leaves", r"does not take images of shape \(1, 8, 8\) \(0\)"),
+        ("loading_script:net", r"cannot import 'loading_script' \(SystemExit: 0\)"),
         ("loading_networks:number", "it returned int, not a torch.nn.Module"),
         ("loading_networks:wrong_size", r"does not take images of shape \(1, 8, 8\)"),
         ("resnet99", "unknown model 'resnet99'"),
@@ -111,6 +136,11 @@ def test_a_network_in_float64_is_taken_as_it_is(digits: ImageSet) -> None:
 def test_what_cannot_be_loaded_is_named(source: str, said: str, digits: ImageSet) -> None:
     with pytest.raises(FlatminimaError, match=said):
         load_model(source, None, digits)
+
+
+def test_ctrl_c_in_a_factory_is_no_failure_of_its(digits: ImageSet) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        load_model("loading_networks:interrupted", None, digits)
 
 
 def test_devices() -> None:

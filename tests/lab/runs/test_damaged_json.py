@@ -199,7 +199,21 @@ def test_whatever_a_file_holds_is_read_or_refused_in_one_line(
 
 
 TINY = RunSpec(model="mlp", data="digits", train_size=20, augmentation="no-aug", batch_size=20, epochs=1)
-BROKEN = ["", "{", "null", "[]", '{"epochs": "3"}', '"x"', DEEP, LONG, "NaN", '{"error": 3}', '[{"asked": 1}]', "\x00"]
+BROKEN = [
+    "",
+    "{",
+    "{}",
+    "null",
+    "[]",
+    '{"epochs": "3"}',
+    '"x"',
+    DEEP,
+    LONG,
+    "NaN",
+    '{"error": 3}',
+    '[{"asked": 1}]',
+    "\x00",
+]
 """Never the content of any of the files."""
 
 

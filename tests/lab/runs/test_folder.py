@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import DamagedFileError
@@ -13,6 +14,7 @@ from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.sets import load_run
 from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.runs.training import train
 from support.messages import one_line
 
 SPEC = RunSpec(
@@ -192,8 +194,80 @@ def test_a_file_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.M
         folder.write_measures("new")
     assert "No space left on device" in one_line(caught)
     assert folder.read_measures() == "old"
-    folder.remove_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == ["measures.json"]
+
+
+def leftovers(folder: RunFolder, writer: int | str) -> list[str]:
+    """What a process has left that was killed at several moments."""
+    names = [f".measures.json.{writer}.tmp", f".progress.json.{writer}.tmp", f".spec.json.{writer}-7.tmp"]
+    for name in names:
+        (folder.path / name).write_text("{")
+    (folder.path / "progress.json").write_text("{}")
+    return names
+
+
+@pytest.mark.parametrize("ending", ["result", "failure"])
+def test_what_a_killed_process_left_is_deleted_by_the_next(ending: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    if ending == "result":
+        folder.write_result(result(tmp_path), {"a": torch.ones(2)}, RECORDS)
+    else:
+        folder.write_failure("no luck", RECORDS)
+    whole = {path.name for path in tmp_path.iterdir()}
+    for writer in (2**22 + 1, os.getpid(), 10**30):  # no process has the first; an earlier one of this number is gone
+        leftovers(folder, writer)
+    folder.write_resume_point(resume_point())  # killed between the result and the end of the resume point
+    (tmp_path / ".notes.tmp").write_text("nobody's")
+    folder.tidy()
+    assert {path.name for path in tmp_path.iterdir()} == whole | {"lock"}
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    names = leftovers(folder, os.getppid())
+    with folder.lock():
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "lock"}
+
+
+def test_the_resume_point_of_an_unfinished_run_is_no_leftover(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_spec(SPEC)
+    folder.write_resume_point(resume_point())
+    folder.tidy()
+    assert folder.read_resume_point() is not None
+
+
+def test_a_folder_in_use_is_not_tidied(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.lock():
+        leftovers(folder, 2**22 + 1)
+        RunFolder(tmp_path).tidy()
+        assert (tmp_path / "progress.json").exists()
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target" / "tensorboard"
+    target.mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    folder = RunFolder.of(tmp_path / "runs", SPEC)
+    folder.path.symlink_to(tmp_path / "target")
+    with pytest.raises(FlatminimaError, match="is a symbolic link, which is not followed") as caught:
+        train(SPEC, tmp_path / "runs", progress=False)
+    one_line(caught)
+    assert list((tmp_path / "target").iterdir()) == [target]
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "runs")  # of the root that was named one may make what one likes
+    RunFolder.of(tmp_path / "elsewhere", replace(SPEC, model="cnn")).refuse_link()
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "checkpoint.safetensors"])
+def test_tensors_that_another_program_wrote_are_not_believed(name: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_result(result(tmp_path), {"a": torch.ones(2)}, RECORDS)
+    folder.write_resume_point(resume_point())
+    save_file(load_file(tmp_path / name), tmp_path / name)
+    with pytest.raises(DamagedFileError, match="it has no digest of ours"):
+        folder.read_resume_point() if name == "state.safetensors" else folder.read_result()
 
 
 def test_the_lock_excludes_others_and_is_freed(tmp_path: Path) -> None:

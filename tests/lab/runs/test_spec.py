@@ -151,6 +151,7 @@ def test_every_field_changes_the_key() -> None:
         "batch_size": 64,
         "epochs": 3,
         "iterations": 5,
+        "stop_at_loss": 0.1,
         "lr": 0.2,
         "schedule": Plateau(),
         "momentum": 0.8,
@@ -322,6 +323,10 @@ def test_a_bad_nested_field_is_named_in_one_line(build: Any, message: str) -> No
         (lambda values: values | {"regularizer": {"beta": 1.0}}, "unknown regularizer.kind None"),
         (lambda values: values | {"regularizer": 3}, "RunSpec.regularizer must be"),
         (lambda values: [values], "not a run specification"),
+        (lambda values: {}, "RunSpec has no value for its field model"),
+        (lambda values: {n: v for n, v in values.items() if n != "lr"}, "RunSpec has no value for its field lr"),
+        (lambda values: values | {"schedule": {"kind": "Plateau"}}, "RunSpec.schedule has no value for its field"),
+        (lambda values: values | {"regularizer": {"kind": "SharpnessAwareSpec"}}, "no value for its field rho"),
     ],
 )
 def test_a_bad_file_is_named_in_one_line(edit: Any, message: str) -> None:

@@ -23,12 +23,15 @@ More in ``docs/notes/rules.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor
+
+from flatminima.errors import require
+from flatminima.torch_compat import is_visible_to_function_modes
 
 Rows = Callable[[Tensor, int, int], Tensor]
 
@@ -94,7 +97,11 @@ def rule(
         commutative: the parameter may be either of the first two arguments; the rule is written for the second.
         positionwise: the function does the same at every place of its first argument's leading dimensions, so that
             these may be moved: the rule then also serves where the samples lie on another dimension than the first.
+
+    Raises:
+        FlatminimaError: for a function whose calls PyTorch does not show, so that a rule for it would never be used.
     """
+    _require_visible(functions)
 
     def register(decorated: RuleT) -> RuleT:
         RULES.update(dict.fromkeys(functions, _on_either_side(decorated) if commutative else decorated))
@@ -109,6 +116,7 @@ def extract(*functions: Callable[..., Any]) -> Callable[[ExtractionT], Extractio
 
     What they return then counts as a parameter itself, and its rows of J go back to where the entries came from.
     """
+    _require_visible(functions)
 
     def register(decorated: ExtractionT) -> ExtractionT:
         EXTRACTS.update(dict.fromkeys(functions, decorated))
@@ -119,6 +127,7 @@ def extract(*functions: Callable[..., Any]) -> Callable[[ExtractionT], Extractio
 
 def split(*functions: Callable[..., Any]) -> Callable[[SplitT], SplitT]:
     """Register the decorated function to be called in the place of ``functions``, whose inner calls are not seen."""
+    _require_visible(functions)
 
     def register(decorated: SplitT) -> SplitT:
         SPLITS.update(dict.fromkeys(functions, decorated))
@@ -138,6 +147,21 @@ def temporary_rules() -> Iterator[None]:
         for table, entries in zip(tables, before, strict=True):
             table.clear()
             table.update(entries)
+
+
+def _require_visible(functions: Iterable[Any]) -> None:
+    for function in functions:
+        name = getattr(function, "__name__", None) or repr(function)
+        require(
+            callable(function),
+            f"a rule is registered for a function itself, as torch.nn.functional.linear, got {function!r}",
+        )
+        require(
+            is_visible_to_function_modes(function),
+            f"PyTorch does not show calls of {name} ({type(function).__name__}), so a rule for it would never be used: "
+            "put it into a Python function decorated with torch.overrides.wrap_torch_function and register that, or "
+            "register the functions that it calls (of a custom operator, torch.ops.<namespace>.<name>.default)",
+        )
 
 
 def _on_either_side(decorated: Rule) -> Rule:

@@ -17,6 +17,10 @@ from flatminima.progress import ProgressBar
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label", "labels")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""What is decoded: Pillow knows more, and starts other programs for some (Ghostscript for EPS)."""
+_SPARSE = 1000
+"""The highest label may be this, or ten times the number of different ones, where the column declares no classes."""
 
 
 def decode(splits: Any, source: str) -> Decoded:
@@ -27,7 +31,7 @@ def decode(splits: Any, source: str) -> Decoded:
     tensors: dict[str, Tensor] = {}
     for split in SPLITS:
         tensors[f"{split}_labels"] = _decode_labels(splits[split], f"{source}, {split} split")
-    num_classes = _num_classes(splits["train"], tensors["train_labels"])
+    num_classes = _num_classes(splits["train"], tensors["train_labels"], f"{source}, train split")
     for split in SPLITS:
         check_labels(tensors[f"{split}_labels"], num_classes, f"{source}, {split} split: ")
         tensors[f"{split}_images"] = _decode_images(splits[split], f"{source}, {split} split")
@@ -61,10 +65,19 @@ def _decode_labels(rows: Any, where: str) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def _num_classes(rows: Any, labels: Tensor) -> int:
+def _num_classes(rows: Any, labels: Tensor, where: str) -> int:
     """What the label column declares (``datasets.ClassLabel``), else one more than the highest training label."""
-    feature = rows.features[_find_column(rows, _LABEL_COLUMNS, "train split")]
-    return int(getattr(feature, "num_classes", labels.max() + 1))
+    feature = rows.features[_find_column(rows, _LABEL_COLUMNS, where)]
+    declared = getattr(feature, "num_classes", None)
+    if declared is not None:
+        return int(declared)
+    highest, different = int(labels.max()), len(set(labels.tolist()))
+    if highest > max(_SPARSE, 10 * different):  # one wrong label would make a network of gigabytes
+        raise FlatminimaError(
+            f"{where}: label {highest} in row {int(labels.argmax())} is far above the number of different labels, "
+            f"{different}; correct it, number the classes from 0, or declare them (datasets.ClassLabel)"
+        )
+    return highest + 1
 
 
 def _decode_images(rows: Any, where: str) -> Tensor:
@@ -72,7 +85,7 @@ def _decode_images(rows: Any, where: str) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
-    formats = list(Image.ID)
+    formats = list(_FORMATS)
     images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     for i, encoded in enumerate(_encoded_images(rows, where)):
         try:
@@ -81,12 +94,15 @@ def _decode_images(rows: Any, where: str) -> Tensor:
         # Pillow raises OSError, SyntaxError, ValueError and more, by format.
         except Exception as error:
             reason = "no known format" if isinstance(error, UnidentifiedImageError) else root_cause(error)
-            raise FlatminimaError(f"{where}: cannot decode image {i} ({reason}); replace or drop it") from error
+            raise FlatminimaError(
+                f"{where}: cannot decode image {i} ({reason}); replace or drop it, or store it in one of "
+                f"{', '.join(_FORMATS)}"
+            ) from error
         if image.mode not in ("L", "RGB"):
             raise FlatminimaError(f"{where}: image {i} has mode {image.mode}; convert all images to RGB or L (grey)")
         if not images:
             # Pillow tries its formats in this order: with the right one first, decoding takes two thirds of the time.
-            formats = [str(image.format), *(known for known in formats if known != image.format)]
+            formats.sort(key=lambda known: known != image.format)
         elif pixels.shape != images[0].shape:
             raise FlatminimaError(
                 f"{where}: image {i} has (height, width, channels) {pixels.shape}, the first one {images[0].shape}; "

@@ -13,8 +13,9 @@ specifications and to the command line.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flatminima.lab.data.cache import CACHE_VERSION, SPLITS, Decoded, default_ca
 from flatminima.lab.data.decoding import decode, root_cause
 from flatminima.lab.data.images import ImageSet
 from flatminima.lab.storage import digest_of
+from flatminima.progress import terminal
 
 Loader = Callable[[Path], Decoded]
 
@@ -131,7 +133,8 @@ def hub_data_set(name: str, repository: str) -> Loader:
         import datasets
 
         try:
-            return datasets.load_dataset(repository)
+            with _bars_like_ours():
+                return datasets.load_dataset(repository)
         # What an unreachable hub raises depends on the versions of three packages below this call.
         except Exception as error:
             raise FlatminimaError(
@@ -140,6 +143,23 @@ def hub_data_set(name: str, repository: str) -> Loader:
             ) from error
 
     return lambda cache: _cached(cache, f"{name}-hub-v{CACHE_VERSION}", read, name)
+
+
+@contextlib.contextmanager
+def _bars_like_ours() -> Iterator[None]:
+    """The bars of ``datasets`` and of the hub, only where ours are: they write to files and pipes, too."""
+    import datasets.utils
+    import huggingface_hub.utils
+
+    switches = (datasets.utils, huggingface_hub.utils)
+    shown = [each for each in switches if terminal() is None and not each.are_progress_bars_disabled()]
+    for each in shown:
+        each.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for each in shown:
+            each.enable_progress_bars()
 
 
 data_set("cifar10")(hub_data_set("cifar10", "uoft-cs/cifar10"))
@@ -175,7 +195,7 @@ def _read_parquet(files: dict[str, list[Path]], source: str) -> Any:
 
     # The Arrow copy that `datasets` makes is needed until the images are decoded, and no longer: they are read into
     # memory so that it can go.
-    with tempfile.TemporaryDirectory() as arrow:
+    with tempfile.TemporaryDirectory() as arrow, _bars_like_ours():
         try:
             return datasets.load_dataset(
                 "parquet",

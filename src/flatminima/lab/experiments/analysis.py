@@ -6,14 +6,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from flatminima.lab.experiments import costs
 from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record, select
-from flatminima.lab.experiments.statistics import (
-    Difference,
-    RankCorrelation,
-    Spread,
-    paired_difference,
-    rank_correlation,
-)
+from flatminima.lab.experiments.ledger import evaluation_of
+from flatminima.lab.experiments.statistics import Difference, Spread, paired_difference, rank_correlation
 from flatminima.lab.experiments.summary import Contrast, Published, SettingMeans, Summary, TrialSummary, Unfinished
 from flatminima.lab.experiments.verdicts import verdict
 
@@ -35,6 +31,9 @@ def summarize(
     unfinished = unfinished or Unfinished()
     ranks = experiment.answers == "ranking" and len({record.case for record in records}) > 1
     compares = experiment.answers == "comparison"
+    source = experiment.settings[0].spec.source
+    evaluation = evaluation_of(records, costs.sizes_of(source).test) if ranks else None
+    judged = {} if evaluation is None else evaluation.all
     summary = Summary(
         name=experiment.name,
         title=experiment.title,
@@ -63,7 +62,8 @@ def summarize(
         unfinished=unfinished.labels,
         contrast=experiment.contrast,
         drawn=experiment.drawn,
-        correlations={name: correlation(records, name) for name in INDICATORS} if ranks else {},
+        correlations={name: rank_correlation(evidence) for name, evidence in judged.items()},
+        evaluation=evaluation,
         differences=_contrasts(experiment, records, experiment.quantity) if compares else (),
         pooled=_contrasts(experiment, records, experiment.quantity, pooled=True) if compares else (),
         beside={
@@ -81,15 +81,6 @@ def spread(records: Sequence[Record], quantity: str) -> Spread | None:
     """Mean and deviation of a quantity over records; None where any lacks it, or there is none."""
     values = [record.value(quantity) for record in records]
     return None if not values or any(math.isnan(value) for value in values) else Spread.of(values)
-
-
-def correlation(records: Sequence[Record], indicator: str) -> RankCorrelation:
-    """How an indicator orders minima by test error, over records and over cases."""
-    return rank_correlation(
-        [record.value(indicator) for record in records],
-        [record.test_error for record in records],
-        [record.case for record in records],
-    )
 
 
 def _contrasts(

@@ -1,24 +1,22 @@
-"""Statistics over trained minima: rank correlation over all of them, differences paired by seed."""
+"""Statistics over trained minima: means, differences paired by seed, and rank correlation in short."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BeforeValidator
 from scipy import stats
+
+from flatminima.protocols import Evidence, Finding
 
 Key = TypeVar("Key", bound=Hashable)
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A float that JSON has as null where it is not finite; null is read as NaN."""
-
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """Kendall's τ between an indicator and the test error, and a percentile bootstrap interval over models.
+    """Kendall's τ between an indicator and the test error, in short; the rest is in the summary's evaluation.
 
     Attributes:
-        tau: over single models; 1: the indicator orders them as the test error does; NaN where undefined.
-        low: 2.5 % quantile of τ over resampled models.
-        high: 97.5 % quantile.
+        tau: over single minima; 1: the indicator orders them as the test error does; NaN where undefined.
+        low: lower end of its 95 % bootstrap interval; NaN where there is none.
+        high: upper end.
         tau_of_settings: τ over the settings' means.
     """
 
@@ -54,57 +52,19 @@ class RankCorrelation:
 
     @property
     def defined(self) -> bool:
-        """Whether τ over models is a number."""
+        """Whether τ over minima is a number."""
         return not math.isnan(self.tau)
 
 
-def rank_correlation(
-    values: Sequence[float], errors: Sequence[float], settings: Sequence[Hashable], *, seed: int = 0
-) -> RankCorrelation:
-    """How well an indicator orders minima by test error (τ-b; Kendall 1945).
-
-    The interval is :func:`scipy.stats.bootstrap`'s, over resamples whose τ is defined.
-
-    Args:
-        values: the indicator, one per model.
-        errors: the test error, one per model.
-        settings: which setting each model belongs to.
-        seed: draws the bootstrap samples.
-    """
-    x, y = np.array(values, dtype=float), np.array(errors, dtype=float)
-    members = [[k for k, other in enumerate(settings) if other == setting] for setting in dict.fromkeys(settings)]
-    means = np.array([(x[member].mean(), y[member].mean()) for member in members])
-    tau, tau_of_settings = float(kendall(x, y)), float(kendall(*means.T))
-    if math.isnan(tau):
-        return RankCorrelation(math.nan, math.nan, math.nan, tau_of_settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of resamples without a τ, left out below
-        resampled = stats.bootstrap(
-            (x, y),
-            kendall,
-            paired=True,
-            vectorized=True,
-            n_resamples=_RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-    low, high = np.nanquantile(resampled.bootstrap_distribution, [0.025, 0.975])
-    return RankCorrelation(tau, float(low), float(high), tau_of_settings)
+def rank_correlation(evidence: Evidence) -> RankCorrelation:
+    """That of one measure."""
+    tau, of_settings = evidence.kendall, evidence.kendall_of_settings
+    low, high = tau.interval or (math.nan, math.nan)
+    return RankCorrelation(_number_or_nan(tau), low, high, _number_or_nan(of_settings))
 
 
-def kendall(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> NDArray[Any]:
-    """Kendall's τ-b along an axis, many samples at once; NaN where a sample is constant or not finite.
-
-    That of :func:`scipy.stats.kendalltau`, whose p-value a bootstrap would compute a thousand times in vain.
-    """
-    x, y = np.moveaxis(x, axis, -1), np.moveaxis(y, axis, -1)
-    first, second = np.triu_indices(x.shape[-1], 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        up, right = np.sign(x[..., first] - x[..., second]), np.sign(y[..., first] - y[..., second])
-        pairs = np.sqrt((up**2).sum(axis=-1) * (right**2).sum(axis=-1))
-        tau = (up * right).sum(axis=-1) / pairs
-    finite = np.isfinite(x).all(axis=-1) & np.isfinite(y).all(axis=-1)
-    return np.where(finite, tau, np.nan)
+def _number_or_nan(finding: Finding) -> float:
+    return math.nan if finding.value is None else finding.value
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from flatminima.lab.experiments.experiment import INDICATORS, Record
 from flatminima.lab.experiments.statistics import Difference, RankCorrelation, Spread
 from flatminima.lab.runs import Measuring
+from flatminima.protocols import Evaluation
 
 RIVALS = ("log_det_fisher", "spectral_radius", "frobenius_norm", "robustness")
 """The measures of the paper's figures."""
@@ -137,6 +138,8 @@ class Summary:
     """Quantities with a figure over the cases."""
     correlations: Mapping[str, RankCorrelation] = field(default_factory=dict)
     """A ranking's, by indicator."""
+    evaluation: Evaluation | None = None
+    """What the protocols say of a ranking's measures."""
     differences: tuple[Contrast, ...] = ()
     """A comparison's, by case: the first arm of the contrast minus every other."""
     pooled: tuple[Contrast, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from flatminima.lab.experiments.experiment import INDICATORS, Record, select
@@ -34,14 +35,14 @@ def _ranking(summary: Summary) -> list[str]:
         f"γ̂ {_reading(gamma)}{_papers(summary, 'log_det_fisher')}: it orders the means of {cases} settings with "
         f"Kendall's τ = {number(gamma.tau_of_settings, '.2f')}, and {len(records)} single minima with {_tau(gamma)}."
     ]
-    for name in RIVALS[1:]:
+    for name in [name for name in RIVALS[1:] if name in correlations]:
         rival = correlations[name]
         sentences.append(
             f"{SHORT_NAMES[name].capitalize()} {_reading(rival)}{_papers(summary, name)}: over settings "
             f"τ = {number(rival.tau_of_settings, '.2f')}, over minima {_tau(rival)}."
         )
     as_good = [
-        INDICATORS[name]
+        INDICATORS.get(name, name)
         for name, rival in correlations.items()
         if name not in ("log_det_fisher", "train_loss") and rival.tau >= gamma.tau
     ]
@@ -64,7 +65,8 @@ def _ranking(summary: Summary) -> list[str]:
             f"The settings hardly differ in test error ({100 * least:.1f} to {100 * most:.1f} %, with "
             f"standard deviations up to {100 * max(deviations):.1f}): there is little to order."
         )
-    return sentences + _unfitted(records)
+    beyond = [] if summary.evaluation is None else summary.evaluation.conclusions(SHORT_NAMES)
+    return sentences + beyond + _unfitted(records)
 
 
 def _comparison(summary: Summary) -> list[str]:
@@ -182,6 +184,8 @@ def _reading(correlation: RankCorrelation) -> str:
 def _tau(correlation: RankCorrelation) -> str:
     if not correlation.defined:
         return "τ is undefined"
+    if math.isnan(correlation.low):
+        return f"τ = {number(correlation.tau, '.2f')}"
     interval = f"95 % interval {number(correlation.low, '.2f')} to {number(correlation.high, '.2f')}"
     return f"τ = {number(correlation.tau, '.2f')} ({interval})"
 

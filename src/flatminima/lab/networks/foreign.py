@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from flatminima.errors import FlatminimaError, first_line
+from flatminima.errors import FlatminimaError, described, first_line
 from flatminima.lab.data import ImageSet
 from flatminima.lab.networks.checkpoints import load_weights
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model
@@ -27,7 +28,7 @@ def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Modul
 
     Args:
         source: ``resnet20``, or ``package.module:factory``.
-        checkpoint: a ``.safetensors`` file, or a ``.pt``/``.pth`` file holding a state dict alone; None if the factory
+        checkpoint: a file that :func:`~flatminima.lab.networks.checkpoints.load_weights` takes; None if the factory
             loads its weights itself.
         data: the data the network is for.
 
@@ -48,9 +49,23 @@ def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Modul
             f"unknown model {source!r}: give one of {', '.join(MODEL_NAMES)}, or package.module:factory"
         )
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        with _theirs(f"model {source}: loading its checkpoint failed"):
+            load_weights(model, checkpoint)
     _check_takes(model, data, source)
-    return model.eval()
+    with _theirs(f"model {source}: its eval() failed"):
+        model.eval()
+    return model
+
+
+@contextlib.contextmanager
+def _theirs(what: str) -> Iterator[None]:
+    """Whatever somebody else's code raises becomes an error of ours, ``SystemExit`` too; not so Ctrl-C."""
+    try:
+        yield
+    except (FlatminimaError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise FlatminimaError(f"{what} ({described(error)})") from error
 
 
 def resolve_device(name: str) -> torch.device:
@@ -72,11 +87,8 @@ def resolve_device(name: str) -> torch.device:
 
 def _from_factory(source: str, arguments: dict[str, int]) -> nn.Module:
     factory = _find(source)
-    try:
+    with _theirs(f"model {source}: calling it failed"):
         model = factory(**_accepted(factory, arguments))
-    # Somebody else's code: it can raise anything.
-    except Exception as error:
-        raise FlatminimaError(f"model {source}: calling it failed ({type(error).__name__}: {error})") from error
     if not isinstance(model, nn.Module):
         raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -86,13 +98,9 @@ def _find(source: str) -> Callable[..., Any]:
     module_name, _, factory_name = source.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
+    with _theirs(f"model {source}: cannot import {module_name!r}"):
         module = importlib.import_module(module_name)
-    except Exception as error:
-        raise FlatminimaError(
-            f"model {source}: cannot import {module_name!r} ({type(error).__name__}: {error})"
-        ) from error
-    factory: Callable[..., Any] | None = getattr(module, factory_name, None)
+        factory: Callable[..., Any] | None = getattr(module, factory_name, None)
     if not callable(factory):
         raise FlatminimaError(f"model {source}: {module_name} has no function or class {factory_name!r}")
     return factory
@@ -102,7 +110,7 @@ def _accepted(factory: Callable[..., Any], arguments: dict[str, int]) -> dict[st
     """The arguments that ``factory`` names; and ``num_classes`` if it hands on any (as torchvision's factories do)."""
     try:
         parameters = inspect.signature(factory).parameters
-    except ValueError:  # written in C: it does not say
+    except (TypeError, ValueError):  # written in C: it does not say
         return {}
     hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     return {name: n for name, n in arguments.items() if name in parameters or (hands_on and name == "num_classes")}
@@ -115,9 +123,9 @@ def _check_takes(model: nn.Module, data: ImageSet, source: str) -> None:
     try:
         with evaluating(model), torch.no_grad():
             call_model(model, image if parameter is None else image.to(parameter))
-    except FlatminimaError:
+    except (FlatminimaError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: it is somebody else's code
         raise FlatminimaError(
             f"model {source} does not take images of shape {tuple(image.shape[1:])} ({first_line(error)}): "
             "name the network and the data that belong together"

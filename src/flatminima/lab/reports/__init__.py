@@ -1,5 +1,6 @@
 """What experiments show, as tables, figures, pages and a live view."""
 
+from flatminima.lab.reports.evidence import evidence_table, write_evaluation
 from flatminima.lab.reports.figures import Table
 from flatminima.lab.reports.live import watch
 from flatminima.lab.reports.pages import counted, duration, failure_lines, line_of, progress_line, tables, write_reports
@@ -8,10 +9,12 @@ __all__ = [
     "Table",
     "counted",
     "duration",
+    "evidence_table",
     "failure_lines",
     "line_of",
     "progress_line",
     "tables",
     "watch",
+    "write_evaluation",
     "write_reports",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich.text import Text
 
 from flatminima.lab.storage import write_file
 
@@ -43,33 +45,46 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text, with a heading for every column and every row; shown on a terminal, in Markdown and on a page."""
+    """Cells of text, with a heading for every column and every row; shown on a terminal, in Markdown and on a page.
+
+    A cell may have several lines; they are lines on the terminal alone.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def __rich__(self) -> rich.table.Table:
-        shown = rich.table.Table(title=self.title, title_justify="left")
+        # Cells may be names, and a name is text: neither markup nor an emoji.
+        shown = rich.table.Table(title=Text(self.title, "table.title"), title_justify="left")
         for number, heading in enumerate(self.header):
-            shown.add_column(heading, justify="left" if number == 0 else "right")
+            shown.add_column(Text(heading), justify="left" if number == 0 else "right")
         for row in self.rows:
-            shown.add_row(*row)
+            shown.add_row(*map(Text, row))
         return shown
 
     def markdown(self) -> str:
         """The table with its title above it."""
-        lines = [self.header, ("---", *("---:" for _ in self.header[1:])), *self.rows]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return f"**{self.title}**\n\n{body}\n"
+        rule = ("---", *("---:" for _ in self.header[1:]))
+        lines = [[markdown_text(cell) for cell in line] for line in (self.header, *self.rows)]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
+        return f"**{markdown_text(self.title)}**\n\n{body}\n"
 
 
-def picture(title: str, description: str, draw: Callable[[Axes], None]) -> Picture:
-    """Draw one pair of axes as inline SVG, in the colours of the page that it is on."""
+def markdown_text(text: str) -> str:
+    """Markdown that shows ``text`` as it is, in one line: names may have anything in them."""
+    return re.sub(r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+
+
+def picture(
+    title: str, description: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.2, 3.2)
+) -> Picture:
+    """Draw one pair of axes, ``size`` inches large, as inline SVG in the colours of the page that it is on."""
     style: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 10,
+        "text.parse_math": False,  # a dollar in a name is a dollar
         "svg.fonttype": "path",
         "svg.hashsalt": "flatminima",  # the same data give the same bytes
         "text.color": INK,
@@ -83,7 +98,7 @@ def picture(title: str, description: str, draw: Callable[[Axes], None]) -> Pictu
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.2, 3.2), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.set_axisbelow(True)
         draw(axes)
@@ -119,6 +134,22 @@ def band(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], *,
     axes.set_xticks(x, names)
     if log:
         axes.set_yscale("log")
+
+
+def intervals(
+    axes: Axes, names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]]
+) -> None:
+    """A value with the ends of its interval, or nothing, for every name from top to bottom; one colour per group."""
+    for k, ((label, found), colour, marker) in enumerate(zip(groups.items(), CATEGORIES, MARKERS, strict=False)):
+        places = [place for place, entry in enumerate(found) if entry is not None]
+        values, low, high = np.array([entry for entry in found if entry is not None]).reshape(-1, 3).T
+        y = np.array(places) + 0.3 * (k - (len(groups) - 1) / 2)
+        axes.hlines(y, low, high, color=colour, linewidth=1.6)
+        axes.plot(values, y, color=colour, marker=marker, linestyle="", label=label)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _means_and_deviations(values: Sequence[Sequence[float]]) -> tuple[NDArray[Any], NDArray[Any]]:

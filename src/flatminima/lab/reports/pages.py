@@ -29,8 +29,10 @@ from flatminima.lab.experiments import (
     json_of,
     number,
     select,
+    write_ledger,
 )
-from flatminima.lab.reports.figures import Picture, Table, band, lines, picture, write_page
+from flatminima.lab.reports.evidence import evidence_table
+from flatminima.lab.reports.figures import Picture, Table, band, lines, markdown_text, picture, write_page
 from flatminima.lab.storage import write_file
 
 _SHOWN_OF_A_SEARCH = 10
@@ -105,10 +107,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def write_reports(summaries: Sequence[Summary], stem: Path, *, heading: str, lead: str) -> None:
-    """Write ``stem.html``, ``stem.md`` and ``stem.json``."""
+    """Write ``stem.html``, ``stem.md`` and ``stem.json``, and ``ledger.csv`` beside them."""
     sections = [section(summary) for summary in summaries]
     environments = [record.environment for summary in summaries for record in summary.records]
     write_file(stem.with_suffix(".json"), json.dumps(json_of(summaries), indent=1, allow_nan=False) + "\n")
+    write_ledger(stem.with_name("ledger.csv"), summaries)
     write_file(stem.with_suffix(".md"), _markdown(sections, heading, lead))
     write_page(
         stem.with_suffix(".html"),
@@ -128,39 +131,29 @@ def figures(summary: Summary) -> list[Picture]:
 
 
 def _markdown(sections: Sequence[Section], heading: str, lead: str) -> str:
-    parts = [f"# {heading}\n\n{lead}\n"]
+    parts = [f"# {markdown_text(heading)}\n\n{markdown_text(lead)}\n"]
     for part in sections:
-        parts.append(f"## {part.summary.title}\n\n{part.summary.question}\n")
-        parts.append("\n".join(f"* {line}" for line in part.summary.verdict) + "\n")
+        parts.append(f"## {markdown_text(part.summary.title)}\n\n{markdown_text(part.summary.question)}\n")
+        parts.append("\n".join(f"* {markdown_text(line)}" for line in part.summary.verdict) + "\n")
         parts.append(part.progress + "\n")
-        parts += [f"* {line}\n" for line in failure_lines(part.summary)]
+        parts += [f"* {markdown_text(line)}\n" for line in failure_lines(part.summary)]
         parts += [table.markdown() for table in part.tables]
     return "\n".join(parts)
 
 
 def _ranking_tables(summary: Summary) -> list[Table]:
     means = summary.means
+    measured = [name for name in INDICATORS if any(entry.quantities[name] is not None for entry in means)]
     rows = [("runs", *(str(entry.runs) for entry in means))]
     rows.append(("test error (%)", *(_mean_std(entry.quantities["test_error"], 100) for entry in means)))
-    rows += [(SHORT_NAMES[name], *(_mean_std(entry.quantities[name]) for entry in means)) for name in INDICATORS]
+    rows += [(SHORT_NAMES[name], *(_mean_std(entry.quantities[name]) for entry in means)) for name in measured]
     header = (summary.factor, *(entry.case for entry in means))
     first = Table("Mean ± standard deviation over seeds", header, tuple(rows))
-    if not summary.correlations:
+    if summary.evaluation is None:
         return [first]
-    told = bool(summary.captured)  # by the paper
-    says = {True: "follows", False: "fails", None: ""}
-    correlations = tuple(
-        (
-            SHORT_NAMES[name],
-            number(found.tau_of_settings, "+.2f"),
-            number(found.tau, "+.2f"),
-            _interval(found),
-            *([says[summary.captured.get(name)]] if told else []),
-        )
-        for name, found in summary.correlations.items()
-    )
-    heading = ("measure", "over settings", "over minima", "95 % interval", *(["the paper says it"] if told else []))
-    return [first, Table("Kendall's τ with the test error", heading, correlations)]
+    says = {True: "follows", False: "fails"}
+    told = ("the paper says it", {name: says[follows] for name, follows in summary.captured.items()})
+    return [first, evidence_table(summary.evaluation, SHORT_NAMES, told if summary.captured else None)]
 
 
 def _comparison_tables(summary: Summary) -> list[Table]:
@@ -343,7 +336,3 @@ def _difference(entry: Difference | None, scale: float, form: str = ".2f") -> st
         return "–"
     mean, low, high = (format(scale * value, f"+{form}") for value in (entry.mean, entry.low, entry.high))
     return f"{mean} ({low} to {high})" if math.isfinite(entry.low) else mean
-
-
-def _interval(correlation: RankCorrelation) -> str:
-    return f"{correlation.low:.2f} to {correlation.high:.2f}" if correlation.defined else "–"

@@ -1,7 +1,15 @@
 """One training run: its description, its folder, its training and its measures."""
 
 from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.measuring import Measuring, compare_networks, compare_runs, kept_measures, measure_run
+from flatminima.lab.runs.measuring import (
+    Measuring,
+    compare_loaded,
+    compare_networks,
+    compare_runs,
+    kept_measures,
+    measure_run,
+)
+from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_networks
 from flatminima.lab.runs.records import RunProgress, RunResult
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import TrainingSets
@@ -10,6 +18,7 @@ from flatminima.lab.runs.training import Stop, launch, train
 
 __all__ = [
     "RECIPES",
+    "LoadedNetwork",
     "Measuring",
     "MultiStep",
     "RegularizerSpec",
@@ -21,10 +30,13 @@ __all__ = [
     "SharpnessAwareSpec",
     "Stop",
     "TrainingSets",
+    "compare_loaded",
     "compare_networks",
     "compare_runs",
     "kept_measures",
     "launch",
+    "load_network",
+    "load_networks",
     "measure_run",
     "train",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +17,15 @@ from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
 from flatminima.lab.errors import DamagedFileError
-from flatminima.lab.runs.records import EpochRecord, ResumeNote, ResumePoint, RunFailure, RunProgress, RunResult
+from flatminima.lab.runs.records import (
+    CheckpointNote,
+    EpochRecord,
+    ResumeNote,
+    ResumePoint,
+    RunFailure,
+    RunProgress,
+    RunResult,
+)
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.schema import parse, plain
 from flatminima.lab.storage import beside, damaged, read_record, read_tensors, read_text, write_tensors, write_whole
@@ -67,6 +77,8 @@ class RunFolder:
     def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold the folder alone; the operating system frees it when the process ends, however it ends.
 
+        What a killed process has left there is deleted.
+
         Args:
             wait: Wait until no other process holds it.
 
@@ -83,7 +95,31 @@ class RunFolder:
         except OSError as error:
             raise FlatminimaError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from None
         with lock:
+            for path in self._leftovers():
+                path.unlink(missing_ok=True)
             yield
+
+    def tidy(self) -> None:
+        """Delete what a killed process has left, unless another is at work there; nothing happens if it cannot be."""
+        if self._leftovers():
+            with contextlib.suppress(FlatminimaError), self.lock():
+                pass
+
+    def _leftovers(self) -> list[Path]:
+        """Half-written files, a note of progress, and the resume point of a run that has ended."""
+        found = [path for path in self.path.glob(".*.tmp") if not _is_being_written(path)]
+        found += [self._file("progress.json")]
+        found += [self._file("state.safetensors")] if self.status in ("finished", "failed") else []
+        return [path for path in found if path.exists()]
+
+    def refuse_link(self) -> None:
+        """Refuse a folder that is a symbolic link, where the folder's name was not given but derived.
+
+        Raises:
+            FlatminimaError: It is one: what stands where it leads is not this run's to change.
+        """
+        if self.path.is_symlink():
+            raise FlatminimaError(f"{self.path} is a symbolic link, which is not followed; delete it or rename it")
 
     def read_spec(self) -> RunSpec:
         """The run's specification.
@@ -146,7 +182,7 @@ class RunFolder:
         path = self._file("state.safetensors")
         if not path.exists():
             return None
-        tensors, note = read_tensors(path)
+        tensors, note = read_tensors(path, signed=True)
         try:
             known = parse(ResumeNote, note)
         except FlatminimaError as error:
@@ -192,11 +228,22 @@ class RunFolder:
         Raises:
             DamagedFileError: The checkpoint is missing, truncated or altered.
         """
-        return read_tensors(self._file("checkpoint.safetensors"))[0]
+        return read_tensors(self.checkpoint, signed=True)[0]
 
-    def write_result(self, result: RunResult, weights: Mapping[str, Tensor], history: list[EpochRecord]) -> None:
+    @property
+    def checkpoint(self) -> Path:
+        """The file of the final weights and buffers."""
+        return self._file("checkpoint.safetensors")
+
+    def write_result(
+        self,
+        result: RunResult,
+        weights: Mapping[str, Tensor],
+        history: list[EpochRecord],
+        note: CheckpointNote | None = None,
+    ) -> None:
         """Finish the run: checkpoint and history first, then the result that vouches for them."""
-        write_tensors(self._file("checkpoint.safetensors"), weights, {})
+        write_tensors(self.checkpoint, weights, plain(note or CheckpointNote()))
         self.write_history(history)
         values = {name: value for name, value in plain(result).items() if name != "folder"}
         write_whole(self._file("result.json"), json.dumps(values, indent=2) + "\n")
@@ -263,12 +310,6 @@ class RunFolder:
         """Delete this run's files, so that nothing of an earlier attempt can be taken for this one's."""
         for name in _FILES:
             self._file(name).unlink(missing_ok=True)
-        self.remove_leftovers()
-
-    def remove_leftovers(self) -> None:
-        """Delete the half-written files of a process that was killed."""
-        for path in self.path.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
 
     def _failure(self) -> str:
         try:
@@ -279,3 +320,17 @@ class RunFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / name
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether the process lives that a file's name (see :func:`beside`) says is writing it: another than this one."""
+    writer = re.search(r"\.(\d+)(-\d+)?\.tmp$", path.name)
+    if writer is None or int(writer[1]) == os.getpid() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(writer[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True

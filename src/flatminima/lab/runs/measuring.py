@@ -6,21 +6,22 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
-from flatminima.lab.data import ImageSet, load_data
+from flatminima.lab.data import ImageSet
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
-from flatminima.lab.networks import load_model, resolve_device
+from flatminima.lab.networks import resolve_device
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
 from flatminima.lab.runs.records import RunProgress
 from flatminima.lab.runs.sets import digest_of_images, load_run
 from flatminima.lab.schema import RECORD, parse, plain
@@ -50,7 +51,7 @@ class Measuring(PlainOptions):
         Raises and warns as :func:`flatminima.measure` does.
         """
         self._place(model, device)
-        return measure(model, _InNetworksType(data, model), progress=progress, **self._options())
+        return measure(model, NetworkInputs.of(data, model), progress=progress, **self._options())
 
     def compare(
         self, models: Mapping[str, nn.Module], data: ImageSet, *, device: str = "auto", progress: bool = True
@@ -61,11 +62,11 @@ class Measuring(PlainOptions):
         """
         for model in models.values():
             self._place(model, device)
-        types = {name: _type_of(model) for name, model in models.items()}
+        types = {name: type_of(model) for name, model in models.items()}
         if len(set(types.values())) > 1:
             found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
             raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
-        inputs = _InNetworksType(data, next(iter(models.values())))
+        inputs = NetworkInputs.of(data, next(iter(models.values())))
         return compare(models, inputs, progress=progress, **self._options())
 
     def _place(self, model: nn.Module, device: str) -> None:
@@ -110,6 +111,7 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder = RunFolder(path)
     folder.read_spec()  # whoever names another folder is told so
     folder.require_result()
+    folder.tidy()
     found = _answer(folder, _question(folder, how, device))
     if found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured
@@ -182,6 +184,7 @@ def compare_networks(
     model: str | None,
     how: Measuring,
     *,
+    normalize: str | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> Comparison:
@@ -192,6 +195,7 @@ def compare_networks(
         source: the training set, as for :func:`~flatminima.lab.data.sources.load_data`.
         model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.foreign.load_model`.
         how: how they are measured.
+        normalize: of the checkpoints, as for :func:`~flatminima.lab.runs.networks.load_network`.
         device: where.
         progress: show a bar with the time left on a terminal.
 
@@ -202,36 +206,31 @@ def compare_networks(
         UnequalLossWarning: as :func:`flatminima.compare` does.
     """
     _require_two(paths)
-    data, _ = load_data(source)
-    networks: dict[str, nn.Module] = {}
-    for name, path in paths.items():
+    return compare_loaded(load_networks(paths, source, model, normalize), how, device=device, progress=progress)
+
+
+def compare_loaded(
+    networks: Mapping[str, LoadedNetwork], how: Measuring, *, device: str = "auto", progress: bool = True
+) -> Comparison:
+    """Networks on the same subsets of the same images, each normalized as in its training.
+
+    Raises and warns as :func:`compare_networks` does.
+    """
+    _require_two(networks)
+    first = next(iter(networks.values()))
+    if all(network.normalization.is_that_of(first.normalization) for network in networks.values()):
+        models = {name: network.model for name, network in networks.items()}
+        return how.compare(models, first.data, device=device, progress=progress)
+    if how.max_standard_error is not None:
+        raise FlatminimaError(
+            "the networks were trained on differently normalized images, so they cannot be measured together until "
+            "their differences are precise: leave max_standard_error out"
+        )
+    measured = {}
+    for name, network in networks.items():
         with naming(name):
-            if path.is_dir():
-                networks[name] = load_run(path)[1]
-            elif model is not None:
-                networks[name] = load_model(model, path, data)
-            else:
-                raise FlatminimaError(f"{path} is not a run folder; for a checkpoint name its model too")
-    return how.compare(networks, data, device=device, progress=progress)
-
-
-class _InNetworksType:
-    """A data set whose images come in the floating-point type of the network's parameters."""
-
-    def __init__(self, data: ImageSet, model: nn.Module) -> None:
-        self.data = data
-        self.dtype = _type_of(model)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images, labels = self.data.fetch(indices)
-        return images.to(self.dtype), labels
-
-
-def _type_of(model: nn.Module) -> torch.dtype:
-    return next((parameter.dtype for parameter in model.parameters()), torch.float32)
+            measured[name] = how.of(network.model, network.data, device=device, progress=progress)
+    return comparison_of(measured)
 
 
 def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
@@ -242,7 +241,7 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
         **options,
         "measures": list(how.measures),  # as JSON has it
         "device": resolve_device(device).type,
-        "weights": digest_of((folder.path / "checkpoint.safetensors").read_bytes()),
+        "weights": digest_of(folder.checkpoint.read_bytes()),
         "flatminima": importlib.metadata.version("flatminima"),
     }
 
@@ -289,6 +288,6 @@ def _clean_digest(path: Path) -> str:
     return digest_of_images(load_run(path)[2])
 
 
-def _require_two(runs: Mapping[str, Path]) -> None:
+def _require_two(runs: Mapping[str, object]) -> None:
     if len(runs) < 2:
         raise FlatminimaError(f"compare needs at least two minima, got {len(runs)}: use measure for one")

@@ -35,6 +35,8 @@ class EpochRecord:
     """Wall-clock time of the epoch, over all its sittings."""
     validation_error: float | None = None
     """Fraction of the held-out images classified wrongly, likewise; None without such."""
+    fit: float | None = None
+    """Mean cross entropy of the un-augmented training set in evaluation mode, of runs that stop by it."""
 
 
 @dataclass(config=RECORD)
@@ -77,6 +79,16 @@ class RunResult:
     """Versions, device and threads."""
     validation_error: float | None = None
     """Fraction of the held-out training images classified wrongly; None without such."""
+
+
+@dataclass(frozen=True, config=RECORD)
+class CheckpointNote:
+    """What a checkpoint holds beside the weights; nothing in one of an earlier version."""
+
+    mean: tuple[float, ...] = ()
+    """Of the images trained on, by channel: they are normalized to mean 0."""
+    std: tuple[float, ...] = ()
+    """Likewise, and to standard deviation 1."""
 
 
 @dataclass(frozen=True, config=RECORD)

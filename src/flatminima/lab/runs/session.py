@@ -157,6 +157,18 @@ class Session:
         """Whether the latest update ended an epoch."""
         return self.iteration % self.iterations_per_epoch == 0 or self.iteration == self.total_iterations
 
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing left to train: it fits well enough, or has come to its limit."""
+        return self.fits or self.iteration >= self.total_iterations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the last epoch's fit is what the run was to stop at."""
+        target = self.spec.stop_at_loss
+        fit = self.history[-1].fit if self.history else None
+        return target is not None and fit is not None and fit <= target
+
     def end_epoch(self) -> None:
         """Evaluate, if it is time, and add the record.
 
@@ -169,7 +181,10 @@ class Session:
 
     def _epoch_record(self) -> EpochRecord:
         updates = self.iteration - self.epoch * self.iterations_per_epoch
-        evaluated = (self.epoch + 1) % self.spec.evaluate_every == 0 or self.iteration == self.total_iterations
+        target = self.spec.stop_at_loss
+        fit = None if target is None else evaluate(self.network, self.train_set).loss
+        ends = self.iteration == self.total_iterations or (target is not None and fit is not None and fit <= target)
+        evaluated = ends or (self.epoch + 1) % self.spec.evaluate_every == 0
         test_error = self._error(self.test_set) if evaluated else None
         validation_error = self._error(self.validation_set) if evaluated else None
         self._count_seconds()
@@ -183,6 +198,7 @@ class Session:
             test_error=test_error,
             seconds=self.sums.seconds,
             validation_error=validation_error,
+            fit=fit,
         )
 
     def validation_error(self) -> float | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
-from flatminima.lab.networks import build_model, load_weights
+from flatminima.lab.networks import assign_weights, build_model
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.storage import bytes_of, digest_of
@@ -69,5 +69,5 @@ def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpe
     if sets.digest() != result.data_digest:
         raise FlatminimaError(f"the data {spec.source!r} have changed since {folder.path} was trained; train it again")
     model = build_model(spec.model, num_classes=sets.train.num_classes, in_channels=sets.train.images.shape[1])
-    load_weights(model, folder.path / "checkpoint.safetensors")
+    assign_weights(model, folder.read_checkpoint(), source=folder.checkpoint)
     return spec, model.eval(), sets.clean, sets.test

@@ -28,6 +28,9 @@ AtLeastZero = Annotated[int, Field(ge=0)]
 
 _KEY_LENGTH = 12  # hexadecimal digits: 48 bits, so 10,000 runs under one root collide with probability 2e-7
 
+_LATER = {"stop_at_loss": None}
+"""Fields that came later than the first runs, with the default that these were trained with."""
+
 
 @refusing("schedule")
 @dataclass(frozen=True, config=STRICT)
@@ -165,6 +168,9 @@ class RunSpec:
     """Stop after this many epochs (None: only `iterations` limits the run)."""
     iterations: AtLeastOne | None = None
     """Stop after this many updates (None: only `epochs` limits the run); the earlier limit counts."""
+    stop_at_loss: Positive | None = None
+    """End with the first epoch whose loss on the un-augmented training set is at most this (None: go on to the limit).
+    """
     lr: Positive = 0.1
     """Initial learning rate."""
     schedule: Schedule = field(default_factory=MultiStep)
@@ -182,8 +188,7 @@ class RunSpec:
     evaluate_every: AtLeastOne = 1
     """Evaluate on the test images (and those held out) after every so many epochs, and after the last."""
     precision: Precision = "32-true"
-    """Arithmetic of the training passes (tf32: that of GPUs which have it, float32 elsewhere); penalties and evaluation
-    are float32 in any case."""
+    """Arithmetic of the training passes (tf32: on GPUs that have it); penalties and evaluation are always float32."""
     seed: Count = 0
     """Decides the initial weights, the training subset, the confusion set, the batches and the augmentation."""
     data_folder: str | None = field(default=None, compare=False)
@@ -206,7 +211,11 @@ class RunSpec:
 
     def identity(self) -> dict[str, Any]:
         """What makes it equal to another, JSON-able: every value but where the data lie."""
-        return {name: value for name, value in plain(self).items() if name != "data_folder"}
+        return {name: value for name, value in self._written().items() if name != "data_folder"}
+
+    def _written(self) -> dict[str, Any]:
+        """Every value, JSON-able, but those that came later than the first runs and are as these had them."""
+        return {name: value for name, value in plain(self).items() if name not in _LATER or value != _LATER[name]}
 
     @property
     def source(self) -> str:
@@ -234,7 +243,7 @@ class RunSpec:
 
     def to_json(self) -> str:
         """The canonical text: one line, fields sorted, floats in their shortest exact form."""
-        return _canonical(plain(self))
+        return _canonical(self._written())
 
     @classmethod
     def from_json(cls, text: str) -> RunSpec:
@@ -244,9 +253,20 @@ class RunSpec:
             FlatminimaError: The text is not JSON, or not that of a RunSpec.
         """
         try:
-            return parse(cls, text)
+            spec = parse(cls, text)
+            _require_all("RunSpec", plain(spec), json.loads(text))
+            return spec
         except FlatminimaError as error:
             raise FlatminimaError(f"not a run specification: {error}") from None
+
+
+def _require_all(holder: str, fields: dict[str, Any], written: dict[str, Any]) -> None:
+    """Refuse a text that leaves a field to its default: it was not written by us, or not all of it is left."""
+    for name, value in fields.items():
+        is_there = name in written or (holder == "RunSpec" and name in _LATER)
+        require(is_there, f"{holder} has no value for its field {name}; was it written by another version?")
+        if isinstance(value, dict):
+            _require_all(f"{holder}.{name}", value, written[name])
 
 
 def _canonical(values: dict[str, Any]) -> str:

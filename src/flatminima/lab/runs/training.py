@@ -17,23 +17,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from flatminima.errors import FlatminimaError, NonFiniteError, warn
+from flatminima.lab.data import Normalization
 from flatminima.lab.errors import (
     DamagedFileError,
     DamagedRunWarning,
     ResumedElsewhereWarning,
     TrainingInterrupted,
     TrainingStopped,
+    UnreachedLossError,
 )
 from flatminima.lab.runs.event_log import event_log
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.interrupts import Breaks, deferred_interrupt
-from flatminima.lab.runs.records import ResumePoint, RunProgress, RunResult
+from flatminima.lab.runs.records import CheckpointNote, ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.session import Session, processes_of
 from flatminima.lab.runs.sets import TrainingSets, load_sets
 from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec
 from flatminima.network import float32_products
 from flatminima.parallel import Processes
-from flatminima.progress import ProgressBar
+from flatminima.progress import ProgressBar, silent
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -87,6 +89,7 @@ def train(
 
     Raises:
         NonFiniteError: The loss became NaN or infinite; the folder is marked as failed.
+        UnreachedLossError: The spec's ``stop_at_loss`` was never reached; likewise.
         FlatminimaError: The data cannot be loaded, another process trains this run (and ``wait`` is False), it failed
             before, or it cannot be shared by as many processes as torchrun started.
         TrainingInterrupted: Ctrl-C; the resume point is saved.
@@ -104,7 +107,8 @@ def train(
         found = processes.first(lambda: _open(folder, spec, wait, held))
         if isinstance(found, RunResult):
             return found
-        sets = _load(spec, cache_dir, processes)
+        with silent(not progress):
+            sets = _load(spec, cache_dir, processes)
         with _reproducible(tf32=spec.precision == "tf32"):
             run = Session(spec, sets, fabric, compile=compile)
             if found is not None and processes.first(lambda: _goes_on(run, found, folder)):
@@ -149,12 +153,12 @@ def _require_shares(spec: RunSpec, processes: int) -> None:
 
 def _open(folder: RunFolder, spec: RunSpec, wait: bool, held: contextlib.ExitStack) -> RunResult | ResumePoint | None:
     """Lock the folder for as long as ``held`` and make it ready; what it holds of this run."""
+    folder.refuse_link()
     held.enter_context(folder.lock(wait=wait))
     found = _reopen(folder, spec)
     if found is not None and folder.read_spec().data_folder != spec.data_folder:
         folder.write_spec(spec)  # who measures the run looks for the data there
     if not isinstance(found, RunResult):
-        folder.remove_leftovers()
         folder.write_spec(spec)
     return found
 
@@ -212,7 +216,13 @@ def _finish(run: Session, folder: RunFolder, progress: bool, checkpoint_seconds:
         if first or folder.path.is_dir():  # whoever met it: the first process may be waiting for this one
             folder.write_failure(message, run.history)
         raise NonFiniteError(message) from None
-    run.processes.first(lambda: folder.write_result(result, run.network.state_dict(), run.history))
+    except UnreachedLossError as error:
+        if first:
+            folder.write_failure(str(error), run.history)
+        raise
+    images = Normalization.of(run.train_set)
+    note = CheckpointNote(images.mean, images.std)
+    run.processes.first(lambda: folder.write_result(result, run.network.state_dict(), run.history, note))
     return result
 
 
@@ -226,7 +236,7 @@ def _train_to_end(
         event_log(run, folder) as log,
         folder.watched() as note,
     ):
-        while run.iteration < run.total_iterations:
+        while not run.is_done:
             if stop is not None and run.at_epoch_end() and _stops(run, stop):
                 run.processes.first(partial(folder.write_resume_point, run.resume_point()))
                 raise TrainingStopped(f"stopped after {run.epoch} of {run.epochs} epochs (saved in {folder.path})")
@@ -247,6 +257,11 @@ def _train_to_end(
             bar.update(run.iteration, _headline(run))
             if run.processes.rank == 0:
                 note(_progress(run))
+    if run.spec.stop_at_loss is not None and not run.fits:
+        raise UnreachedLossError(
+            f"training ended after {run.epoch} epochs with a loss of {run.history[-1].fit:.3g} on the training set, "
+            f"above stop_at_loss {run.spec.stop_at_loss:g}: allow more epochs, or a higher loss"
+        )
 
 
 def _progress(run: Session) -> RunProgress:

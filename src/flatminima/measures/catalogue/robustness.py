@@ -10,16 +10,15 @@ from flatminima.losses import refuse_non_finite
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
 from flatminima.network import (
-    Inputs,
     back_like,
     call_model,
     evaluating,
     frozen,
     in_float64,
     sound_batchnorm,
-    take,
     true_precision,
 )
+from flatminima.torch_compat import without_checkpoints
 
 _PASSES = 3
 """A forward and backward pass of a sample costs about so many of its forward passes."""
@@ -32,12 +31,9 @@ def robustness(trial: Trial) -> float:
     Raises:
         UndefinedMeasureError: for data, outputs or targets that have none.
     """
-    with torch.no_grad():
-        logits = call_model(trial.model, take(trial.inputs, slice(1)))
-    reason = _why_undefined(trial.inputs, trial.targets, logits)
-    if reason is not None:
-        raise UndefinedMeasureError(reason)
-    samples = number_of_samples(len(trial.targets), logits.shape[1], trial.options.robustness_samples)
+    if not (isinstance(trial.inputs, Tensor) and trial.inputs.is_floating_point()):
+        raise UndefinedMeasureError("the input is not one floating-point tensor")
+    samples = number_of_samples(len(trial.targets), trial.require_classes(), trial.options.robustness_samples)
     return input_jacobian_norms(trial.model, trial.inputs[:samples]).mean().item()
 
 
@@ -50,18 +46,6 @@ def number_of_samples(subset_size: int, classes: int, asked: int | None) -> int:
         asked: as the options have it; None: as many as cost a forward and backward pass of the subset.
     """
     return min(asked, subset_size) if asked is not None else max(1, min(_PASSES * subset_size // classes, subset_size))
-
-
-def _why_undefined(inputs: Inputs, targets: Tensor, logits: Tensor) -> str | None:
-    """Why the measure is not defined for these samples and what the model returned for them; None where it is."""
-    if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
-        return "the input is not one floating-point tensor"
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        shape = ", ".join(["N", *map(str, logits.shape[1:])])
-        return f"outputs of shape ({shape}) are no logits of one class per sample"
-    if targets.dim() != 1 or targets.is_floating_point():
-        return "the targets are not one class per sample"
-    return None
 
 
 def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -82,7 +66,14 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
         NonFiniteError: if a logit is NaN or infinite.
         FlatminimaError: if the logits are not (N, K) with K ≥ 2.
     """
-    with evaluating(model), true_precision(), torch.enable_grad(), frozen(model.parameters()), sound_batchnorm():
+    with (
+        evaluating(model),
+        true_precision(),
+        torch.enable_grad(),
+        frozen(model.parameters()),
+        sound_batchnorm(),
+        without_checkpoints(),
+    ):
         x = inputs.detach().requires_grad_()
         logits = call_model(model, x.clone())  # a leaf cannot be written to, as some models do with their input
         require(

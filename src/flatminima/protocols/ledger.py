@@ -1,0 +1,310 @@
+"""A ledger: one row a minimum, with its measures, its error, its hyper-parameters; read, checked, named.
+
+pandas is imported where a table is touched: it is slow to import, and every process that trains a run imports this.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flatminima.errors import FlatminimaError, LedgerWarning, did_you_mean, first_line, require, warn
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TEST_SIZE = 10_000
+"""Test samples where nothing else is said: those of CIFAR."""
+
+_LEFT_ASIDE = ("seed", "unnamed:")
+"""How columns begin that are no measures unless they are named: seeds, and an index that pandas wrote."""
+
+_SHOWN = 8
+"""Rows and columns that a message names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Minima:
+    """The n minima that have a value of one measure, as the protocols take them.
+
+    Attributes:
+        measure: the measure, (n,).
+        error: the test error, (n,).
+        given: what the measure must add to, (n,); None where no such column is named.
+        factors: every hyper-parameter's values as codes, (n, H).
+        names: of the hyper-parameters, H.
+        levels: every hyper-parameter's values by code, as text.
+        settings: codes of the combinations of hyper-parameters, (n,).
+        seeds: codes of the seeds, (n,); None where no such column is named.
+        test_size: samples that an error is a fraction of.
+    """
+
+    measure: NDArray[np.float64]
+    error: NDArray[np.float64]
+    given: NDArray[np.float64] | None
+    factors: NDArray[np.intp]
+    names: tuple[str, ...]
+    levels: tuple[tuple[str, ...], ...]
+    settings: NDArray[np.intp]
+    seeds: NDArray[np.intp] | None
+    test_size: int
+
+    def __len__(self) -> int:
+        return len(self.error)
+
+
+@dataclass(frozen=True, eq=False)
+class Ledger:
+    """Minima × (measures, test error, hyper-parameters), and which column is what; :meth:`of` and :meth:`read` check.
+
+    Attributes:
+        frame: one row a minimum; its error and its hyper-parameters are known, other cells may be missing.
+        error: the test error of every row: the column's, or 1 − accuracy.
+        target: the column that it comes from.
+        given: the column that a measure must add to, the training loss above all; None if there is none.
+        hyper_parameters: the columns that make a setting.
+        measures: the columns that are judged.
+        seed: the column that tells apart minima of one setting, and pairs those of different settings; None if none.
+        test_size: samples in the test set, of which an error is a fraction.
+    """
+
+    frame: pd.DataFrame
+    error: NDArray[np.float64]
+    target: str
+    given: str | None
+    hyper_parameters: tuple[str, ...]
+    measures: tuple[str, ...]
+    seed: str | None
+    test_size: int
+
+    @classmethod
+    def read(cls, path: Path | str, *, where: Sequence[str] = (), **columns: Any) -> Ledger:
+        """A ledger from a CSV file with a line of names.
+
+        Args:
+            path: the file.
+            where: only rows that hold these values, each as ``"column=value"``.
+            **columns: which column is what, and the rest, as in :meth:`of`.
+
+        Raises:
+            FlatminimaError: the file cannot be read, or see :meth:`of`.
+        """
+        return cls.of(read_table(path, where), **columns)
+
+    @classmethod
+    def of(
+        cls,
+        frame: pd.DataFrame,
+        *,
+        error: str | None = None,
+        accuracy: str | None = None,
+        given: str | None = None,
+        hyper_parameters: Sequence[str] = (),
+        measures: Sequence[str] = (),
+        seed: str | None = None,
+        test_size: int = TEST_SIZE,
+    ) -> Ledger:
+        """A ledger from a DataFrame.
+
+        Rows without an error or a hyper-parameter are left out, and a missing or infinite measure leaves its row out
+        of that measure alone; what is left out is said (:class:`~flatminima.errors.LedgerWarning`).
+
+        Args:
+            frame: one row a minimum.
+            error: the column of the test error, or of the generalization gap; smaller is better.
+            accuracy: in its place, the column of the test accuracy.
+            given: what a measure must add to: the training loss.
+            hyper_parameters: columns that tell settings apart, numbers or text.
+            measures: columns to judge (none: all numeric columns that are named nowhere else and not called ``seed``).
+            seed: the column of seeds.
+            test_size: samples in the test set.
+
+        Raises:
+            FlatminimaError: a column is not there or not numeric, is named twice, or no row is left.
+        """
+        require(error is None or accuracy is None, "error and accuracy are the same turned round: name one of them")
+        target = error or accuracy
+        require(target is not None, f"name the column of the test error, or of the accuracy: {_listed(frame.columns)}")
+        assert target is not None
+        require(test_size >= 1, f"test_size must be at least 1, got {test_size}")
+        frame = frame.rename(columns=str).reset_index(drop=True)
+        named = [target, *([given] if given else []), *hyper_parameters, *([seed] if seed else [])]
+        for name in (*named, *measures):
+            _require_column(frame, name)
+        repeated = sorted({name for name in named if named.count(name) > 1} | (set(measures) & {target}))
+        require(not repeated, f"named for two things at once: {', '.join(repeated)}")
+        measures = tuple(dict.fromkeys(measures)) or _numeric(frame, named)
+        require(bool(measures), f"no numeric column is left to be judged: {_listed(frame.columns)}")
+        numbers = {
+            name: _numbers(frame, name) for name in dict.fromkeys((target, *([given] if given else []), *measures))
+        }
+        places = [*hyper_parameters, *([seed] if seed else [])]
+        known = np.isfinite(numbers[target]) & frame[places].notna().all(axis=1).to_numpy()
+        require(bool(known.any()), f"no row has a value in each of {', '.join([target, *places])}")
+        _say_missing(known, numbers, [target, *places])
+        kept = frame.assign(**numbers)[known]
+        _say_copies(kept, list(hyper_parameters), seed)
+        values = kept[target].to_numpy(dtype=float)
+        return cls(
+            frame=kept,
+            error=values if accuracy is None else 1.0 - values,
+            target=target,
+            given=given,
+            hyper_parameters=tuple(hyper_parameters),
+            measures=tuple(measures),
+            seed=seed,
+            test_size=test_size,
+        )
+
+    @functools.cached_property
+    def all(self) -> Minima:
+        """All minima, with a measure of zeros."""
+        import pandas as pd
+
+        coded = [pd.factorize(self.frame[name], sort=True) for name in self.hyper_parameters]
+        columns = [codes for codes, _ in coded]
+        factors = np.stack(columns, axis=1) if columns else np.zeros((len(self.frame), 0), dtype=np.intp)
+        return Minima(
+            measure=np.zeros(len(self.frame)),
+            error=self.error,
+            given=None if self.given is None else self.frame[self.given].to_numpy(dtype=float),
+            factors=factors,
+            names=self.hyper_parameters,
+            levels=tuple(tuple(map(str, values)) for _, values in coded),
+            settings=combinations_of(factors),
+            seeds=None if self.seed is None else pd.factorize(self.frame[self.seed])[0],
+            test_size=self.test_size,
+        )
+
+    def minima(self, measure: str, *, given: bool = False) -> Minima:
+        """The minima that have a value of a measure, and of ``given`` where asked for."""
+        found, values = self.all, self.frame[measure].to_numpy(dtype=float)
+        known = np.isfinite(values)
+        if given and found.given is not None:
+            known &= np.isfinite(found.given)
+        return replace(
+            found,
+            measure=values[known],
+            error=found.error[known],
+            given=None if found.given is None else found.given[known],
+            factors=found.factors[known],
+            settings=found.settings[known],
+            seeds=None if found.seeds is None else found.seeds[known],
+        )
+
+
+def read_table(path: Path | str, where: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV file with a line of names, or the rows of it that hold the values of ``where``, as in :meth:`Ledger.read`.
+
+    Raises:
+        FlatminimaError: the file cannot be read, or no row is left.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, dtype=str)
+    except OSError as error:
+        raise FlatminimaError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # no text, no table, nothing at all
+        raise FlatminimaError(f"{path} is no table with a line of names ({first_line(error)})") from None
+    for condition in where:
+        frame = _chosen(frame, condition)
+    return frame.apply(_typed)
+
+
+def combinations_of(factors: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Equal rows of codes as one code each; of no columns, all rows are equal."""
+    if factors.shape[1] == 0:
+        return np.zeros(len(factors), dtype=np.intp)
+    return np.unique(factors, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _require_column(frame: pd.DataFrame, name: str) -> None:
+    names = list(map(str, frame.columns))
+    require(name in names, f"no column {name!r}{did_you_mean(name, names)} in the ledger: {_listed(names)}")
+    require(names.count(name) == 1, f"the ledger has {names.count(name)} columns called {name!r}")
+
+
+def _numeric(frame: pd.DataFrame, named: Sequence[str]) -> tuple[str, ...]:
+    """The columns that are taken for measures where none is named."""
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+    return tuple(
+        str(name)
+        for name in frame.columns
+        if name not in named
+        and not str(name).lower().startswith(_LEFT_ASIDE)
+        and is_numeric_dtype(frame[name])
+        and not is_bool_dtype(frame[name])
+    )
+
+
+def _numbers(frame: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    """A column as floats, with NaN for what is missing or infinite."""
+    import pandas as pd
+
+    try:
+        values = pd.to_numeric(frame[name]).to_numpy(dtype=float, na_value=np.nan)
+    except (ValueError, TypeError) as error:
+        raise FlatminimaError(f"column {name!r} holds something else than numbers: {first_line(error)}") from None
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _say_missing(known: NDArray[np.bool_], numbers: dict[str, NDArray[np.float64]], needed: Sequence[str]) -> None:
+    if not known.all():
+        rows = _rows(np.flatnonzero(~known))
+        warn(f"left out, as a value is missing or infinite in {' or '.join(needed)}: {rows}", LedgerWarning)
+    lacking = {name: int(np.isnan(values[known]).sum()) for name, values in numbers.items()}
+    if some := [f"{name} ({count})" for name, count in lacking.items() if count]:
+        warn(f"minima without a value, left out of what needs it: {_listed(some)}", LedgerWarning)
+
+
+def _say_copies(kept: pd.DataFrame, hyper_parameters: list[str], seed: str | None) -> None:
+    copies = kept.duplicated().to_numpy()
+    if copies.any():
+        warn(f"{_rows(kept.index[copies])}: exactly as an earlier row; is a minimum counted twice?", LedgerWarning)
+    elif seed is not None and (again := kept.duplicated([*hyper_parameters, seed]).to_numpy()).any():
+        warn(
+            f"{_rows(kept.index[again])}: the setting and the {seed} of an earlier row; name the hyper-parameter in "
+            "which they differ",
+            LedgerWarning,
+        )
+
+
+def _typed(texts: pd.Series) -> pd.Series:
+    """A column of numbers, if it is one: to the bit, where pandas' own way depends on its version."""
+    for kind in (int, float):
+        try:
+            return texts.astype(object).map(kind, na_action="ignore").infer_objects()
+        except ValueError:  # noqa: PERF203
+            continue
+    return texts
+
+
+def _chosen(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
+    """The rows with one value in one column."""
+    name, equals, value = condition.partition("=")
+    require(bool(equals), f"where takes column=value, got {condition!r}")
+    _require_column(frame, name)
+    found = frame[frame[name] == value]
+    values = list(frame[name].dropna().unique())
+    require(len(found) > 0, f"no row has {name} = {value!r}{did_you_mean(value, values)}; there are {_listed(values)}")
+    return found
+
+
+def _rows(places: Any) -> str:
+    """Rows by number, the first below the names being 1."""
+    shown, more = ", ".join(str(place + 1) for place in places[:_SHOWN]), len(places) - _SHOWN
+    return f"row{'s' * (len(places) > 1)} {shown}" + (f" and {more} more" if more > 0 else "")
+
+
+def _listed(names: Any) -> str:
+    """Names in a message, the first few of many."""
+    names = list(map(str, names))
+    return ", ".join(names[: 3 * _SHOWN]) + (f" and {len(names) - 3 * _SHOWN} more" if len(names) > 3 * _SHOWN else "")

@@ -277,3 +277,24 @@ def test_other_bad_input_is_refused(function: Any) -> None:
     broken.weight.data[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="weight"):
         function(broken, torch.randn(4, 2), "model")
+
+
+def test_gradients_through_batchnorm_of_one_sample_are_right() -> None:
+    """Of a mean over positions, where PyTorch's own are not; those of two samples are."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.tanh(self.norm(x)).transpose(1, 2).mean(1))
+
+    torch.manual_seed(0)
+    model, x, y = Positions().double().eval(), torch.randn(5, 4, 6, dtype=torch.float64), torch.arange(5) % 3
+    rows = []
+    for i in range(5):
+        loss = F.cross_entropy(model(x[[i, i]]), y[[i, i]])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    jacobian = torch.stack(rows)
+    torch.testing.assert_close(exact_fisher(model, x, y), jacobian.T @ jacobian / 5, rtol=1e-9, atol=1e-12)

@@ -498,3 +498,18 @@ def test_checkpoints_are_plain_calls_for_a_while(reentrant: bool) -> None:
             output = checkpoint(function, x, use_reentrant=reentrant).sum()
         output.backward()
         assert calls == expected
+
+
+def test_variants_of_checkpoints_nest_and_overlap() -> None:
+    own = torch.utils.checkpoint.CheckpointFunction
+    first, second = torch_compat.without_checkpoints(), torch_compat.without_reentrant_checkpoints()
+    first.__enter__()
+    plain = torch.utils.checkpoint.CheckpointFunction
+    with torch_compat.without_checkpoints():
+        pass
+    assert torch.utils.checkpoint.CheckpointFunction is plain is not own
+    second.__enter__()
+    first.__exit__(None, None, None)  # another thread's, say
+    assert torch.utils.checkpoint.CheckpointFunction not in (plain, own)
+    second.__exit__(None, None, None)
+    assert torch.utils.checkpoint.CheckpointFunction is own

@@ -100,18 +100,25 @@ def without_checkpoints() -> Iterator[None]:
 
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
-_CHECKPOINTS = {name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}
+_VARIANTS = [{name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}]
+"""PyTorch's own, and behind it those of all contexts that are open, in any thread; the last is in use."""
 
 
 @contextmanager
 def _checkpoints_as(replacements: dict[str, Any]) -> Iterator[None]:
+    variant = {**_VARIANTS[0], **replacements}
     try:
-        for name, replacement in replacements.items():
-            setattr(checkpoints, name, replacement)
+        _VARIANTS.append(variant)
+        _use_last_variant()
         yield
     finally:
-        for name in replacements:
-            setattr(checkpoints, name, _CHECKPOINTS[name])
+        _VARIANTS[:] = [other for other in _VARIANTS if other is not variant]
+        _use_last_variant()
+
+
+def _use_last_variant() -> None:
+    for name, value in _VARIANTS[-1].items():
+        setattr(checkpoints, name, value)
 
 
 def _nothing_around_it(*args: Any, **kwargs: Any) -> Iterator[None]:

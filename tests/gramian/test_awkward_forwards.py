@@ -158,3 +158,23 @@ def test_a_squeezed_output_is_measured_where_the_last_batch_is_one_sample() -> N
     model, x = Squeezed(1), torch.randn(501, D, dtype=torch.float64)
     measured = fm.measure(model, (x, x[:, 0]), loss=squared, subset_size=4, trials=1, progress=False)
     assert measured.train_loss == pytest.approx(squared(model(x), x[:, 0]).mean().item(), rel=1e-9)
+
+
+class WrittenInAView(Network):
+    """What is added to a view is overwritten through the view, where no gradient of its own arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.randn(8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net[0](x)
+        h.view(-1, 8).add_(self.shift).relu_()
+        return self.net[2](h)
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.GenericPathWarning")
+def test_parameters_added_to_a_view_in_place_are_found_by_the_check() -> None:
+    model = WrittenInAView()
+    xi = fm.gram(model, X, Y, loss=squared)
+    torch.testing.assert_close(xi, explicit_gram(model, X, Y, squared), rtol=1e-9, atol=1e-12)

@@ -185,6 +185,15 @@ def written_in_place(net: Any, x: Tensor) -> Tensor:
     return net.head(h.mean(1))
 
 
+class Subclass(Tensor):
+    pass
+
+
+def of_a_subclass(net: Any, x: Tensor) -> Tensor:
+    h = F.relu(net.first(x.as_subclass(Subclass)), inplace=True)
+    return net.head(h.mean(1)).as_subclass(Tensor)
+
+
 def as_deep_as_the_sample_asks(net: Any, x: Tensor) -> Tensor:
     out = []
     for one in x:
@@ -219,6 +228,11 @@ def latents_as_many_as_samples(net: Any, x: Tensor) -> Tensor:
     h = net.first(x)
     latents = latents + (net.block(latents) @ h.transpose(1, 2)).softmax(-1) @ h
     return net.head((latents + net.block(net.latents)).mean(1))
+
+
+def table_of_as_many_rows_as_samples(net: Any, x: Tensor) -> Tensor:
+    """Which is summed over, so that its rows are not the samples'."""
+    return net.head(torch.tanh(net.first(x).mean(1) @ net.table(torch.arange(H * N).view(N, H) % 9).mean(2)[:H]))
 
 
 def cosines(net: Any, x: Tensor) -> Tensor:
@@ -299,10 +313,12 @@ KINDS = [
     Kind(sparse_look_ups, lambda: {"table": nn.Embedding(9, H, sparse=True)}, tokens=True),
     Kind(straight_through, lambda: {"codes": parameter(N, H)}),
     Kind(written_in_place, lambda: {"token": parameter(D), "shift": parameter(H)}),
+    Kind(of_a_subclass),
     Kind(as_deep_as_the_sample_asks, linears(square_layer=(D, D))),
     Kind(early_exits, linears(block=(H, H))),
     Kind(recursive, linears(join=(2 * H, H))),
     Kind(latents_as_many_as_samples, lambda: {"latents": parameter(N, H), "block": nn.Linear(H, H)}),
+    Kind(table_of_as_many_rows_as_samples, lambda: {"table": nn.Embedding(9, 3)}),
     Kind(cosines, lambda: {"temperature": parameter()}),
     Kind(distances, lambda: {"codes": parameter(N, H)}),
     Kind(
@@ -368,3 +384,14 @@ def test_a_penaltys_gradient_is_that_of_plain_autograd(kind: Kind) -> None:
     scale = max(float(g.abs().max()) for g in expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.to_dense() if a.is_sparse else a, b, rtol=1e-7, atol=1e-8 * scale)
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
+def test_a_checkpointed_model_is_measured_as_it_would_be_without() -> None:
+    kind = next(kind for kind in KINDS if kind.forward is checkpointed)
+    model, x, y = kind.build()
+    jacobian = plain_gradients(model, x, y)
+    measured = fm.measure(model, (x, y), subset_size=N, trials=1, progress=False)
+    expected = torch.linalg.slogdet(jacobian @ jacobian.T).logabsdet.item()
+    assert measured.log_det_fisher.mean == pytest.approx(expected, rel=1e-9)
+    assert measured.robustness is not None

@@ -78,6 +78,24 @@ def gpt2() -> nn.Module:
     )
 
 
+def multiple_choice() -> nn.Module:
+    """Folds the choices into the batch."""
+    return transformers.BertForMultipleChoice(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def choices() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(1, VOCABULARY, (N, CLASSES, LENGTH))}
+
+
 def images() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(N, 3, 16, 16, dtype=torch.float64)}
 
@@ -103,6 +121,15 @@ def test_classifiers(build: Callable[[], nn.Module], batch: Callable[[], dict[st
     atol = tolerance * expected.abs().max().item()
     torch.testing.assert_close(result.matrix(), expected, rtol=10 * tolerance, atol=atol)
     assert result.generic_parameters == ()
+
+
+def test_choices_folded_into_the_batch() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = multiple_choice().double(), choices(), torch.arange(N) % CLASSES
+    result = factored_gram(model, inputs, targets)
+    expected = explicit_gram(model, inputs, targets)
+    torch.testing.assert_close(result.matrix(), expected, rtol=1e-9, atol=1e-10 * expected.abs().max().item())
+    assert result.generic_parameters == ("bert.embeddings.token_type_embeddings.weight",)
 
 
 def next_token(logits: Tensor, labels: Tensor) -> Tensor:

@@ -310,14 +310,14 @@ def _in_product(call: Call, left: Tensor, right: Tensor) -> list[Layout]:
         if layout is None:
             continue
         if layout.dim < 0 or layout.dim == contracted:
-            found.append(LOST)
+            found.append(call.lost(layout))
             continue
         behind = factor.dim() - layout.dim - lost  # counted from the output's end, which may lack a dimension
         if factor is right and lost and layout.dim == factor.dim() - 1:
             behind = 1
         dim = out.dim() - behind
         fits = dim >= 0 and out.shape[dim] == factor.shape[layout.dim]
-        found.append(layout.at(dim) if fits else LOST)
+        found.append(layout.at(dim) if fits else call.lost(layout))
     return found
 
 
@@ -327,7 +327,9 @@ def _linear(call: Call) -> Layouts:
     given = call.args[:inputs]
     if any(not any(tensor is one for one in given) for tensor, _ in call.tensors):
         return LOST  # weights that were computed from the inputs
-    return call.merged(LOST if layout.dim == tensor.dim() - 1 else layout for tensor, layout in call.tensors)
+    return call.merged(
+        call.lost(layout) if layout.dim == tensor.dim() - 1 else layout for tensor, layout in call.tensors
+    )
 
 
 @_for("einsum")
@@ -345,7 +347,7 @@ def _einsum(call: Call) -> Layouts:
         named = _letters(letters, operand.dim())
         of_result = _letters(result, call.output.dim())
         letter = named[layout.dim] if layout.dim >= 0 else ""
-        found.append(layout.at(of_result.index(letter)) if letter in of_result else LOST)
+        found.append(layout.at(of_result.index(letter)) if letter in of_result else call.lost(layout))
     return call.merged(found)
 
 
@@ -404,7 +406,7 @@ _for("one_hot")(_looked_up)
 
 @_for("scaled_dot_product_attention")
 def _attention(call: Call) -> Layouts:
-    found = [LOST if layout.dim >= tensor.dim() - 2 else layout for tensor, layout in call.tensors]
+    found = [call.lost(layout) if layout.dim >= tensor.dim() - 2 else layout for tensor, layout in call.tensors]
     mask = call.argument(3, "attn_mask")
     for i, (tensor, layout) in enumerate(call.tensors):
         if tensor is mask or tensor.dim() < call.output.dim():

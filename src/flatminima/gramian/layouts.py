@@ -91,6 +91,11 @@ class Call:
         tensor = self.args[0] if self.args else self.kwargs["input"]
         return tensor, self.layout_of(tensor)
 
+    def lost(self, layout: Layout) -> Layout:
+        """Of an argument whose dimension of the samples is summed over with others: it was not the samples' then."""
+        self.refuted |= layout.assumed
+        return LOST
+
     def merged(self, candidates: Iterable[Layout]) -> Layout:
         """The layout that arguments, each with its samples where they come to lie in the output, have in common."""
         layouts = list(candidates)
@@ -114,7 +119,7 @@ class Call:
         """Where the samples come to lie when a tensor is broadcast to a shape."""
         dim = layout.dim + len(shape) - tensor.dim()
         kept = layout.dim >= 0 and dim >= 0 and shape[dim] == tensor.shape[layout.dim]
-        return layout.at(dim) if kept else LOST
+        return layout.at(dim) if kept else self.lost(layout)
 
     def guess(self, tensor: Tensor) -> Layout:
         """The samples first: what most tensors are."""

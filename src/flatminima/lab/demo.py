@@ -103,7 +103,9 @@ def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> Dem
     """
     started, workers = time.monotonic(), workers or available_cores()
     tell: Callable[[str], None] | None = _say if progress else None
-    summaries = DemoStudy(out, WorkerPool(workers), workers).run(progress=progress, tell=tell)
+    pool = WorkerPool(workers)
+    pool.prepare()
+    summaries = DemoStudy(out, pool, workers).run(progress=progress, tell=tell)
     return DemoResult(summaries, round(time.monotonic() - started, 1))
 
 

@@ -87,7 +87,7 @@ class CrossEntropy:
         counted = labels != self.ignore_index
         _check_classes(labels[counted] if targets.dim() > 1 else labels, classes)  # a sample cannot be ignored whole
         labels = labels.where(counted, 0)
-        losses, log_norm = logits.new_empty(2, n, used)
+        losses, log_norm = logits.new_empty(n, used), logits.new_empty(n, used)  # views of one cannot be differentiated
         direction = torch.zeros_like(z, memory_format=torch.contiguous_format)
         for part in _pieces(used, n * classes):
             of_part = self._of_positions(z[:, part].reshape(-1, classes), labels[:, part].reshape(-1))

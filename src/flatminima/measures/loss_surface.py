@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatminima.losses import mean_loss
 from flatminima.measures.trial import Trial
-from flatminima.network import Inputs, call_model, take
+from flatminima.network import Inputs, call_model, call_model_without_graph, take
 
 
 def parts_of_subset(trial: Trial) -> Iterator[tuple[Inputs, Tensor]]:
@@ -19,16 +19,16 @@ def parts_of_subset(trial: Trial) -> Iterator[tuple[Inputs, Tensor]]:
 
 
 def loss_of_subset(trial: Trial) -> float:
-    """The mean loss of the subset."""
-    with torch.no_grad():
-        return sum(_share(trial, *part).item() for part in parts_of_subset(trial))
+    """The mean loss of the subset at the weights as they are."""
+    outputs = ((call_model_without_graph(trial.model, inputs), targets) for inputs, targets in parts_of_subset(trial))
+    return sum(_share(trial, logits, targets).item() for logits, targets in outputs)
 
 
 def loss_and_gradient(trial: Trial, parameters: Sequence[nn.Parameter]) -> tuple[float, list[Tensor]]:
     """The mean loss of the subset, and its gradient."""
     total, gradient = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
-    for part in parts_of_subset(trial):
-        loss = _share(trial, *part)
+    for inputs, targets in parts_of_subset(trial):
+        loss = _share(trial, call_model(trial.model, inputs), targets)
         total += loss.item()
         for whole, piece in zip(gradient, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True):
             whole += piece
@@ -41,12 +41,12 @@ def gradients_with_graph(trial: Trial, parameters: Sequence[nn.Parameter]) -> It
     A function that is marked once_differentiable is found in their graph, as the gradient that comes to it has a
     history.
     """
-    for part in parts_of_subset(trial):
-        loss = _share(trial, *part)
+    for inputs, targets in parts_of_subset(trial):
+        loss = _share(trial, call_model(trial.model, inputs), targets)
         seed = torch.ones_like(loss, requires_grad=True)
         yield torch.autograd.grad(loss, parameters, seed, create_graph=True, materialize_grads=True)
 
 
-def _share(trial: Trial, inputs: Inputs, targets: Tensor) -> Tensor:
-    """What some of the samples add to the mean loss of the subset."""
-    return mean_loss(trial.loss, call_model(trial.model, inputs), targets) * (len(targets) / len(trial.targets))
+def _share(trial: Trial, logits: Tensor, targets: Tensor) -> Tensor:
+    """What some samples add to the mean loss of the subset."""
+    return mean_loss(trial.loss, logits, targets) * (len(targets) / len(trial.targets))

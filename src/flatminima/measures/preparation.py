@@ -31,6 +31,7 @@ from flatminima.network import (
 )
 from flatminima.parallel import Processes, processes_of, shared
 from flatminima.sampling import draw_subsets
+from flatminima.torch_compat import without_checkpoints
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def processes_together(models: Iterable[nn.Module], options: MeasureOptions) -> 
             stack.enter_context(Processes.all().together())
         inner = [unwrapped(model) for model in models]
         stack.enter_context(undisturbed(*inner))
+        stack.enter_context(without_checkpoints())
         for model in inner:
             stack.enter_context(shared(model))
         yield

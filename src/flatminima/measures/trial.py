@@ -15,7 +15,7 @@ from flatminima.gramian import FactoredGram, LogDeterminant, trainable_parameter
 from flatminima.losses import Loss
 from flatminima.measures.evaluation import Evaluation
 from flatminima.measures.weight_products import WeightProducts
-from flatminima.network import Inputs, call_model, in_float64, take
+from flatminima.network import Inputs, call_model_without_graph, in_float64, take
 
 if TYPE_CHECKING:  # options name measures, which are functions of a trial
     from flatminima.measures.options import MeasureOptions
@@ -134,8 +134,7 @@ class Trial:
             UndefinedMeasureError: for outputs or targets that are not of one class per sample.
         """
         self.require_classes()
-        with torch.no_grad():
-            logits = [in_float64(call_model(self.model, take(self.inputs, rows))) for rows in self.chunks]
+        logits = [in_float64(call_model_without_graph(self.model, take(self.inputs, rows))) for rows in self.chunks]
         return torch.cat(logits)
 
     @property
@@ -175,8 +174,7 @@ class Trial:
         Raises:
             UndefinedMeasureError: for outputs or targets of another kind.
         """
-        with torch.no_grad():
-            shape = call_model(self.model, take(self.inputs, slice(1))).shape
+        shape = call_model_without_graph(self.model, take(self.inputs, slice(1))).shape
         if len(shape) != 2 or shape[1] < 2:
             named = ", ".join(["N", *map(str, shape[1:])])
             raise UndefinedMeasureError(f"outputs of shape ({named}) are no logits of one class per sample")

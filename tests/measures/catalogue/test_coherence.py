@@ -9,7 +9,7 @@ from torch import nn
 
 import flatminima as fm
 from flatminima.errors import UndefinedMeasureError
-from flatminima.network import draw_subsets
+from flatminima.sampling import draw_subsets
 from support.minima import network, value_of
 from support.oracles import explicit_jacobian
 

@@ -12,7 +12,7 @@ from flatminima.losses import is_single_label
 from flatminima.measures.loss_surface import parts_of_subset
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
-from flatminima.network import back_like, call_model, moved
+from flatminima.network import back_like, call_model_without_graph, moved
 
 _DRAWS = 10
 _BISECTIONS = 15
@@ -59,10 +59,9 @@ def _hits_under_noise(trial: Trial, sigma: float) -> int:
 def _hits(trial: Trial) -> list[Tensor]:
     """Whether each sample's label has the largest logit."""
     found = []
-    with torch.no_grad():
-        for inputs, targets in parts_of_subset(trial):
-            logits = call_model(trial.model, inputs)
-            if not is_single_label(trial.loss, logits):
-                raise UndefinedMeasureError("accuracy is defined for the cross entropy of one label per sample alone")
-            found.append(logits.argmax(1) == targets)
+    for inputs, targets in parts_of_subset(trial):
+        logits = call_model_without_graph(trial.model, inputs)
+        if not is_single_label(trial.loss, logits):
+            raise UndefinedMeasureError("accuracy is defined for the cross entropy of one label per sample alone")
+        found.append(logits.argmax(1) == targets)
     return found

@@ -13,7 +13,7 @@ from flatminima.errors import UndefinedMeasureError
 from flatminima.losses import logit_gradient
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
-from flatminima.network import Inputs, call_model, in_float64, take
+from flatminima.network import Inputs, call_model_without_graph, in_float64, take
 
 _SAME = 1e-4
 """How far the layer's product may be from the logits, relative to the largest: float32 rounds by less."""
@@ -52,10 +52,10 @@ def _last_linear(model: nn.Module, inputs: Inputs) -> tuple[nn.Linear, Tensor, T
     def note(layer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         calls.append((cast(nn.Linear, layer), arguments[0] if arguments else keywords["input"]))
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for layer in linear:
             stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        logits = call_model(model, inputs)
+        logits = call_model_without_graph(model, inputs)
     for layer, features in calls[-1:]:
         product = F.linear(features.detach(), layer.weight.detach(), layer.bias)
         if product.shape == logits.shape and _close(product, logits):

@@ -1,0 +1,54 @@
+"""What a trial refuses to tell, and how it splits its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import flatminima as fm
+from flatminima.errors import UndefinedMeasureError
+from flatminima.measures import CATALOGUE, Trial
+from support.minima import fitted
+
+
+def trial_of(**options: object) -> Trial:
+    """The last trial of a measurement."""
+    seen: list[Trial] = []
+
+    def note(trial: Trial) -> float:
+        seen.append(trial)
+        return 0.0
+
+    model, x, y = fitted(1e-2)
+    fm.measure(model, (x, y), subset_size=6, trials=1, measures=note, progress=False, **options)
+    return seen[-1]
+
+
+@pytest.mark.parametrize("name", ["fisher_rao_norm", "weight_alignment", "relative_flatness"])
+def test_measures_of_the_weights_are_refused_where_no_process_has_them_whole(name: str) -> None:
+    trial = dataclasses.replace(trial_of(), sharded=True)
+    with pytest.raises(UndefinedMeasureError, match="it needs the weights whole"):
+        CATALOGUE[name].of(trial)
+
+
+def test_chunks_hold_every_sample_once_and_no_more_than_fit() -> None:
+    for batch, sizes in ((4, [4, 2]), (6, [6]), (100, [6]), (1, [1] * 6)):
+        chunks = dataclasses.replace(trial_of(), batch=batch).chunks
+        assert [chunk.stop - chunk.start for chunk in chunks] == sizes
+        assert torch.equal(torch.cat([torch.arange(6)[chunk] for chunk in chunks]), torch.arange(6))
+
+
+def test_the_adaptive_gram_matrix_is_the_trials_own_where_gradients_are_scale_invariant() -> None:
+    plain, invariant = trial_of(), trial_of(scale_invariant=True)
+    assert invariant.adaptive_gram is invariant.gram
+    torch.testing.assert_close(plain.adaptive_gram.unit, invariant.gram.unit)
+    assert not torch.allclose(plain.gram.unit, invariant.gram.unit)
+
+
+def test_class_logits_are_those_of_the_subset_in_float64() -> None:
+    trial = dataclasses.replace(trial_of(), batch=4)
+    expected = trial.model(trial.inputs).detach()
+    torch.testing.assert_close(trial.class_logits, expected)
+    assert trial.class_logits.dtype == torch.float64

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flatminima.lab.experiments import (
-    INDICATORS,
     MATCHED_COST,
     NORMALIZED,
     PRESETS,
@@ -39,6 +38,11 @@ ARMS = {
     "plain": PLAIN,
     "plain, equal cost": replace(PLAIN, epochs=MATCHED_COST * (PLAIN.epochs or 0)),
 }
+DRAWN = (
+    "test_error",
+    *("log_det_fisher", "residual", "sensitivity", "diversity", "log_det_unit_fisher"),
+    *("spectral_radius", "frobenius_norm", "fisher_trace", "robustness", NORMALIZED, "train_loss"),
+)
 MEASURING = Measuring(subset_size=100, trials=20, robustness_samples=20, on_singular="skip")
 
 
@@ -131,7 +135,7 @@ def _minima() -> Experiment:
         settings=tuple(Setting(str(size), "plain", replace(ARMS["plain"], confusion=size)) for size in CONFUSION),
         measuring=MEASURING,
         seeds=SEEDS,
-        drawn=("test_error", *INDICATORS),
+        drawn=DRAWN,
     )
 
 

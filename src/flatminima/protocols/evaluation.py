@@ -25,6 +25,9 @@ Verdict = Literal["follows", "goes against", "may repeat", "shows nothing", "und
 _FEW_UNITS = 10
 """Fewer seeds or minima than this make a percentile interval too narrow to be trusted."""
 
+_MANY_MINIMA = 10
+"""Of so many, 3.6 million orders are possible: none is met by luck."""
+
 _ERRORS_BY_CHANCE = 0.05
 
 
@@ -143,7 +146,7 @@ class Evaluation:
             reasons = [finding.reason for finding in self.measures[name].decisive(self.given) if finding.reason]
             undecided.setdefault(reasons[0], []).append(called[name])
         shown += [f"Not to be judged, as {reason}: {', '.join(those)}." for reason, those in undecided.items()]
-        return [*shown, *self._cautions()]
+        return [*shown, *self._cautions(called)]
 
     def _with_numbers(self, names: Sequence[str], called: Mapping[str, str]) -> str:
         """The strongest first."""
@@ -165,8 +168,13 @@ class Evaluation:
             f"the order beyond {given}; its plain τ may only repeat that."
         )
 
-    def _cautions(self) -> list[str]:
+    def _cautions(self, called: Mapping[str, str]) -> list[str]:
         found, unit = [], "minima" if self.seed is None else "seeds"
+        exact = [called[name] for name, evidence in self.measures.items() if abs(evidence.kendall.value or 0.0) == 1]
+        if exact and self.minima >= _MANY_MINIMA:
+            found.append(
+                f"Exactly in the order of the error: {', '.join(exact)}. Is that the error under another name?"
+            )
         judged = [e for e in self.measures.values() if e.verdict(self.given) != "undefined"]
         if len(judged) > 1:
             expected = _ERRORS_BY_CHANCE * len(judged)

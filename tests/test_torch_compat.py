@@ -450,7 +450,6 @@ def wrapped(x: Tensor) -> Tensor:
         (nn.Linear, False),
         (nn.ReLU(), False),
     ],
-    ids=str,
 )
 def test_which_functions_are_visible_to_function_modes(function: Any, visible: bool) -> None:
     assert torch_compat.is_visible_to_function_modes(function) == visible

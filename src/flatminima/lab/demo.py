@@ -30,7 +30,12 @@ CONFUSION = (0, 100, 200, 300)
 SEEDS = (100, 101, 102, 103, 104)
 """β was chosen by looking at runs with seeds 0 to 2, which take no part here."""
 
-PLAIN = replace(PRESETS["digits"].scenario, evaluate_every=1000)  # only at the end: errors on the way are not shown
+PLAIN = replace(
+    PRESETS["digits"].scenario,
+    batch_size=100,  # with the learning rate twice the preset's: half the updates, and half the time
+    lr=0.1,
+    evaluate_every=1000,  # only at the end: errors on the way are not shown
+)
 REGULARIZER = PRESETS["digits"].regularizer
 
 ARMS = {

@@ -2,6 +2,7 @@
 
     python benchmarks/regularizer.py                                                 # hours on two cores
     python benchmarks/regularizer.py --networks resnet20 --modes eager --threads 1 --clock cpu     # on a busy machine
+    python benchmarks/regularizer.py --networks digits-mlp small-cnn-16 small-cnn-32 --modes eager --batch-size 64
     python benchmarks/regularizer.py --device cuda --memory-limit 0 --output regularizer-cuda
 
 A step is forward, backward and an SGD update. Every method has a process of its own, where its steps, plain steps and
@@ -60,10 +61,26 @@ def images(name: str, batch_size: int) -> tuple[nn.Module, Tensor]:
     return build_model(name).to(memory_format=torch.channels_last), inputs
 
 
+def small_cnn(side: int, batch_size: int) -> tuple[nn.Module, Tensor]:
+    """Two convolutions of 5,418 weights, as a first try has them: what a step costs beside its arithmetic is seen."""
+    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    model = nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), *pooled)
+    return model, torch.randn(batch_size, 3, side, side)
+
+
+def digits_mlp(batch_size: int) -> tuple[nn.Module, Tensor]:
+    """The demo's network."""
+    return build_model("mlp", num_classes=10, in_channels=1), torch.randn(batch_size, 1, 8, 8)
+
+
 NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
     "cnn": lambda batch_size: images("cnn", batch_size),
     "resnet20": lambda batch_size: images("resnet20", batch_size),
     "wrn28-2": lambda batch_size: images("wrn28-2", batch_size),
+    "digits-mlp": digits_mlp,
+    "small-cnn-16": lambda batch_size: small_cnn(16, batch_size),
+    "small-cnn-32": lambda batch_size: small_cnn(32, batch_size),
     "transformer": lambda batch_size: (Transformer(), torch.randint(256, (batch_size, 64))),
 }
 

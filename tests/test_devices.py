@@ -41,6 +41,9 @@ def minimum() -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, y
 
 
+EVERY = ("cheap", "adaptive_average_sharpness")
+"""Measures: all but those of many passes."""
+
 WAYS = [
     {},
     {"fisher": "model"},
@@ -55,12 +58,12 @@ WAYS = [
 @pytest.mark.parametrize("device", ACCELERATORS)
 def test_every_measure_is_that_on_the_cpu(device: str, options: dict) -> None:
     model, x, y = minimum()
-    options = {"subset_size": 8, "trials": 3, "per_parameter": True, **options}
+    options = {"subset_size": 8, "trials": 3, "per_parameter": True, "measures": EVERY, **options}
     expected = fm.measure(model, (x, y), **options)
     found = fm.measure(copy.deepcopy(model).to(device), (x, y), **options)
     assert found.log_det_fisher.per_trial == pytest.approx(expected.log_det_fisher.per_trial, abs=TOLERANCE)
     for name, estimate in expected.estimates().items():
-        assert found.estimates()[name].mean == pytest.approx(estimate.mean, rel=1e-3, abs=TOLERANCE)
+        assert found.estimates()[name].mean == pytest.approx(estimate.mean, rel=1e-3, abs=TOLERANCE, nan_ok=True)
     assert found.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
     assert found.settings.device.startswith(device)
 
@@ -116,13 +119,14 @@ def device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", WAYS)
 def test_a_device_without_float64_is_never_asked_for_it(options: dict) -> None:
     model, x, y = minimum()
-    options = {"subset_size": 8, "trials": 1, "per_parameter": True, **options}
+    options = {"subset_size": 8, "trials": 1, "per_parameter": True, "measures": EVERY, **options}
     expected = fm.measure(model, (x, y), **options)
     with no_float64.Device():
         found = fm.measure(no_float64.moved(model), (x, y), **options)
     assert found.settings.device == no_float64.DEVICE
     assert found.log_det_fisher.per_trial == pytest.approx(expected.log_det_fisher.per_trial, abs=TOLERANCE)
-    assert found.robustness.mean == pytest.approx(expected.robustness.mean, rel=1e-4)
+    for name, estimate in expected.estimates().items():
+        assert found.estimates()[name].mean == pytest.approx(estimate.mean, rel=1e-3, abs=1e-12, nan_ok=True), name
 
 
 @pytest.mark.usefixtures("device_without_float64")

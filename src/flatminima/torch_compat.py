@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
@@ -233,6 +233,18 @@ def hides_what_is_saved(error: RuntimeError) -> bool:
 def raises_when_differentiated(node: Any) -> bool:
     """Whether a node of the autograd graph stands behind a function marked ``once_differentiable``."""
     return str(node.name()).endswith("Error")
+
+
+def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph that ``results`` come from."""
+    seen: set[Any] = {None}
+    waiting: list[Any] = [result.grad_fn for result in results]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+            yield node
 
 
 # Modes.

@@ -96,6 +96,7 @@ def test_schedule_options_are_those_of_the_recipe(capsys: pytest.CaptureFixture[
         (["train", "--model", "resnet2"], "did you mean 'resnet20'?"),
         (["train", "resnet2"], "did you mean 'resnet20'?"),
         (["train", "--epochs", "many"], "--epochs: 'many' cannot be used, it takes an integer or None"),
+        (["measure", "--batchnorm", "x"], "--batchnorm: 'x' cannot be used, it takes an integer or eval"),
         (["train", "--lr", "fast"], "--lr: 'fast' cannot be used, it takes a number"),
         (["train", "--lr", "nan"], "got nan; it must be finite (options: --lr)"),
         (["train", "--batch-size", "0"], "batch_size must be >= 1, got 0 (options: --batch-size)"),
@@ -139,6 +140,14 @@ def test_help_keeps_to_eighty_columns(
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([*filter(None, [command]), "--help"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_completion_for_shells_is_printed_as_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["measure", "--tyro-print-completion", "bash"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 80
 
 
 def test_options_are_named_as_they_are_typed() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.jobs import Executor, Failure, Local, Ray, WorkerPool, available_cores, run_all
+from flatminima.lab.jobs import PRELOADED, Executor, Failure, Local, Ray, WorkerPool, available_cores, run_all
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.spec import RunSpec
@@ -33,6 +33,10 @@ BOTH = pytest.mark.parametrize("executor", [Local(), WorkerPool(2)], ids=["local
 def square(number: int) -> tuple[int, int, int]:
     time.sleep(0.02 * (3 - number))  # later tasks end first
     return number**2, os.getpid(), torch.get_num_threads()
+
+
+def are_imported(names: tuple[str, ...]) -> bool:
+    return all(name in sys.modules for name in names)
 
 
 def fail(number: int) -> int:
@@ -98,6 +102,14 @@ def test_workers_are_processes_with_the_threads_asked_for() -> None:
     results = run_all(square, [0, 1, 2, 3], WorkerPool(2, threads=3), progress=False)
     assert {threads for _, _, threads in results} == {3}
     assert 1 <= len({pid for _, pid, _ in results} - {os.getpid()}) <= 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every worker imports for itself")
+def test_workers_begin_with_the_slow_imports_done() -> None:
+    pool = WorkerPool(1)
+    pool.prepare()
+    pool.prepare()
+    assert run_all(are_imported, [tuple(PRELOADED)], pool, progress=False) == [True]
 
 
 def test_no_tasks_no_results() -> None:

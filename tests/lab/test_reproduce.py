@@ -91,6 +91,9 @@ def test_a_scenario_from_end_to_end(tmp_path: Path) -> None:
     page = _Page()
     page.feed(stem.with_suffix(".html").read_text())
     assert (page.pictures, page.loaded) == (7, [])
+    ledger = stem.with_name("ledger.csv").read_text().splitlines()
+    assert len(ledger) == 1 + len(summary.records)
+    assert set(ledger[0].split(",")) >= {"experiment", "confusion", "case", "seed", "test_error", *summary.correlations}
     text = stem.with_suffix(".md").read_text()
     assert all(line in text for line in summary.verdict)
     assert "| images with random labels | 0 | 200 |" in text

@@ -25,7 +25,7 @@ HYPER_PARAMETERS = ["lr", "optimizer"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatminima.errors.LedgerWarning")  # copies of rows, by chance
 random_ledgers = st.integers(0, 10**6).map(random_frame)
-many = settings(max_examples=25, deadline=None)
+many = settings(max_examples=15, deadline=None)
 
 
 @pytest.fixture(autouse=True, scope="module")

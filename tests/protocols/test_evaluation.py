@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from flatminima.protocols import Evaluation, Evidence, Ledger, described, evaluate, kendall, partial_kendall, sign_error
+from support.ledgers import ledger_of, random_frame
 
 
 def made(seeds: int = 12, given: str | None = "loss") -> Evaluation:
@@ -63,6 +64,12 @@ def test_the_conclusions_say_it_in_words(evaluation: Evaluation) -> None:
     assert evaluation.conclusions({"loss": "training loss", "adds": "Σ"})[1].startswith(
         "Say something about the error beyond training loss: Σ ("
     )
+
+
+def test_the_error_under_another_name_is_pointed_out() -> None:
+    frame = random_frame(1, seeds=4).assign(accuracy=lambda frame: 1 - frame["error"])
+    lines = evaluate(ledger_of(frame, measures=["x", "accuracy"])).conclusions()
+    assert "Exactly in the order of the error: accuracy. Is that the error under another name?" in lines
 
 
 def test_few_seeds_are_warned_of() -> None:

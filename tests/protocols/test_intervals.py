@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import mbe_eval
 import numpy as np
 import pandas as pd
@@ -19,7 +22,7 @@ from flatminima.protocols import (
 )
 from support.ledgers import ledger_of, normalized_information, random_frame
 
-FEW = 20
+FEW = 12
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatminima.errors.LedgerWarning")
 
@@ -39,10 +42,15 @@ def quantiles(values: list[float]) -> tuple[float, float]:
     return pytest.approx(low, rel=1e-12), pytest.approx(high, rel=1e-12)
 
 
-def of_seeds(frame: pd.DataFrame, chosen: np.ndarray) -> pd.DataFrame:
-    """The minima of the seeds drawn; a seed drawn twice is two seeds."""
-    parts = [frame[frame["seed"] == seed].assign(seed=k) for k, seed in enumerate(chosen)]
-    return pd.concat(parts, ignore_index=True)
+def times_of_pairs(units: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """How often every two minima are a pair: copies of one unit do not meet each other."""
+    times = np.array([(chosen == unit).sum() for unit in units])
+    return np.where(units[:, None] == units, times[:, None], times[:, None] * times)
+
+
+def tau_of(x: pd.Series, y: pd.Series, times: np.ndarray) -> float:
+    up, right = (np.sign(values.to_numpy()[:, None] - values.to_numpy()) for values in (x, y))
+    return float((times * up * right).sum() / math.sqrt((times * up**2).sum() * (times * right**2).sum()))
 
 
 def test_minima_are_redrawn_where_no_seeds_are_named(few_resamples: None) -> None:
@@ -53,35 +61,61 @@ def test_minima_are_redrawn_where_no_seeds_are_named(few_resamples: None) -> Non
 
 def test_seeds_are_redrawn_as_wholes(few_resamples: None) -> None:
     frame = random_frame(13, seeds=4)
-    frames = [of_seeds(frame, chosen) for chosen in drawn(4)]
     ledger = ledger_of(frame, seed="seed")
-    assert kendall(ledger, "x").interval == quantiles([stats.kendalltau(f["x"], f["error"]).statistic for f in frames])
-    partial = [partial_kendall(ledger_of(f), "x").value for f in frames]
-    assert partial_kendall(ledger, "x").interval == quantiles([value for value in partial if value is not None])
-    axes = [mbe_eval.granulated_kendall(f, "x", "error", ["lr", "optimizer", "seed"])[1] for f in frames]
-    psi = [axis["granulated_kendall"][:2].mean() for axis in axes]
-    assert granulated_kendall(ledger, "x").interval == quantiles(psi)
+    direct, partial = [], []
+    for chosen in drawn(4):
+        times = times_of_pairs(frame["seed"].to_numpy(), chosen)
+        taus = [tau_of(frame[a], frame[b], times) for a, b in (("x", "error"), ("x", "loss"), ("loss", "error"))]
+        direct.append(taus[0])
+        partial.append((taus[0] - taus[1] * taus[2]) / math.sqrt((1 - taus[1] ** 2) * (1 - taus[2] ** 2)))
+    assert kendall(ledger, "x").interval == quantiles(direct)
+    assert partial_kendall(ledger, "x").interval == quantiles(partial)
+
+
+def test_a_seed_that_is_drawn_twice_has_cells_of_its_own_twice(few_resamples: None) -> None:
+    frame, psi = random_frame(13, seeds=4), []
+    for chosen in drawn(4):
+        parts = [frame[frame["seed"] == seed].assign(seed=k) for k, seed in enumerate(chosen)]
+        names = ["lr", "optimizer", "seed"]
+        _, axes = mbe_eval.granulated_kendall(pd.concat(parts, ignore_index=True), "x", "error", names)
+        psi.append(axes["granulated_kendall"][:2].mean())
+    assert granulated_kendall(ledger_of(frame, seed="seed"), "x").interval == quantiles(psi)
 
 
 def test_the_worst_environment_is_found_anew_in_every_resample(few_resamples: None) -> None:
-    frame = random_frame(14, seeds=5)
-    worst = []
+    frame, worst = random_frame(14, seeds=5), []
+    x, error, setting = (frame[name].to_numpy() for name in ("x", "error", "setting"))
+    wrong = (1 - np.sign(x[:, None] - x) * np.sign(error[:, None] - error)) / 2
+    surely = np.maximum(0, 1 - 2 * np.exp(-500 * (error[:, None] - error) ** 2)) ** 2
+    weight = np.maximum(surely - 0.5, 0)
+    neighbours = [
+        (one, other)
+        for one, other in itertools.combinations(sorted(set(setting)), 2)
+        if sum(a != b for a, b in zip(one.split(), other.split(), strict=True)) == 1
+    ]
     for chosen in drawn(5):
-        environments = mbe_eval.robust_sign_error_environments(
-            of_seeds(frame, chosen), ["x"], ["lr", "optimizer"], target="error", config_column="setting", test_size=1000
-        )
-        worst.append(environments["x"].max() if len(environments) else np.nan)
+        times = times_of_pairs(frame["seed"].to_numpy(), chosen)
+        errors = []
+        for one, other in neighbours:
+            of_pair = np.outer(setting == one, setting == other)
+            total, squares = ((of_pair * times * weight**power).sum() for power in (1, 2))
+            if total**2 / squares >= 12:
+                errors.append((of_pair * times * weight * wrong).sum() / total)
+        worst.append(max(errors, default=math.nan))
+    assert len(neighbours) == 9
     assert sign_error(ledger_of(frame, seed="seed"), "x").interval == quantiles(worst)
 
 
-def test_information_pairs_no_minimum_with_its_own_copy(few_resamples: None) -> None:
-    frame = random_frame(15)
-    found = []
-    for chosen in drawn(len(frame)):
-        times = np.bincount(chosen, minlength=len(frame)).tolist()
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_information_pairs_no_minimum_with_its_own_copy(seeds: int | None, few_resamples: None) -> None:
+    frame, found = random_frame(15, seeds=seeds), []
+    units = np.arange(len(frame)) if seeds is None else frame["seed"].to_numpy()
+    for chosen in drawn(seeds or len(frame)):
+        times = times_of_pairs(units, chosen)
         held = ([], ["lr"], ["optimizer"], ["lr", "optimizer"])
         found.append(np.nanmin([normalized_information(frame, columns, times) for columns in held]))
-    assert conditional_mutual_information(ledger_of(frame), "x").interval == quantiles(found)
+    ledger = ledger_of(frame, seed="seed" if seeds else None)
+    assert conditional_mutual_information(ledger, "x").interval == quantiles(found)
 
 
 def test_seeds_of_one_setting_each_are_redrawn_within_it(few_resamples: None) -> None:

@@ -93,13 +93,13 @@ def test_a_noisy_copy_of_the_given_has_a_partial_tau_but_no_partial_correlation(
     """Normal variables: of measure and error, each 0.98 with the loss and independent beside it."""
     monkeypatch.setattr("flatminima.protocols.findings.RESAMPLES", 2)
     generator = np.random.default_rng(0)
-    loss, x, error = generator.normal(size=(3, 1500))
+    loss, x, error = generator.normal(size=(3, 800))
     frame = pd.DataFrame({"loss": loss, "x": 0.98 * loss + 0.2 * x, "error": 0.98 * loss + 0.2 * error})
     ledger = Ledger.of(frame, error="error", given="loss", measures=["x"])
     own, shared = (2 / math.pi * math.asin(rho) for rho in (0.98, 0.98**2))
-    assert partial_kendall(ledger, "x").value == pytest.approx((shared - own**2) / (1 - own**2), abs=0.03)
+    assert partial_kendall(ledger, "x").value == pytest.approx((shared - own**2) / (1 - own**2), abs=0.05)
     assert partial_kendall(ledger, "x").value > 0.2
-    assert partial_correlation(ledger, "x").value == pytest.approx(0, abs=0.05)
+    assert partial_correlation(ledger, "x").value == pytest.approx(0, abs=0.08)
 
 
 def test_a_measure_that_repeats_the_given_adds_nothing() -> None:

@@ -43,15 +43,15 @@ def ledger_of(frame: pd.DataFrame, **changed: Any) -> Ledger:
     return Ledger.of(frame, **{**COLUMNS, **changed})
 
 
-def normalized_information(frame: pd.DataFrame, columns: list[str], times: list[int] | None = None) -> float:
-    """I / H over ordered pairs of different minima, each pair as often as its minima are drawn."""
-    times = times or [1] * len(frame)
+def normalized_information(frame: pd.DataFrame, columns: list[str], times: Any = None) -> float:
+    """I / H over ordered pairs of different minima, each pair so many ``times``, (n, n)."""
+    times = np.ones((len(frame), len(frame))) if times is None else times
     rows = list(frame.itertuples())
     pairs: Counter[tuple[object, bool, bool]] = Counter()
     for i, j in itertools.permutations(range(len(rows)), 2):
         a, b = rows[i], rows[j]
         values = tuple((getattr(a, name), getattr(b, name)) for name in columns)
-        pairs[values, a.x > b.x, a.error > b.error] += times[i] * times[j]
+        pairs[values, a.x > b.x, a.error > b.error] += times[i][j]
     total, information, entropy = sum(pairs.values()), 0.0, 0.0
     for values in {key[0] for key in pairs}:
         p = {(x, e): pairs[values, x, e] / total for x in (False, True) for e in (False, True)}

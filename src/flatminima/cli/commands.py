@@ -202,6 +202,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
         reproduction = reproduce.Reproduction(
             names=chosen,
             preset=options.preset,
+            protocol=options.protocol,
             out=options.out,
             data=options.data,
             seeds=options.seeds,

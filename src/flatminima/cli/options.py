@@ -216,6 +216,8 @@ class Reproduce:
     """scenario-1, scenario-2, scenario-3, table-1, table-2, search, or all."""
     preset: Annotated[Literal["paper", "small", "digits"], arg(aliases=("-p",))] = "digits"
     """How large: as in the paper; in small, on CIFAR-10; or in miniature, on handwritten digits."""
+    protocol: Literal["paper", "matched"] = "paper"
+    """When the scenarios' runs end: after the paper's epochs, or each once its training loss is down to the same."""
     out: Annotated[Path, arg(aliases=("-o",))] = Path("reproduction")
     """Folder for pages and runs."""
     data: Annotated[Path | None, arg(aliases=("-d",))] = None
@@ -256,7 +258,8 @@ def parse(command: type[Options], given: list[str], *, prog: str, **parsing: Any
         with problems_handed_to(refuse), contextlib.redirect_stdout(shown):
             return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
     except SystemExit as leaving:
-        print(shown.wrapped(), end="")  # noqa: T201
+        is_help = {"-h", "--help"} & set(given)  # the rest is for programs: completion for shells
+        print(shown.wrapped() if is_help else shown.getvalue(), end="")  # noqa: T201
         raise Shown(leaving.code) from None
 
 
@@ -277,11 +280,13 @@ class _Help(io.StringIO):
     def wrapped(self) -> str:
         """The text, its lines outside of boxes as wide as those within."""
         width = shutil.get_terminal_size().columns
-        lines = (
-            line if len(line) <= width or line[:1] in "╭│╰" else textwrap.fill(line, width, break_on_hyphens=False)
-            for line in self.getvalue().splitlines()
-        )
-        return "".join(f"{line}\n" for line in lines)
+        return "".join(f"{_filled(line, width)}\n" for line in self.getvalue().splitlines())
+
+
+def _filled(line: str, width: int) -> str:
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", line)  # without colours
+    is_boxed = shown[:1] in ("╭", "│", "╰")
+    return line if is_boxed or len(shown) <= width else textwrap.fill(line, width, break_on_hyphens=False)
 
 
 class Shown(Exception):  # noqa: N818

@@ -65,7 +65,8 @@ def _no_instance(problem: Any, known: Iterable[str]) -> str:
     found = _VALUE.search(message)
     if found is None:
         return f"{_name(problem.argument)}: {message}"
-    takes = " or ".join(_KINDS.get(kind, kind) for kind in problem.argument.lowered.metavar.split("|")[::-1])
+    kinds = problem.argument.lowered.metavar.split("|")[::-1]
+    takes = " or ".join(_KINDS.get(kind) or kind.strip("{}").replace(",", " or ") for kind in kinds)
     return f"{_name(problem.argument)}: {found['value']} cannot be used, it takes {takes}"
 
 
@@ -77,7 +78,6 @@ _VALUE = re.compile(
 _KINDS = {
     "INT": "an integer",
     "FLOAT": "a number",
-    "{None}": "None",
     "{[INT [INT ...]]}": "integers",
     "INT [INT ...]": "integers",
     "[INT [INT ...]]": "integers",

@@ -340,7 +340,8 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: Accum
         for use in uses:
             use.on_arrival = add_when_complete(parameter, uses)
     if logits.requires_grad:
-        torch.autograd.grad(logits, [recorder.root, *recorder.leaves.values()], direction, allow_unused=True)
+        leaves = [leaf for leaf in recorder.leaves.values() if leaf.requires_grad]  # FSDP2's own no longer may
+        torch.autograd.grad(logits, [recorder.root, *leaves], direction, allow_unused=True)
     for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
         sink.add_use(parameter, uses)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flatminima.lab.experiments import (
-    INDICATORS,
     MATCHED_COST,
     NORMALIZED,
     PRESETS,
@@ -39,6 +38,11 @@ ARMS = {
     "plain": PLAIN,
     "plain, equal cost": replace(PLAIN, epochs=MATCHED_COST * (PLAIN.epochs or 0)),
 }
+DRAWN = (
+    "test_error",
+    *("log_det_fisher", "residual", "sensitivity", "diversity", "log_det_unit_fisher"),
+    *("spectral_radius", "frobenius_norm", "fisher_trace", "robustness", NORMALIZED, "train_loss"),
+)
 MEASURING = Measuring(subset_size=100, trials=20, robustness_samples=20, on_singular="skip")
 
 
@@ -103,7 +107,9 @@ def demo(out: Path, *, workers: int | None = None, progress: bool = True) -> Dem
     """
     started, workers = time.monotonic(), workers or available_cores()
     tell: Callable[[str], None] | None = _say if progress else None
-    summaries = DemoStudy(out, WorkerPool(workers), workers).run(progress=progress, tell=tell)
+    pool = WorkerPool(workers)
+    pool.prepare()
+    summaries = DemoStudy(out, pool, workers).run(progress=progress, tell=tell)
     return DemoResult(summaries, round(time.monotonic() - started, 1))
 
 
@@ -129,7 +135,7 @@ def _minima() -> Experiment:
         settings=tuple(Setting(str(size), "plain", replace(ARMS["plain"], confusion=size)) for size in CONFUSION),
         measuring=MEASURING,
         seeds=SEEDS,
-        drawn=("test_error", *INDICATORS),
+        drawn=DRAWN,
     )
 
 

@@ -33,7 +33,7 @@ Task = TypeVar("Task")
 
 Result = TypeVar("Result")
 
-PRELOADED = ["flatminima.lab.experiments", "lightning_fabric"]
+PRELOADED = ["flatminima.lab.experiments", "lightning_fabric", "sklearn.datasets", "sklearn.model_selection"]
 """What the server has imported before it forks a worker; Fabric takes longer than all else, and every run needs it."""
 
 _GRACE_SECONDS = 20.0  # what a worker that is told to stop gets for its present update and its resume point
@@ -87,6 +87,10 @@ class WorkerPool:
     """Threads of each worker."""
     retries: int = 2
     """How often a task is performed again whose worker was killed (say, for memory)."""
+
+    def prepare(self) -> None:
+        """Begin with the imports, where a server does them, while this process does something else."""
+        _context()
 
     def run(
         self, function: Callable[[Task], Result], tasks: Sequence[Task]
@@ -280,7 +284,7 @@ def _context() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([*PRELOADED, *_main_module()])
     # Ctrl-C goes to the server too, which would end in a traceback while it still imports: it inherits that not.
     # The tracker must be there before, since its start lets SIGINT through again.
     resource_tracker.ensure_running()
@@ -290,6 +294,17 @@ def _context() -> Any:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return context
+
+
+def _main_module() -> list[str]:
+    """The program, which every worker imports again: a script as "__main__"; of what ``-m`` runs, ours alone by name.
+
+    Another program's module may begin its work when it is imported, which multiprocessing forbids for "__main__" only.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return ["__main__"]
+    return [spec.name] if spec.name == "flatminima.__main__" else []
 
 
 def _serve(connection: Any, function: Callable[[Any], Any], threads: int, gpu: str | None) -> None:

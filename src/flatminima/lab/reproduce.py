@@ -14,6 +14,7 @@ from flatminima.lab.experiments import (
     PRESETS,
     Experiment,
     PresetName,
+    Protocol,
     Task,
     Tuning,
     build_experiment,
@@ -32,6 +33,12 @@ _LEADS = {
 }
 
 
+_MATCHED = (
+    " The runs of a scenario end as soon as they fit their training images equally well, and not after as many epochs: "
+    "at unequal training loss a measure that contains it, as γ̂ does, is compared with little else."
+)
+
+
 @dataclass(frozen=True)
 class Reproduction(Study):
     """Some of the paper's experiments in one size, and where they are kept."""
@@ -46,6 +53,8 @@ class Reproduction(Study):
     """Folder of CIFAR (None: from the Hugging Face hub)."""
     seeds: tuple[int, ...] | None = None
     """Other seeds than the paper's five; the search keeps its one."""
+    protocol: Protocol = "paper"
+    """When the scenarios' runs end."""
     executor: Executor = WorkerPool(1)  # noqa: RUF009
     """Where runs go."""
     workers: int = 1
@@ -54,14 +63,18 @@ class Reproduction(Study):
     """Search by this many trials of Optuna for every network (None: over the whole grid)."""
 
     def __post_init__(self) -> None:
+        scenarios = [name for name in self.names if name.startswith("scenario")]
+        if self.protocol == "matched" and len(scenarios) < len(self.names):
+            others = ", ".join(name for name in self.names if name not in scenarios)
+            raise FlatminimaError(f"the matched protocol is the scenarios': leave {others} out, or the protocol")
         if self.trials is not None and "search" not in self.names:
             raise FlatminimaError("trials are the search's: add search to the experiments, or leave the trials out")
         self.tuning("search")  # refused now, not after the experiments before it
 
     @property
     def folder(self) -> Path:
-        """Where the preset's runs and pages are."""
-        return self.out / self.preset
+        """Where the preset's runs and pages are; those of another protocol than the paper's beside them."""
+        return self.out / (self.preset if self.protocol == "paper" else f"{self.preset}-{self.protocol}")
 
     @property
     def page(self) -> Path:
@@ -72,17 +85,20 @@ class Reproduction(Study):
     @property
     def heading(self) -> str:
         """The page's."""
-        return f"The paper's experiments, {self.preset}"
+        protocol = "" if self.protocol == "paper" else ", at matched fit"
+        return f"The paper's experiments, {self.preset}{protocol}"
 
     @property
     def lead(self) -> str:
         """What the page begins with."""
-        return _LEADS[self.preset]
+        return _LEADS[self.preset] + ("" if self.protocol == "paper" else _MATCHED)
 
     def experiment(self, name: str) -> Experiment:
         """One of them, with what the search has chosen so far."""
         chosen = read_winners(self.folder)
-        return build_experiment(name, PRESETS[self.preset], chosen=chosen, data=self.data, seeds=self.seeds)
+        return build_experiment(
+            name, PRESETS[self.preset].under(self.protocol), chosen=chosen, data=self.data, seeds=self.seeds
+        )
 
     def tuning(self, name: str) -> Tuning | None:
         """How an experiment is searched by trials, if it is."""

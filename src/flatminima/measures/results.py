@@ -150,6 +150,8 @@ class Characterization:
         """
         try:
             values = json.loads(text)
+            if "others" not in values:
+                _bring_up_to_date(values)
             for name in ATTRIBUTES:
                 if values[name] is not None:
                     values[name] = _estimate_from(values[name])
@@ -209,6 +211,14 @@ class Settings:
     flatminima_version: str = field(default_factory=lambda: version("flatminima"))
     left_out: dict[str, str] = field(default_factory=dict)
     larger_is_better: list[str] = field(default_factory=list)
+
+
+def _bring_up_to_date(values: dict[str, Any]) -> None:
+    """From the form of 0.1.0, which knew neither γ̂'s parts nor other measures than the robustness."""
+    values |= dict.fromkeys(("residual", "sensitivity", "diversity", "log_det_unit_fisher"))
+    robustness, reason = values.pop("robustness"), values["settings"].pop("no_robustness", None)
+    values["others"] = {} if robustness is None else {"robustness": robustness}
+    values["settings"] |= {"left_out": {} if reason is None else {"robustness": reason}, "larger_is_better": []}
 
 
 def _estimate_from(values: dict[str, Any]) -> Estimate:

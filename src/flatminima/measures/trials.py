@@ -26,7 +26,7 @@ from flatminima.measures.preparation import PreparedModel
 from flatminima.measures.registry import CATALOGUE, Selection
 from flatminima.measures.trial import Trial
 from flatminima.network import evaluating, sound_batchnorm, true_precision
-from flatminima.parallel import Processes
+from flatminima.parallel import Processes, is_sharded
 from flatminima.progress import track
 from flatminima.torch_compat import version_of
 
@@ -141,7 +141,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         options,
         form,
         prepared.plan.affordable_samples,
-        sharded=prepared.processes.size > 1,
+        sharded=any(map(is_sharded, prepared.model.parameters())),
     )
     values, undefined = _measured(trial, prepared.selection, prepared.values_of_weights)
     shares, samples = factored.shares, options.subset_size

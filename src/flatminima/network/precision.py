@@ -47,7 +47,8 @@ class RefusedAutocast(TorchFunctionMode):
     ) -> Any:
         for tensor in tensors_of([args, kwargs or {}]):
             rounded = tensor.is_floating_point() and tensor.dtype != torch.float64
-            if rounded and torch.is_autocast_enabled(tensor.device.type):
+            kind = tensor.device.type
+            if rounded and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 raise FlatminimaError(
                     "the model switches autocast on inside its forward, where gradients would be rounded to half "
                     "precision: measure copy.deepcopy(model).double(), which autocast leaves alone, or the model inside"

@@ -25,6 +25,9 @@ Verdict = Literal["follows", "goes against", "may repeat", "shows nothing", "und
 _FEW_UNITS = 10
 """Fewer seeds or minima than this make a percentile interval too narrow to be trusted."""
 
+_MANY_MINIMA = 10
+"""Of so many, 3.6 million orders are possible: none is met by luck."""
+
 _ERRORS_BY_CHANCE = 0.05
 
 
@@ -60,13 +63,13 @@ class Evidence:
             sign_error=sign_error(ledger, measure),
         )
 
-    def decisive(self, given: str | None) -> Finding:
-        """The finding that counts: the partial τ, or without anything given τ itself."""
-        return self.kendall if given is None else self.partial_kendall
+    def decisive(self, given: str | None) -> list[Finding]:
+        """The findings that count: the partial coefficients, or without anything given τ itself."""
+        return [self.kendall] if given is None else [self.partial_kendall, self.partial_correlation]
 
     def verdict(self, given: str | None) -> Verdict:
-        """What the decisive interval says of measure and error; given something, those of both partial coefficients."""
-        findings = [self.decisive(given), *([] if given is None else [self.partial_correlation])]
+        """What the decisive intervals say of measure and error."""
+        findings = self.decisive(given)
         if any(finding.interval is None for finding in findings):
             return "undefined"
         if all(finding.above_zero for finding in findings):
@@ -138,16 +141,17 @@ class Evaluation:
         if names := by_verdict.get("shows nothing"):
             these = ", ".join(called[name] for name in names)
             shown.append(f"Show no clear relation to the error{beyond} (the interval holds zero): {these}.")
-        undecided: dict[str | None, list[str]] = {}
+        undecided: dict[str, list[str]] = {}
         for name in by_verdict.get("undefined", []):
-            undecided.setdefault(self.measures[name].decisive(self.given).reason, []).append(called[name])
+            reasons = [finding.reason for finding in self.measures[name].decisive(self.given) if finding.reason]
+            undecided.setdefault(reasons[0], []).append(called[name])
         shown += [f"Not to be judged, as {reason}: {', '.join(those)}." for reason, those in undecided.items()]
-        return [*shown, *self._cautions()]
+        return [*shown, *self._cautions(called)]
 
     def _with_numbers(self, names: Sequence[str], called: Mapping[str, str]) -> str:
         """The strongest first."""
         symbol = "τ" if self.given is None else "partial τ"
-        findings = {name: self.measures[name].decisive(self.given) for name in names}
+        findings = {name: self.measures[name].decisive(self.given)[0] for name in names}
         strongest = sorted(names, key=lambda name: -abs(findings[name].value or 0.0))
         return ", ".join(f"{called[name]} ({symbol} = {described(findings[name])})" for name in strongest)
 
@@ -160,12 +164,17 @@ class Evaluation:
         given, alone = called[self.given], self.baseline.kendall
         tau = f"τ is undefined, as {alone.reason}" if alone.value is None else f"τ = {described(alone)}"
         return (
-            f"{text}Of {given} alone, {tau}. A measure's evidence is its partial τ: what it says of the order beyond "
-            f"{given}. Its plain τ may only repeat that."
+            f"{text}Of {given} alone, {tau}. A measure's evidence is its partial τ and partial ρ, what it says of "
+            f"the order beyond {given}; its plain τ may only repeat that."
         )
 
-    def _cautions(self) -> list[str]:
+    def _cautions(self, called: Mapping[str, str]) -> list[str]:
         found, unit = [], "minima" if self.seed is None else "seeds"
+        exact = [called[name] for name, evidence in self.measures.items() if abs(evidence.kendall.value or 0.0) == 1]
+        if exact and self.minima >= _MANY_MINIMA:
+            found.append(
+                f"Exactly in the order of the error: {', '.join(exact)}. Is that the error under another name?"
+            )
         judged = [e for e in self.measures.values() if e.verdict(self.given) != "undefined"]
         if len(judged) > 1:
             expected = _ERRORS_BY_CHANCE * len(judged)

@@ -17,6 +17,8 @@ from flatminima.protocols.ledger import Minima
 Weights = NDArray[np.float64]
 """(R, n): how often every minimum occurs in each of R resamples; all ones are the ledger itself."""
 
+Matrix = NDArray[np.float64]
+
 Statistic = Callable[[Weights], NDArray[np.float64]]
 """A protocol's value in every resample, (R,); NaN where it is not defined."""
 
@@ -85,31 +87,54 @@ def reason_of(minima: Minima) -> str | None:
     return None
 
 
-def redrawn(minima: Minima) -> tuple[NDArray[np.intp], list[NDArray[np.intp]]]:
-    """What is redrawn: every minimum's unit, (n,), and the strata within which units are drawn.
+class Pairs:
+    """Sums over pairs of minima in every resample.
 
-    A unit is a seed with the minima of all settings that have it, so that what a seed's minima share stays together;
-    or a single minimum, where no seeds are named. Where every seed is of one setting alone, they are drawn within
-    their settings, if each has two or more.
+    Two minima of a unit that is drawn twice are a pair twice, not four times: one copy of the unit does not meet the
+    other. Otherwise what a seed's minima share would weigh more in resamples than in the ledger.
+
+    Args:
+        rows: units of the minima that stand first in a pair.
+        columns: units of those that stand second.
+        matrix: what is summed, (rows, columns).
     """
-    if minima.seeds is None:
-        return np.arange(len(minima)), [np.arange(len(minima))]
-    units = minima.seeds
-    pairs = np.unique(np.stack([units, minima.settings]), axis=1)
-    if len(pairs[0]) == len(np.unique(units)):
+
+    def __init__(self, rows: NDArray[np.intp], columns: NDArray[np.intp], matrix: Matrix) -> None:
+        self._matrix = matrix
+        within = np.where(rows[:, None] == columns[None, :], matrix, 0.0)
+        self._within = within if within.any() else None
+
+    def by_column(self, first: Weights, second: Weights) -> NDArray[np.float64]:
+        """Sums over what stands first, for everything that stands second, (R, columns)."""
+        found: NDArray[np.float64] = (first @ self._matrix) * second
+        if self._within is not None:
+            found -= (first**2 - first) @ self._within
+        return found
+
+    def total(self, first: Weights, second: Weights) -> NDArray[np.float64]:
+        """Sums over all pairs, (R,)."""
+        total: NDArray[np.float64] = self.by_column(first, second).sum(axis=1)
+        return total
+
+
+def strata_of(minima: Minima) -> list[NDArray[np.intp]]:
+    """Within what units are drawn: all together; or the settings, where every seed is of one and each has several."""
+    units = np.unique(minima.units)
+    pairs = np.unique(np.stack([minima.units, minima.settings]), axis=1)
+    if minima.seeds is not None and len(pairs[0]) == len(units):
         strata = [pairs[0][pairs[1] == setting] for setting in np.unique(pairs[1])]
         if all(len(stratum) > 1 for stratum in strata):
-            return units, strata
-    return units, [np.unique(units)]
+            return strata
+    return [units]
 
 
 def bootstrap(minima: Minima, statistic: Statistic) -> tuple[float, float] | str:
     """The 95 % percentile interval over :data:`RESAMPLES` resamples, always the same ones; or why there is none."""
-    units, strata = redrawn(minima)
+    units, strata = minima.units, strata_of(minima)
     kind, number = "minima" if minima.seeds is None else "seeds", sum(map(len, strata))
     if number < LEAST:
         return f"no interval: {number} {kind} are too few to resample, it takes {LEAST}"
-    many = number + 1 if minima.seeds is None else int(units.max()) + 1
+    many = int(units.max()) + 1
 
     def of_drawn(*drawn: NDArray[np.intp], axis: int = -1) -> NDArray[np.float64]:
         chosen = np.concatenate(drawn, axis=axis)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import rel_entr
 
-from flatminima.protocols.findings import Finding, Statistic, Weights, find
+from flatminima.protocols.findings import Finding, Pairs, Statistic, Weights, find
 from flatminima.protocols.ledger import Ledger, Minima, combinations_of
 
 _HELD = 2
@@ -54,18 +54,19 @@ def _normalized(minima: Minima, codes: NDArray[np.intp]) -> Statistic:
     """I / H given what the codes hold, of both minima of a pair."""
     order = np.argsort(codes, kind="stable")
     x, y, codes = minima.measure[order], minima.error[order], codes[order]
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    starts, units = np.flatnonzero(np.diff(codes, prepend=-1)), minima.units[order]
+    groups = np.split(np.arange(len(x)), starts[1:])
     first_greater = (x[:, None] > x[None, :]).astype(float)
     first_worse = (y[:, None] > y[None, :]).astype(float)
-    pairs = [1.0 - np.eye(len(x)), first_greater, first_worse, first_greater * first_worse]
+    matrices = (1.0 - np.eye(len(x)), first_greater, first_worse, first_greater * first_worse)
+    pairs = [[Pairs(units[rows], units, matrix[rows]) for matrix in matrices] for rows in groups]
 
     def statistic(weights: Weights) -> NDArray[np.float64]:
         weights = weights[:, order]
         information, entropy, total = np.zeros((3, len(weights)))
-        for rows in np.split(np.arange(len(x)), starts[1:]):
-            drawn = weights[:, rows]
+        for rows, of_group in zip(groups, pairs, strict=True):
             every, greater, worse, both = (
-                np.add.reduceat((drawn @ matrix[rows]) * weights, starts, axis=1) for matrix in pairs
+                np.add.reduceat(some.by_column(weights[:, rows], weights), starts, axis=1) for some in of_group
             )
             with np.errstate(invalid="ignore", divide="ignore"):
                 for joint, m, e in (

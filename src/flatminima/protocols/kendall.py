@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flatminima.protocols.findings import Finding, Statistic, Weights, find
+from flatminima.protocols.findings import Finding, Pairs, Statistic, Weights, find
 from flatminima.protocols.ledger import Ledger, Minima, combinations_of
 
 _TIE = 1e-12
@@ -22,7 +22,7 @@ _ALL_TIED = "no two minima differ in both"
 def kendall(ledger: Ledger, measure: str) -> Finding:
     """Kendall's τ-b over single minima: 1 where the measure orders them exactly as their errors do (Kendall 1945)."""
     minima = ledger.minima(measure)
-    return find(minima, lambda: correlation(minima.measure, minima.error), None, _ALL_TIED)
+    return find(minima, lambda: correlation(minima.measure, minima.error, minima.units), None, _ALL_TIED)
 
 
 def kendall_of_settings(ledger: Ledger, measure: str) -> Finding:
@@ -73,9 +73,9 @@ def _beyond_given(
     def statistic() -> Statistic:
         assert minima.given is not None
         taus = (
-            correlation(minima.measure, minima.error),
-            correlation(minima.measure, minima.given),
-            correlation(minima.given, minima.error),
+            correlation(minima.measure, minima.error, minima.units),
+            correlation(minima.measure, minima.given, minima.units),
+            correlation(minima.given, minima.error, minima.units),
         )
         return lambda weights: partial(np.stack([tau(weights) for tau in taus]))
 
@@ -115,23 +115,21 @@ def tau_b(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> NDArray[Any]:
     return np.where(finite, tau, np.nan)
 
 
-def correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> Statistic:
-    """τ-b of n pairs (x, y), each as often as it is drawn; copies of a pair are tied with each other."""
+def correlation(x: NDArray[np.float64], y: NDArray[np.float64], units: NDArray[np.intp]) -> Statistic:
+    """τ-b of n pairs (x, y), each as often as its unit is drawn."""
     up, right = signs(x), signs(y)
-    agreeing, untied_x, untied_y = up * right, up**2, right**2
-    return lambda weights: _ratio(form(weights, agreeing), form(weights, untied_x), form(weights, untied_y))
+    agreeing, untied_x, untied_y = (Pairs(units, units, matrix) for matrix in (up * right, up**2, right**2))
+
+    def statistic(weights: Weights) -> NDArray[np.float64]:
+        return _ratio(*(pairs.total(weights, weights) for pairs in (agreeing, untied_x, untied_y)))
+
+    return statistic
 
 
 def signs(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """sign(x_i − x_j), (n, n)."""
     order: NDArray[np.float64] = np.sign(x[:, None] - x[None, :])
     return order
-
-
-def form(weights: Weights, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Σ_ij w_i w_j M_ij for every row of weights, (R,): a sum over all pairs of a resample."""
-    total: NDArray[np.float64] = ((weights @ matrix) * weights).sum(axis=1)
-    return total
 
 
 def _ratio(agreeing: NDArray[Any], untied_x: NDArray[Any], untied_y: NDArray[Any]) -> NDArray[Any]:
@@ -183,7 +181,7 @@ def _along(minima: Minima, axis: int) -> Statistic:
     codes = combinations_of(held)
     cells = [np.flatnonzero(codes == code) for code in np.unique(codes)]
     cells = [cell for cell in cells if np.ptp(minima.factors[cell, axis]) > 0]
-    statistics = [correlation(minima.measure[cell], minima.error[cell]) for cell in cells]
+    statistics = [correlation(minima.measure[cell], minima.error[cell], minima.units[cell]) for cell in cells]
     members = [
         (minima.factors[cell, axis][:, None] == np.unique(minima.factors[cell, axis])).astype(float) for cell in cells
     ]

@@ -58,6 +58,11 @@ class Minima:
     def __len__(self) -> int:
         return len(self.error)
 
+    @property
+    def units(self) -> NDArray[np.intp]:
+        """What is redrawn as a whole for intervals, as codes, (n,): seeds, or without them every minimum by itself."""
+        return np.arange(len(self)) if self.seeds is None else self.seeds
+
 
 @dataclass(frozen=True, eq=False)
 class Ledger:

@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from flatminima.protocols.findings import Finding, Statistic, Weights, find
+from flatminima.protocols.findings import Finding, Pairs, Statistic, Weights, find
 from flatminima.protocols.ledger import Ledger, Minima
 
 LEAST_SAMPLE = 12.0
@@ -40,10 +40,12 @@ class _Environment:
     """The minima of one."""
     second: NDArray[np.intp]
     """Those of the other."""
-    weight: NDArray[np.float64]
+    weight: Pairs
     """Of every pair."""
-    wrong: NDArray[np.float64]
-    """Sign error of every pair."""
+    square: Pairs
+    """Of every pair, squared."""
+    wrong: Pairs
+    """Sign error of every pair, times its weight."""
     name: str
 
 
@@ -98,9 +100,18 @@ def _environments(minima: Minima) -> list[_Environment]:
             gap = minima.error[first][:, None] - minima.error[second][None, :]
             change = minima.measure[first][:, None] - minima.measure[second][None, :]
             weight = np.maximum(hoeffding_weight(np.abs(gap), minima.test_size) - _LEAST_WEIGHT, 0.0)
-            wrong = (1.0 - np.sign(change) * np.sign(gap)) / 2.0
-            name = _name(minima, factors[one], factors[other], int(differing[0]))
-            found.append(_Environment(first, second, weight, wrong, name))
+            wrong = weight * (1.0 - np.sign(change) * np.sign(gap)) / 2.0
+            units = minima.units[first], minima.units[second]
+            found.append(
+                _Environment(
+                    first=first,
+                    second=second,
+                    weight=Pairs(*units, weight),
+                    square=Pairs(*units, weight**2),
+                    wrong=Pairs(*units, wrong),
+                    name=_name(minima, factors[one], factors[other], int(differing[0])),
+                )
+            )
     return found
 
 
@@ -125,8 +136,7 @@ def _errors(environments: list[_Environment], weights: Weights) -> NDArray[np.fl
     for k, environment in enumerate(environments):
         first, second = weights[:, environment.first], weights[:, environment.second]
         total, squares, wrong = (
-            ((first @ matrix) * second).sum(axis=1)
-            for matrix in (environment.weight, environment.weight**2, environment.weight * environment.wrong)
+            pairs.total(first, second) for pairs in (environment.weight, environment.square, environment.wrong)
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             sample = np.where(squares > 0, total**2 / squares, 0.0)

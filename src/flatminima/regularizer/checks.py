@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import CoarseRoundingWarning, UnrepeatableForwardWarning, warn
-from flatminima.regularizer.sub_batches import graph_of
-from flatminima.torch_compat import CustomFunctionNode, gradient_types
+from flatminima.torch_compat import CustomFunctionNode, gradient_types, graph_of
 
 _SUSPICIOUS = 0.1
 """The relative distance between R_α and α · trace from which on two passes at the same weights are compared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,18 +220,6 @@ class OneSubBatch(SubBatches):
     def buffers_left(self) -> list[Tensor]:
         """What the latest pass left in the model's buffers."""
         return [buffer.detach() for buffer in self.buffers.now()]
-
-
-def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
-    """Every node of the autograd graph that ``results`` come from."""
-    seen: set[Any] = {None}
-    waiting: list[Any] = [result.grad_fn for result in results]
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting.extend(following for following, _ in node.next_functions)
-            yield node
 
 
 def scalar_loss(closure: Closure, batch: Any) -> Tensor:

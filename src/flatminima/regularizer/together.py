@@ -17,7 +17,6 @@ from flatminima.network import batch_size, map_tensors, tensors_of
 from flatminima.regularizer.sub_batches import (
     Closure,
     SubBatches,
-    graph_of,
     require_differentiable,
     sub_batch_loss,
 )
@@ -27,6 +26,7 @@ from flatminima.torch_compat import (
     dynamo_error,
     eager_stance,
     foreach_add,
+    graph_of,
     own_buffers,
     own_parameters,
     reason_for_no_graph,

@@ -9,7 +9,7 @@ import pytest
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import TrainingStopped, UnreachedLossError
-from flatminima.lab.runs import RunSpec, train
+from flatminima.lab.runs import MultiStep, RunSpec, train
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.sets import load_run
 from flatminima.measures import evaluate
@@ -25,6 +25,7 @@ SPEC = RunSpec(
     batch_size=20,
     epochs=30,
     lr=0.05,
+    schedule=MultiStep(()),
     evaluate_every=100,
     stop_at_loss=0.2,
 )

@@ -23,7 +23,7 @@ from flatminima.lab.runs.training import train
 from support.command_line import MEASURE, error_of
 from support.images import image_set
 
-HOW = Measuring(subset_size=10, trials=2, robustness_samples=0)
+HOW = Measuring(subset_size=10, trials=2)
 
 FACTORY = """
 from torch import nn

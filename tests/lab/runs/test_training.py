@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from flatminima.errors import FlatminimaError
 from flatminima.lab.data.augmentation import augment
 from flatminima.lab.data.sources import load_data
 from flatminima.lab.errors import TrainingStopped
@@ -37,6 +38,14 @@ def test_the_digits_recipe_learns(tmp_path: Path) -> None:
     history = RunFolder(result.folder).read_history()
     assert history[-1].train_loss < 0.2 * history[0].train_loss
     assert history[-1].test_error == result.test_error
+
+
+@pytest.mark.parametrize("changes", [{"data": "nowhere"}, {"validation": 5000}, {"batch_size": 5000}])
+def test_what_is_refused_leaves_no_unfinished_run_behind(changes: dict[str, Any], tmp_path: Path) -> None:
+    spec = replace(PLAIN, **changes)
+    with pytest.raises(FlatminimaError):
+        train(spec, tmp_path)
+    assert RunFolder.of(tmp_path, spec).status == "new"
 
 
 @pytest.mark.parametrize(("nesterov", "smoothing", "augmentation"), [(False, 0.0, "no-aug"), (True, 0.2, "1-crop-f")])

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import flatminima as fm
 from flatminima.errors import UndefinedMeasureError
-from flatminima.measures import CATALOGUE, Trial
+from flatminima.measures import CATALOGUE, Measure, Trial
 from flatminima.network import sound_batchnorm
-from support.small_networks import pinned_linear, trained_network
+from support.small_networks import pinned_linear
 from support.trials import trial_of
 
 pytest.importorskip("curvlinops")
@@ -51,15 +52,19 @@ def convolutional() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 class Tied(nn.Module):
-    """One weight in two places, inputs by name, and attention."""
+    """One weight in two places, inputs by name, attention, and a layer normalization.
+
+    Forward over ``torch.func.jacrev``, PyTorch 2.13 gives a wrong derivative by the last one's scale.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
         self.second.weight = self.first.weight
+        self.norm = nn.LayerNorm(4)
 
     def forward(self, tokens: Tensor, scale: Tensor) -> Tensor:
-        x = self.second(self.first(tokens).tanh())
+        x = self.norm(self.second(self.first(tokens).tanh()))
         return self.head(F.scaled_dot_product_attention(x, x, x).mean(1) * scale[:, None])
 
 
@@ -69,11 +74,11 @@ def tied() -> tuple[nn.Module, Any, Tensor]:
     return Tied().double(), inputs, torch.arange(9) % 3
 
 
-@pytest.mark.parametrize(("case", "at_once"), [(small, sys.maxsize), (convolutional, 8), (tied, sys.maxsize)])
+@pytest.mark.parametrize(("case", "at_once"), [(small, sys.maxsize), (convolutional, 6), (tied, sys.maxsize)])
 def test_the_top_eigenvalue_is_that_of_the_exact_hessian(case: Any, at_once: int) -> None:
     model, x, y = case()
     trial = trial_of(model, *(x if isinstance(x, tuple) else (x,)), y, subset_size=5)
-    trial = dataclasses.replace(trial, samples_at_once=at_once)  # 8: two at once, and the fifth alone
+    trial = dataclasses.replace(trial, samples_at_once=at_once)  # 6: two at once, and the fifth alone
     with sound_batchnorm():
         found = TOP.of(trial)
     assert found == pytest.approx(exact(trial)[0], rel=1e-7)
@@ -91,18 +96,16 @@ def test_the_trace_of_low_rank_is_exact() -> None:
 
 def test_the_trace_is_right_on_average() -> None:
     """Of full rank: within four standard errors, which are a small part of it."""
-    model, x, y = trained_network(20)
-    trial = trial_of(model, x, y.argmax(1))
+    trial = trial_of(*convolutional(), subset_size=5)
     expected = exact(trial)[1]
-    errors = torch.tensor([TRACE.of(dataclasses.replace(trial, number=i)) - expected for i in range(6)])
-    standard_error = errors.std().item() / 6**0.5
-    assert 0 < standard_error < 0.1 * expected
+    errors = torch.tensor([TRACE.of(dataclasses.replace(trial, number=i)) - expected for i in range(16)])
+    standard_error = errors.std().item() / 4
+    assert 0 < standard_error < 0.3 * expected
     assert abs(errors.mean().item()) < 4 * standard_error
 
 
 def test_draws_are_the_trials_own_and_the_callers_generator_stays() -> None:
-    model, x, y = trained_network(30)
-    trial = trial_of(model, x, y.argmax(1), subset_size=20)
+    trial = trial_of(*convolutional(), subset_size=5)
     state = torch.get_rng_state()
     values = [measure.of(trial) for measure in (TRACE, TOP)]
     assert torch.equal(torch.get_rng_state(), state)
@@ -123,13 +126,12 @@ def test_float32_agrees_with_float64_where_the_loss_is_tiny() -> None:
 
 
 class Once(torch.autograd.Function):
-    """Differentiable in one way alone."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
@@ -139,16 +141,51 @@ class DifferentiableOnce(nn.Linear):
         return Once.apply(super().forward(x))
 
 
-def test_a_network_without_a_second_derivative_has_none() -> None:
+@pytest.mark.parametrize("loss", ["cross_entropy", lambda z, y: z.gather(1, y[:, None])[:, 0]], ids=["", "linear"])
+@pytest.mark.parametrize("measure", [TOP, TRACE])
+def test_a_network_without_a_second_derivative_has_none(measure: Measure, loss: Any) -> None:
+    """Also where autograd itself would say nothing, and give zeros: the loss's own gradient is constant."""
     torch.manual_seed(0)
-    trial = trial_of(DifferentiableOnce(5, 3), torch.randn(6, 5), torch.arange(6) % 3)
-    with pytest.raises(UndefinedMeasureError, match="no second derivative by curvlinops"):
-        TRACE.of(trial)
+    trial = trial_of(DifferentiableOnce(5, 3), torch.randn(6, 5), torch.arange(6) % 3, subset_size=3, loss=loss)
+    with pytest.raises(UndefinedMeasureError, match=r"no second derivative: .*once_differentiable"):
+        measure.of(trial)
+
+
+class HalfWrong(torch.autograd.Function):
+    """x · s, whose derivative by x forgets that it depends on s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, s = ctx.saved_tensors
+        return gradient * s.detach(), gradient * x
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale, self.last = nn.Linear(5, 4), nn.Parameter(torch.rand(6, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(HalfWrong.apply(self.first(x), self.scale[0]).tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("measure", [TOP, TRACE])
+def test_a_wrong_second_derivative_is_found_by_asymmetry(measure: Measure, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    trial = trial_of(Scaled().to(dtype), torch.randn(6, 5, dtype=dtype), torch.arange(6) % 3, subset_size=3)
+    with pytest.raises(UndefinedMeasureError, match=r"not symmetric \(by "):
+        measure.of(trial)
 
 
 def test_without_curvlinops_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "curvlinops", None)
-    model, x, y = small()
+    model, x, y = wide(6)
     with pytest.raises(UndefinedMeasureError, match=r"pip install 'flatminima\[curvature\]'") as error:
         fm.measure(model, (x, y), subset_size=4, trials=1, measures="hessian_trace", progress=False)
     assert "\n" not in str(error.value)

@@ -14,6 +14,7 @@ specifications and to the command line.
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,13 +104,7 @@ def _cached(cache: Path, key: str, read: Callable[[], Any], source: str) -> Deco
 
 @data_set("digits")
 def _digits(cache: Path) -> Decoded:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    train, test = train_test_split(np.arange(len(labels)), test_size=500, stratify=digits.target, random_state=0)
+    images, labels, train, test = _scikit_learns_digits()
     return Decoded(
         {
             "train_images": images[train],
@@ -119,6 +114,19 @@ def _digits(cache: Path) -> Decoded:
         },
         num_classes=10,
     )
+
+
+@functools.cache
+def _scikit_learns_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images, labels, and the numbers of those to train and to test on: read once a process, not twice a run."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    train, test = train_test_split(np.arange(len(labels)), test_size=500, stratify=digits.target, random_state=0)
+    return images, labels, torch.from_numpy(train), torch.from_numpy(test)
 
 
 def hub_data_set(name: str, repository: str) -> Loader:

@@ -23,6 +23,9 @@ from flatminima.lab.runs import RECIPES, Measuring, MultiStep, RegularizerSpec, 
 
 PresetName = Literal["paper", "small", "digits"]
 
+Protocol = Literal["paper", "matched"]
+"""When the runs of a scenario end: after as many epochs each, or once they fit their training set equally well."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -56,6 +59,24 @@ class Preset:
     """For networks that were not searched for."""
     measuring: Measuring
     """How minima are measured."""
+    matched: tuple[RunSpec, RunSpec]
+    """``scenario`` and ``augmented`` under the matched protocol (Jiang et al. 2020): each run ends at the same loss."""
+
+    def under(self, protocol: Protocol) -> Preset:
+        """These sizes with the scenarios' runs ending as the protocol has it."""
+        if protocol == "paper":
+            return self
+        scenario, augmented = self.matched
+        return replace(self, scenario=scenario, augmented=augmented)
+
+
+def _matched(run: RunSpec, lr: float, loss: float, epochs: int) -> RunSpec:
+    """A run that ends at a loss on its training set.
+
+    Its learning rate is small and constant, so that near the end an epoch changes the loss by a few per cent: losses of
+    several runs then differ by no more.
+    """
+    return replace(run, lr=lr, schedule=MultiStep(()), stop_at_loss=loss, epochs=epochs, iterations=None)
 
 
 _PAPER = Preset(
@@ -81,6 +102,7 @@ _PAPER = Preset(
     validation=5000,
     # as in the authors' code, which switches the penalty on at epoch 60
     regularizer=RegularizerSpec(alpha=1e-4, beta=10, num_sub_batches=8, max_grad_norm=5, start_epoch=60),
+    matched=(_matched(RECIPES["scenario"], 0.01, 0.01, 400), _matched(RECIPES["scenario"], 0.01, 0.01, 1000)),
     measuring=Measuring(robustness_samples=100, on_singular="skip"),  # of all samples, as the paper has it
 )
 
@@ -108,6 +130,10 @@ _SMALL = Preset(
     clipping=(1, 5),
     validation=5000,
     regularizer=RegularizerSpec(alpha=1e-4, beta=100, num_sub_batches=4, max_grad_norm=5),
+    matched=(
+        _matched(_SMALL_RUN, 0.01, 0.01, 400),
+        _matched(replace(_SMALL_RUN, train_size=1000), 0.01, 0.02, 1500),
+    ),
     measuring=Measuring(trials=20, robustness_samples=10, on_singular="skip"),
 )
 
@@ -142,6 +168,11 @@ _DIGITS = Preset(
     clipping=(1, 5),
     validation=300,
     regularizer=RegularizerSpec(alpha=1e-4, beta=2000, num_sub_batches=5, max_grad_norm=5),
+    matched=(
+        _matched(_DIGITS_RUN, 0.005, 0.02, 600),
+        # the mlp cannot fit the digits under 4-crop-f
+        _matched(replace(_DIGITS_RUN, model="small-cnn"), 0.02, 0.05, 600),
+    ),
     measuring=Measuring(trials=10, robustness_samples=20, on_singular="skip"),
 )
 

@@ -16,7 +16,7 @@ from flatminima.protocols import RESAMPLES, Evaluation, Evidence, Finding
 _DRAWN = 30
 """Measures in a figure; the rest are in the table."""
 
-_ROW_INCHES = 0.32
+_ROW_INCHES = 0.42
 
 
 def evidence_table(
@@ -51,8 +51,8 @@ def evidence_table(
             *([] if given is None else [_cell(found.partial_kendall), _cell(found.partial_correlation)]),
             _cell(found.kendall, found.kendall_of_settings.value),
             _cell(found.granulated_kendall),
-            _cell(found.conditional_mutual_information),
-            _cell(found.sign_error, found.sign_error.mean),
+            _cell(found.conditional_mutual_information, form=".2f"),
+            _cell(found.sign_error, found.sign_error.mean, form=".2f"),
             *([str(found.kendall.n)] if len(counts) > 1 else []),
             *([] if more is None else [more[1].get(name, "")]),
         )
@@ -79,13 +79,18 @@ def write_evaluation(evaluation: Evaluation, path: Path, *, source: str) -> None
 
 
 def _picture(evaluation: Evaluation) -> Picture:
-    """The decisive τ beside the plain one, the strongest on top."""
-    strength = {name: abs(found.decisive(evaluation.given).value or 0.0) for name, found in evaluation.measures.items()}
+    """The partial coefficients beside τ itself, the strongest on top."""
+    given = evaluation.given
+    strength = {name: abs(found.decisive(given)[0].value or 0.0) for name, found in evaluation.measures.items()}
     names = sorted(strength, key=lambda name: -strength[name])[:_DRAWN]
     shown = [evaluation.measures[name] for name in names]
     groups = {"τ": [_ends(found.kendall) for found in shown]}
-    if evaluation.given is not None:
-        groups = {f"partial τ, given {evaluation.given}": [_ends(found.partial_kendall) for found in shown], **groups}
+    if given is not None:
+        partial = {
+            f"partial τ, given {given}": [_ends(found.partial_kendall) for found in shown],
+            f"partial ρ, given {given}": [_ends(found.partial_correlation) for found in shown],
+        }
+        groups = {**partial, **groups}
     draw = functools.partial(_draw, names=names, groups=groups)
     most = f"the {_DRAWN} strongest of {len(strength)} measures" if len(strength) > _DRAWN else "every measure"
     title = f"Kendall's τ with the error, {most}"
@@ -103,11 +108,11 @@ def _ends(finding: Finding) -> tuple[float, float, float] | None:
     return finding.value, low, high
 
 
-def _cell(finding: Finding, beside: float | None = None) -> str:
+def _cell(finding: Finding, beside: float | None = None, form: str = "+.2f") -> str:
     """The interval below the number, and another number beside it."""
-    more = "" if beside is None else f" ({beside:.2f})"
+    more = "" if beside is None else f" ({beside:{form}})"
     ends = "" if finding.interval is None else "\n[{:.2f}, {:.2f}]".format(*finding.interval)
-    return number(finding.value, ".2f") + more + ends
+    return number(finding.value, form) + more + ends
 
 
 def _gaps(measures: Mapping[str, Evidence]) -> dict[str, dict[str, str]]:

@@ -143,13 +143,13 @@ def intervals(
     for k, ((label, found), colour, marker) in enumerate(zip(groups.items(), CATEGORIES, MARKERS, strict=False)):
         places = [place for place, entry in enumerate(found) if entry is not None]
         values, low, high = np.array([entry for entry in found if entry is not None]).reshape(-1, 3).T
-        y = np.array(places) + 0.3 * (k - (len(groups) - 1) / 2)
+        y = np.array(places) + 0.25 * (k - (len(groups) - 1) / 2)
         axes.hlines(y, low, high, color=colour, linewidth=1.6)
         axes.plot(values, y, color=colour, marker=marker, linestyle="", label=label)
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups))
 
 
 def _means_and_deviations(values: Sequence[Sequence[float]]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -42,7 +42,7 @@ class MultiStep(Kinded):
     """
 
     milestones: Annotated[tuple[float, ...], Field(strict=False)] = (0.5, 0.75)
-    """Where the learning rate changes, as fractions of the run, increasing (None: it stays constant)."""
+    """Where the learning rate changes, as fractions of the run, increasing; without any it stays constant."""
     factor: Positive = 0.1
     """What the learning rate is multiplied by at every milestone."""
 

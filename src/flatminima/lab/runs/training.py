@@ -111,6 +111,7 @@ def train(
             sets = _load(spec, cache_dir, processes)
         with _reproducible(tf32=spec.precision == "tf32"):
             run = Session(spec, sets, fabric, compile=compile)
+            processes.first(lambda: folder.write_spec(spec))  # what is refused before leaves no unfinished run behind
             if found is not None and processes.first(lambda: _goes_on(run, found, folder)):
                 run.restore(found, folder.path)
             return _finish(run, folder, progress, checkpoint_seconds, stop)
@@ -158,8 +159,6 @@ def _open(folder: RunFolder, spec: RunSpec, wait: bool, held: contextlib.ExitSta
     found = _reopen(folder, spec)
     if found is not None and folder.read_spec().data_folder != spec.data_folder:
         folder.write_spec(spec)  # who measures the run looks for the data there
-    if not isinstance(found, RunResult):
-        folder.write_spec(spec)
     return found
 
 

@@ -1,46 +1,57 @@
-"""The Hessian of the loss itself, for networks of any size, by curvlinops (the extra ``curvature``)."""
+"""The Hessian of the loss itself, for networks of any size (the extra ``curvature``).
+
+Products with it are formed by differentiating the gradient once more. curvlinops' own operator differentiates forward
+over PyTorch's ``jacrev``, which with PyTorch 2.13 gives a wrong Hessian where there is a layer normalization. The other
+way, too, some of PyTorch's second derivatives are wrong (weight normalization's); such a matrix is not symmetric, which
+is looked at first.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import UndefinedMeasureError, first_line
-from flatminima.gramian import unwrapped
-from flatminima.losses import Loss, mean_loss
+from flatminima.measures.loss_surface import gradients_with_graph
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
-from flatminima.network import Inputs, call_model, take
+from flatminima.torch_compat import eager_stance, graph_of, has_no_derivative, raises_when_differentiated
 
 PRODUCTS = 30
 """Hessian-vector products for the trace; up to so many parameters the whole matrix is formed."""
 
-_PASSES_AT_ONCE = 4
-"""A product takes the memory of so many forward and backward passes: it is a derivative along a direction of one."""
+_PASSES_AT_ONCE = 3
+"""A product takes the memory of so many forward and backward passes, as it goes back through both."""
 
 
-@catalogued("top eigenvalue of the Hessian", cost="costly", source="Keskar et al. 2017; curvlinops, ARPACK")
+_SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-7}
+"""How far uᵀHv may be from vᵀHu, relative to ‖Hu‖ + ‖Hv‖; rounding makes some 1e-5 and 1e-14 of it."""
+
+
+@catalogued("top eigenvalue of the Hessian", cost="costly", source="Keskar et al. 2017; ARPACK's Lanczos iterations")
 def hessian_top_eigenvalue(trial: Trial) -> float:
-    """The largest eigenvalue of ∇²L of the subset's mean loss, by Lanczos iterations from a start of the trial's own.
+    """The largest eigenvalue of ∇²L, L the mean loss of the subset.
 
     Raises:
-        UndefinedMeasureError: without curvlinops; for networks that have no second derivative by it; or if the
-            iterations do not converge.
+        UndefinedMeasureError: without the extra, for networks without a right second derivative, or if the
+            iterations fail.
     """
     with _hessian_of(trial) as hessian:
         if len(hessian) <= PRODUCTS:
             return float(torch.linalg.eigvalsh(hessian.dense())[-1])
-        from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+        with _extra():
+            from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-        operator = LinearOperator(hessian.shape, matvec=hessian.of_array, dtype=_name(hessian.dtype))
+        dtype = str(hessian.dtype).removeprefix("torch.")
+        operator = LinearOperator(hessian.shape, matvec=hessian.times_array, dtype=dtype)
         start = torch.randn(len(hessian), generator=trial.generator(), dtype=torch.float64).to(hessian.dtype)
-        tolerance = torch.finfo(hessian.dtype).eps ** 0.5  # the error of an eigenvalue is of its square
+        tolerance = torch.finfo(hessian.dtype).eps ** 0.5  # of the eigenvector: the eigenvalue's is its square
         try:
             (top,) = eigsh(operator, k=1, which="LA", v0=start.numpy(), tol=tolerance, return_eigenvectors=False)
         except ArpackError as error:
@@ -48,116 +59,113 @@ def hessian_top_eigenvalue(trial: Trial) -> float:
         return float(top)
 
 
-@catalogued("trace of the Hessian", cost="costly", source="Meyer et al. 2021 (Hutch++); curvlinops")
+@catalogued("trace of the Hessian", cost="costly", source="Meyer et al. 2021, Hutch++ (curvlinops)")
 def hessian_trace(trial: Trial) -> float:
-    """The trace of the subset's mean ∇²L: exact up to 30 parameters, otherwise estimated by Hutch++ of 30 products.
+    """The trace of ∇²L, L the mean loss of the subset: exact up to 30 parameters, or Hutch++'s estimate of 30 products.
 
     The estimate is unbiased, and exact up to rank 10; the standard error over trials includes what it adds.
 
     Raises:
-        UndefinedMeasureError: without curvlinops, or for networks that have no second derivative by it.
+        UndefinedMeasureError: without the extra, or for networks without a right second derivative.
     """
     with _hessian_of(trial) as hessian:
         if len(hessian) <= PRODUCTS:
-            return hessian.dense().trace().item()
-        from curvlinops import hutchpp_trace
+            return float(hessian.dense().trace())
+        with _extra():
+            from curvlinops import hutchpp_trace
 
-        with torch.random.fork_rng([]):  # its draws are those of the global generator
+        with torch.random.fork_rng([]):  # its draws are the global generator's
             torch.manual_seed(trial.generator().initial_seed())
             return float(hutchpp_trace(hessian, PRODUCTS))
 
 
-@dataclass(frozen=True)
 class _Hessian:
-    """A curvlinops operator as seen from the CPU, where its vectors are, one product at a time.
+    """The Hessian of the mean loss of a trial's subset over the trainable parameters, a matrix for vectors on the CPU.
 
-    Attributes:
-        operator: (W, W), on the network's device.
+    Where memory holds the whole subset, its gradient is formed once for all products.
     """
 
-    operator: Any
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
+    def __init__(self, trial: Trial) -> None:
+        at_once = max(1, trial.samples_at_once // _PASSES_AT_ONCE)
+        self._trial = dataclasses.replace(trial, samples_at_once=at_once)
+        self._parameters = list(trial.parameters.values())
+        self._sizes = [parameter.numel() for parameter in self._parameters]
+        self._gradient = next(self._gradients()) if at_once >= len(trial.targets) else None
+        self.shape = len(self), len(self)
+        self.dtype, self.device = self._parameters[0].dtype, torch.device("cpu")
 
     def __len__(self) -> int:
-        return int(self.operator.shape[0])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self), len(self)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.operator.dtype
-        return dtype
+        return sum(self._sizes)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        return torch.stack([self._product(vector) for vector in vectors.unbind(1)], 1)
+        return torch.stack([self.times(vector) for vector in vectors.unbind(1)], 1)
 
-    def of_array(self, vector: Any) -> Any:
-        return self._product(torch.as_tensor(vector).flatten()).numpy()
+    def require_symmetry(self, generator: torch.Generator) -> None:
+        """Compare uᵀHv with vᵀHu for random u and v, which costs two products.
+
+        Raises:
+            UndefinedMeasureError: if they differ by more than rounding.
+        """
+        u, v = torch.randn(2, len(self), generator=generator, dtype=torch.float64).to(self.dtype)
+        Hu, Hv = self.times(u), self.times(v)
+        difference, size = float(u @ Hv - v @ Hu), float(Hu.norm() + Hv.norm())
+        if abs(difference) > _SYMMETRY[self.dtype] * size:
+            raise UndefinedMeasureError(
+                f"the Hessian that PyTorch gives is not symmetric (by {abs(difference) / size:.1e}), so that some "
+                "layer's second derivative must be wrong; weight normalization's is known to be"
+            )
 
     def dense(self) -> Tensor:
         return self @ torch.eye(len(self), dtype=self.dtype)
 
-    def _product(self, vector: Tensor) -> Tensor:
+    def times_array(self, vector: Any) -> Any:
+        return self.times(torch.as_tensor(vector).flatten()).numpy()
+
+    def times(self, vector: Tensor) -> Tensor:
+        """(W,) → (W,)."""
+        parts = torch.split(vector.to(self._parameters[0].device), self._sizes)
+        direction = [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
+        product = torch.zeros_like(vector)
+        for gradient in self._gradients() if self._gradient is None else [self._gradient]:
+            product += self._derivative(gradient, direction).to(product.device)
+        return product
+
+    def _gradients(self) -> Iterator[tuple[Tensor, ...]]:
+        for gradient in gradients_with_graph(self._trial, self._parameters):
+            if any(raises_when_differentiated(node) for node in graph_of(gradient)):
+                raise _no_second_derivative("a function is marked once_differentiable")
+            yield gradient
+
+    def _derivative(self, gradient: tuple[Tensor, ...], direction: list[Tensor]) -> Tensor:
+        """Of a gradient along a direction."""
+        used = [(part, along) for part, along in zip(gradient, direction, strict=True) if part.requires_grad]
+        outputs, along = [part for part, _ in used], [part for _, part in used]
         try:
-            product: Tensor = self.operator @ vector.to(self.operator.device)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            raise UndefinedMeasureError(
-                f"the network has no second derivative by curvlinops: {first_line(error)}"
-            ) from error
-        return product.detach().to(self.device)
+            products = torch.autograd.grad(
+                outputs, self._parameters, along, retain_graph=self._gradient is not None, materialize_grads=True
+            )
+        except RuntimeError as error:
+            if not has_no_derivative(error):
+                raise
+            raise _no_second_derivative(first_line(error)) from error
+        return torch.cat([product.flatten() for product in products])
 
 
 @contextmanager
 def _hessian_of(trial: Trial) -> Iterator[_Hessian]:
-    """The Hessian of the subset's mean loss over the trainable parameters; fused attention has no second derivative."""
+    with eager_stance(), sdpa_kernel(SDPBackend.MATH):  # compiled calls and fused attention have no second derivative
+        hessian = _Hessian(trial)
+        hessian.require_symmetry(trial.generator())
+        yield hessian
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
     try:
-        from curvlinops import HessianLinearOperator
+        yield
     except ImportError:
         raise UndefinedMeasureError("it needs curvlinops: pip install 'flatminima[curvature]'") from None
-    samples = torch.arange(len(trial.targets), device=trial.targets.device)
-    at_once = max(1, trial.samples_at_once // _PASSES_AT_ONCE)
-    parts = list(zip(torch.split(samples, at_once), torch.split(trial.targets, at_once), strict=True))
-    with sdpa_kernel(SDPBackend.MATH):
-        yield _Hessian(
-            HessianLinearOperator(
-                _OfSamples(unwrapped(trial.model), trial.inputs),
-                _MeanLoss(trial.loss),
-                list(trial.parameters.values()),
-                parts,
-                check_deterministic=False,
-                num_data=len(samples),
-            )
-        )
 
 
-class _OfSamples(nn.Module):
-    """A model as a function of samples' indices, as curvlinops takes one tensor."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
-        self.model, self.inputs = model, inputs
-
-    def forward(self, samples: Tensor) -> Tensor:
-        return call_model(self.model, take(self.inputs, samples))
-
-
-class _MeanLoss(nn.Module):
-    reduction = "mean"
-
-    def __init__(self, loss: Loss) -> None:
-        super().__init__()
-        self.loss = loss  # a module, too, but one without parameters
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return mean_loss(self.loss, logits, targets)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _no_second_derivative(reason: str) -> UndefinedMeasureError:
+    return UndefinedMeasureError(f"an operation of the model has no second derivative: {reason}")

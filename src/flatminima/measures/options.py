@@ -52,7 +52,7 @@ class PlainOptions:
         max_standard_error: Stop as soon as the standard error of γ̂, or in a comparison of all its paired differences,
             is at most this, and at least five trials are done.
         robustness_samples: Samples per subset for the robustness, K - 1 backward passes each (None: as many as take no
-            longer than a forward and backward pass of the subset).
+            longer than a forward and backward pass of the subset; 0: leave it out).
         on_singular: Where a subset's gradients are linearly dependent (duplicates, say): "raise" an error, or "skip"
             it, which leaves it out of γ̂ with a warning.
     """
@@ -129,9 +129,8 @@ class MeasureOptions(PlainOptions):
             self.on_singular in ("raise", "skip"), f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'"
         )
         require(
-            self.robustness_samples is None or self.robustness_samples >= 1,
-            f"robustness_samples must be 1 or more, got {self.robustness_samples}: to leave the robustness out, leave "
-            "'paper' out of measures",
+            self.robustness_samples is None or self.robustness_samples >= 0,
+            f"robustness_samples must be 0 or more, got {self.robustness_samples}",
         )
 
     def _require_types(self) -> None:

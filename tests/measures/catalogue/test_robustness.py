@@ -125,3 +125,12 @@ def test_a_network_that_writes_to_its_input_leaves_the_callers_alone() -> None:
     fm.gram(model, given, y)
     fm.exact_fisher(model, given, y)
     assert torch.equal(given, x)
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
+def test_no_samples_leave_it_out_and_the_rest_in() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3).double(), torch.randn(20, 6, dtype=torch.float64), torch.arange(20) % 3
+    c = fm.measure(model, (x, y), subset_size=6, trials=2, robustness_samples=0, progress=False)
+    assert c.robustness is None
+    assert len(c.log_det_fisher.per_trial) == 2

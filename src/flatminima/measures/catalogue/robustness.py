@@ -29,8 +29,10 @@ def robustness(trial: Trial) -> float:
     """mean_i ‖J_x[f_w(x_i)]‖₂² over as many samples as the options say, or as one pass of the subset pays for.
 
     Raises:
-        UndefinedMeasureError: for data, outputs or targets that have none.
+        UndefinedMeasureError: for data, outputs or targets that have none, and where the options leave it out.
     """
+    if trial.options.robustness_samples == 0:
+        raise UndefinedMeasureError("robustness_samples=0 leaves it out")
     if not (isinstance(trial.inputs, Tensor) and trial.inputs.is_floating_point()):
         raise UndefinedMeasureError("the input is not one floating-point tensor")
     samples = number_of_samples(len(trial.targets), trial.require_classes(), trial.options.robustness_samples)

@@ -6,7 +6,7 @@ import datetime
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 
 from flatminima.lab.experiments import (
     INDICATORS,
-    NORMALIZED,
     SHORT_NAMES,
     Contrast,
     Difference,
@@ -293,7 +292,7 @@ def _panel(summary: Summary, name: str) -> Picture:
     }
     label, correlation = _label(name), summary.correlations.get(name)
     title = label if correlation is None else f"{label}: τ {_equals(correlation)}"
-    draw = functools.partial(_draw_panel, summary=summary, values=values, log=_spans_decades(name))
+    draw = functools.partial(_draw_panel, summary=summary, values=values, log=_spans_decades(name, values))
     return picture(title, f"{label} over {summary.factor}, mean and standard deviation over seeds", draw)
 
 
@@ -314,9 +313,10 @@ def _label(quantity: str) -> str:
     return f"{SHORT_NAMES[quantity]} (%)" if quantity.endswith("error") else SHORT_NAMES[quantity]
 
 
-def _spans_decades(quantity: str) -> bool:
-    """Whether it is drawn on a logarithmic axis: all but errors, and logarithms themselves."""
-    return not quantity.endswith("error") and quantity not in ("log_det_fisher", NORMALIZED)
+def _spans_decades(quantity: str, values: Mapping[str, list[list[float]]]) -> bool:
+    """Whether it is drawn on a logarithmic axis: what is positive and has values far apart, errors excepted."""
+    drawn = [value for cases in values.values() for case in cases for value in case]
+    return not quantity.endswith("error") and bool(drawn) and 0 < 10 * min(drawn) <= max(drawn)
 
 
 def _equals(correlation: RankCorrelation) -> str:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import UndefinedMeasureError, first_line
-from flatminima.gramian import unwrapped
 from flatminima.measures.loss_surface import gradients_with_graph
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
@@ -88,7 +87,7 @@ class _Hessian:
 
     def __init__(self, trial: Trial) -> None:
         at_once = max(1, trial.samples_at_once // _PASSES_AT_ONCE)
-        self._trial = dataclasses.replace(trial, model=unwrapped(trial.model), samples_at_once=at_once)
+        self._trial = dataclasses.replace(trial, samples_at_once=at_once)
         self._parameters = list(trial.parameters.values())
         self._sizes = [parameter.numel() for parameter in self._parameters]
         self._gradient = next(self._gradients()) if at_once >= len(trial.targets) else None

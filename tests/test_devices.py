@@ -41,9 +41,6 @@ def minimum() -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, y
 
 
-EVERY = ("cheap", "adaptive_average_sharpness")
-"""Measures: all but those of many passes."""
-
 WAYS = [
     {},
     {"fisher": "model"},
@@ -58,7 +55,7 @@ WAYS = [
 @pytest.mark.parametrize("device", ACCELERATORS)
 def test_every_measure_is_that_on_the_cpu(device: str, options: dict) -> None:
     model, x, y = minimum()
-    options = {"subset_size": 8, "trials": 3, "per_parameter": True, "measures": EVERY, **options}
+    options = {"subset_size": 8, "trials": 3, "per_parameter": True, "measures": "cheap", **options}
     expected = fm.measure(model, (x, y), **options)
     found = fm.measure(copy.deepcopy(model).to(device), (x, y), **options)
     assert found.log_det_fisher.per_trial == pytest.approx(expected.log_det_fisher.per_trial, abs=TOLERANCE)

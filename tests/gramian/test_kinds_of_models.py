@@ -395,3 +395,19 @@ def test_a_checkpointed_model_is_measured_as_it_would_be_without() -> None:
     expected = torch.linalg.slogdet(jacobian @ jacobian.T).logabsdet.item()
     assert measured.log_det_fisher.mean == pytest.approx(expected, rel=1e-9)
     assert measured.robustness is not None
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.forward.__name__)
+def test_the_rivals_of_gamma_are_those_of_plain_autograd(kind: Kind) -> None:
+    model, x, y = kind.build()
+    jacobian = plain_gradients(model, x, y)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    samples = [(take(x, slice(i, i + 1)), y[i]) for i in range(N)]
+    data = [(tuple(one[0] for one in z) if isinstance(z, tuple) else z[0], label) for z, label in samples]
+    rivals = ("cheap", "adaptive_average_sharpness")
+    measured = fm.measure(model, data, measures=rivals, subset_size=N, trials=1, on_singular="skip", progress=False)
+    found = measured.estimates()
+    assert found["fisher_rao_norm"].mean == pytest.approx((jacobian @ weights).square().mean().item(), rel=1e-9)
+    adaptive = 0.1**2 / 2 * (jacobian * weights).square().sum(1).mean().item()
+    assert found["adaptive_average_sharpness"].mean == pytest.approx(adaptive, rel=1e-9)

@@ -67,8 +67,18 @@ def test_the_layer_is_the_one_that_the_logits_come_from() -> None:
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "no linear layer": lambda: nn.Sequential(nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 4, 1), nn.Flatten()),
     "something after it": lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh()),
+    "a layer within vmap": lambda: Within(),
     "a mean over positions": lambda: nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 4), Mean()),
 }
+
+
+class Within(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.head)(x)
 
 
 class Mean(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import torch
@@ -57,9 +57,10 @@ def _last_linear(model: nn.Module, inputs: Inputs) -> tuple[nn.Linear, Tensor, T
             stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         logits = call_model_without_graph(model, inputs)
     for layer, features in calls[-1:]:
-        product = F.linear(features.detach(), layer.weight.detach(), layer.bias)
-        if product.shape == logits.shape and _close(product, logits):
-            return layer, features, logits
+        with suppress(RuntimeError), torch.no_grad():  # raised for features of a vmap that is over
+            product = F.linear(features, layer.weight, layer.bias)
+            if product.shape == logits.shape and _close(product, logits):
+                return layer, features, logits
     raise UndefinedMeasureError("the logits are not those of a last torch.nn.Linear on one vector per sample")
 
 

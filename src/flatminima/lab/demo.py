@@ -34,6 +34,7 @@ PLAIN = replace(
     PRESETS["digits"].scenario,
     batch_size=100,  # with the learning rate twice the preset's: half the updates, and half the time
     lr=0.1,
+    epochs=32,
     evaluate_every=1000,  # only at the end: errors on the way are not shown
 )
 REGULARIZER = PRESETS["digits"].regularizer
@@ -48,7 +49,7 @@ DRAWN = (
     *("log_det_fisher", "residual", "sensitivity", "diversity", "log_det_unit_fisher"),
     *("spectral_radius", "frobenius_norm", "fisher_trace", "robustness", NORMALIZED, "train_loss"),
 )
-MEASURING = Measuring(subset_size=100, trials=20, robustness_samples=20, on_singular="skip")
+MEASURING = Measuring(subset_size=100, trials=10, robustness_samples=10, on_singular="skip")
 
 
 @dataclass(frozen=True)

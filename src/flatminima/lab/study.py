@@ -33,8 +33,8 @@ from flatminima.lab.experiments import (
 from flatminima.lab.jobs import Executor, Failure
 from flatminima.lab.reports import failure_lines, line_of, progress_line, tables, watch, write_reports
 
-REPORT_SECONDS = 60.0
-"""How often the page is brought up to date while runs go on."""
+REPORT_SECONDS = 120.0
+"""How often the page is brought up to date while runs go on; it takes some seconds."""
 
 
 class Study(abc.ABC):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError, NonFiniteError, RankDeficientError
+from flatminima.errors import FlatminimaError, NonFiniteError, RankDeficientError, WrongGradientError
 from flatminima.exact import MAX_PARAMETERS, exact_fisher, exact_gamma, exact_hessian
 from flatminima.network.batches import call_model
 from support.cases import CASES
@@ -298,3 +298,10 @@ def test_gradients_through_batchnorm_of_one_sample_are_right() -> None:
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     jacobian = torch.stack(rows)
     torch.testing.assert_close(exact_fisher(model, x, y), jacobian.T @ jacobian / 5, rtol=1e-9, atol=1e-12)
+
+
+def test_a_hessian_that_pytorch_gets_wrong_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double()
+    with pytest.raises(WrongGradientError, match="not symmetric"):
+        exact_hessian(model, torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3)

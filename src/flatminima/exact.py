@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatminima.errors import FlatminimaError, RankDeficientError
+from flatminima.errors import FlatminimaError, RankDeficientError, WrongGradientError
 from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
 from flatminima.network import (
@@ -40,6 +40,9 @@ LABEL_SUM_TOLERANCE = 1e-5
 
 _HESSIAN_CHUNK = 256
 """Samples whose graph is held at once for second derivatives."""
+
+_SYMMETRY = 1e-3
+"""Allowed asymmetry of a Hessian, relative to its largest entry: at a minimum its rounding is that of larger terms."""
 
 Labels = Tensor | Literal["model"]
 """The label distributions y: (N,) integer class indices (one-hot), (N, K) probabilities, or ``"model"``: the model's
@@ -131,6 +134,7 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
     Raises:
         FlatminimaError: as for :func:`exact_fisher`.
         NonFiniteError: as for :func:`exact_fisher`.
+        WrongGradientError: if what PyTorch gives is not symmetric.
     """
     # Fused attention kernels have no second derivative.
     model = unwrapped(model)
@@ -144,7 +148,18 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
             gradient = reference.gradient(loss, create_graph=True)
             for i in range(W if gradient.requires_grad else 0):
                 hessian[i] += reference.gradient(gradient[i])
+    _require_symmetric(hessian)
     return hessian
+
+
+def _require_symmetric(hessian: Tensor) -> None:
+    difference, size = (hessian - hessian.T).abs().max().item(), hessian.abs().max().item()
+    if difference > _SYMMETRY * size:
+        raise WrongGradientError(
+            f"the Hessian that PyTorch gives is not symmetric (by {difference / size:.1e} of its largest entry): some "
+            "layer's second derivative must be wrong, as weight normalization's is known to be (PyTorch 2.13); fold it "
+            "into the weights (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
 
 
 @dataclass(frozen=True)

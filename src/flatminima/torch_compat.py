@@ -131,6 +131,16 @@ class _PlainCall:
         return function(*args)
 
 
+def checkpoint_function() -> Any:
+    """What reentrant checkpoints run at present, for :func:`restore_checkpoint_function`."""
+    return checkpoints.CheckpointFunction
+
+
+def restore_checkpoint_function(function: Any) -> None:
+    """Go back to a :func:`checkpoint_function`: nested contexts that an interruption ends may leave another."""
+    checkpoints.CheckpointFunction = function  # type: ignore[misc]
+
+
 class _Checkpoint:
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -233,6 +243,14 @@ def hides_what_is_saved(error: RuntimeError) -> bool:
 def raises_when_differentiated(node: Any) -> bool:
     """Whether a node of the autograd graph stands behind a function marked ``once_differentiable``."""
     return str(node.name()).endswith("Error")
+
+
+def has_wrong_second_derivative(node: Any) -> bool:
+    """Whether a node of the autograd graph is one that PyTorch (2.13, CPU) differentiates twice to a wrong result.
+
+    Of the fused weight normalization, the derivative of v's gradient lacks terms.
+    """
+    return str(node.name()).startswith("WeightNormInterface")
 
 
 def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:

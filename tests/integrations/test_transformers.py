@@ -145,5 +145,5 @@ def test_example_runs_on_two_processes(tmp_path: Path) -> None:
 def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "flatminima.integrations.transformers")
-    with pytest.raises(FlatminimaError, match=r"pip install 'transformers\[torch\]'"):
+    with pytest.raises(FlatminimaError, match=r"pip install 'flatminima\[integrations\]'"):
         import flatminima.integrations.transformers  # noqa: F401

@@ -12,7 +12,7 @@ from rich.console import Console
 from scipy import stats
 
 from flatminima.lab import demo, study
-from flatminima.lab.experiments import INDICATORS, Summary, json_of, read_summaries, select, summarize
+from flatminima.lab.experiments import Summary, json_of, read_summaries, select, summarize
 from flatminima.lab.jobs import Local
 from flatminima.lab.runs.measuring import Measuring
 
@@ -96,7 +96,7 @@ def test_page_is_self_contained(small: tuple[demo.DemoResult, Path, str]) -> Non
     page = _Page()
     page.feed(text)
     assert page.loaded == []
-    assert page.pictures == (1 + len(INDICATORS)) + 4
+    assert page.pictures == len(demo.DRAWN) + 4
     assert "var(--ink)" in text  # of figures: they have the page's colours, in light and in dark
     assert "#0101" not in text
 

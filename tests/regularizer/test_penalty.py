@@ -204,6 +204,12 @@ def test_hvp_says_when_a_second_derivative_is_missing(last: bool) -> None:
         )
 
 
+def test_hvp_refuses_the_second_derivatives_that_pytorch_gets_wrong() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(FlatminimaError, match=r"weight normalization is wrong.*choose estimator='finite-difference'"):
+        penalty_gradient(model, torch.randn(8, 6), torch.arange(8) % 3, F.cross_entropy, estimator="hvp")
+
+
 @pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
 def test_only_the_chosen_parameters_move_and_count(estimator: Any) -> None:
     """R of the chosen block P: L(w) − L(w − α P g); its gradient reaches every trainable parameter."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flatminima.torch_compat import compiler_stance, float32_switches, func_levels, function_modes
+from flatminima.torch_compat import checkpoint_function, compiler_stance, float32_switches, func_levels, function_modes
 
 
 class InterruptAtLine:
@@ -51,6 +51,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "autocast": torch.is_autocast_enabled("cpu"),
         "function modes": function_modes(),
         "compiler's stance": compiler_stance(),
+        "checkpoints": checkpoint_function(),
         "levels of torch.func": func_levels(),
         "torch's generator": torch.get_rng_state().tolist(),
         "Python's generator": random.getstate(),

@@ -1,6 +1,6 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
-from flatminima.measures.catalogue import input_jacobian_norms
+from flatminima.measures.catalogue import input_jacobian_norms, robustness_sample_count
 from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
@@ -27,4 +27,5 @@ __all__ = [
     "input_jacobian_norms",
     "jsonable",
     "measure",
+    "robustness_sample_count",
 ]

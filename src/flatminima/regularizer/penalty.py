@@ -43,6 +43,7 @@ from flatminima.torch_compat import (
     foreach_sub,
     graph_of,
     has_no_derivative,
+    has_wrong_second_derivative,
     raises_when_differentiated,
     without_reentrant_checkpoints,
 )
@@ -409,8 +410,11 @@ def _times_hessian(gradients: tuple[Tensor | None, ...], sub_batches: SubBatches
 
 def _require_second_derivatives(gradients: list[Tensor]) -> None:
     """Find functions marked once_differentiable: autograd calls what lies behind them unused, and raises nothing."""
-    if any(raises_when_differentiated(node) for node in graph_of(gradients)):
-        raise _no_second_derivative("a function is marked once_differentiable")
+    for node in graph_of(gradients):
+        if raises_when_differentiated(node):
+            raise _no_second_derivative("a function is marked once_differentiable")
+        if has_wrong_second_derivative(node):
+            raise _no_second_derivative("PyTorch's of weight normalization is wrong")
 
 
 def _no_second_derivative(reason: str) -> FlatminimaError:

@@ -91,7 +91,9 @@ def test_what_scenarios_vary_and_what_they_leave() -> None:
     assert {(s.spec.train_size, s.spec.confusion, s.spec.batch_size) for s in two} == {(None, 0, 128)}
     assert [s.spec.batch_size for s in three] == [128, 256, 512, 1024]
     assert {(s.spec.train_size, s.spec.confusion, s.spec.augmentation) for s in three} == {(None, 0, "4-crop-f")}
-    assert built("scenario-1").measuring == Measuring(subset_size=100, trials=100, on_singular="skip")
+    assert built("scenario-1").measuring == Measuring(
+        subset_size=100, trials=100, robustness_samples=100, on_singular="skip"
+    )
 
 
 def test_table_1_has_the_papers_recipes_and_the_fair_comparisons() -> None:

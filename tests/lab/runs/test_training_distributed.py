@@ -96,6 +96,7 @@ def in_each_process(rank: int, folder: Path, port: int) -> None:
     """What each of the processes sees is saved for the tests to judge."""
     os.environ.update(torchrun_environment(rank, port))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked where the lab's worker pool began the server
     torch.set_num_threads(1)
     seen: dict[str, Any] = {}
 

@@ -18,6 +18,7 @@ from flatminima.lab.data import load_data
 from flatminima.lab.experiments.experiment import Record, Task
 from flatminima.lab.networks import build_model, resolve_device
 from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec
+from flatminima.measures import robustness_sample_count
 
 FORWARD = 1 / 3
 """A forward pass in forward-backwards: two products backward for each one forward."""
@@ -86,7 +87,9 @@ def _extra(spec: RunSpec) -> float:
 
 
 def _measuring(how: Measuring, classes: int) -> float:
-    robust = how.subset_size if how.robustness_samples is None else min(how.robustness_samples, how.subset_size)
+    robust = 0
+    if not {"paper", "cheap", "all", "robustness"}.isdisjoint(how.measures):
+        robust = robustness_sample_count(how.subset_size, classes, how.robustness_samples)
     jacobian = FORWARD + (classes - 1) * FORWARD  # K − 1 backward passes to the input alone
     return how.trials * (how.subset_size * _GRAM + robust * jacobian)
 

@@ -24,7 +24,7 @@ from flatminima.measures.catalogue import initial_distance
 from flatminima.measures.catalogue import spectral_norms
 from flatminima.measures.catalogue import path_norm
 from flatminima.measures.catalogue import heavy_tail
-from flatminima.measures.catalogue.robustness import input_jacobian_norms
+from flatminima.measures.catalogue.robustness import input_jacobian_norms, robustness_sample_count
 
 __all__ = [
     "average_sharpness",
@@ -47,6 +47,7 @@ __all__ = [
     "relative_flatness",
     "ridge_log_det",
     "robustness",
+    "robustness_sample_count",
     "sharpness",
     "spectral_norms",
     "spectral_radius",

@@ -35,11 +35,11 @@ def robustness(trial: Trial) -> float:
         raise UndefinedMeasureError("robustness_samples=0 leaves it out")
     if not (isinstance(trial.inputs, Tensor) and trial.inputs.is_floating_point()):
         raise UndefinedMeasureError("the input is not one floating-point tensor")
-    samples = number_of_samples(len(trial.targets), trial.require_classes(), trial.options.robustness_samples)
+    samples = robustness_sample_count(len(trial.targets), trial.require_classes(), trial.options.robustness_samples)
     return input_jacobian_norms(trial.model, trial.inputs[:samples]).mean().item()
 
 
-def number_of_samples(subset_size: int, classes: int, asked: int | None) -> int:
+def robustness_sample_count(subset_size: int, classes: int, asked: int | None) -> int:
     """Of a subset, those that the robustness is computed on: one forward and K − 1 backward passes each.
 
     Args:

@@ -67,8 +67,7 @@ def log_determinant_parts(factored: FactoredGram, names: Sequence[int] | None = 
             f"samples {list(dict.fromkeys(names[i] for i in zero))[:5]} have zero gradient, so ξ is singular "
             f"(rank at most {n - len(zero)} of {n}): check for dead units or unused inputs"
         )
-    norms = squared.sqrt()
-    correlation = factored.unit / norms[:, None] / norms
+    correlation = factored.correlation()
     eigenvalues, rank = _spectrum_and_rank(correlation, factored.dtype)
     if rank < n:
         raise RankDeficientError(
@@ -76,7 +75,7 @@ def log_determinant_parts(factored: FactoredGram, names: Sequence[int] | None = 
         )
     return LogDeterminant(
         residual=float(2 * factored.log_scale.sum()),
-        sensitivity=float(2 * norms.log().sum()),
+        sensitivity=float(2 * squared.sqrt().log().sum()),
         diversity=float(eigenvalues.log().sum()),
     )
 
@@ -101,8 +100,12 @@ def numerical_rank(factored: FactoredGram) -> int:
     kept = (squared > 0) & ~factored.log_scale.isneginf()
     if not kept.any():
         return 0
-    norms = squared[kept].sqrt()
-    return _spectrum_and_rank(factored.unit[kept][:, kept] / norms[:, None] / norms, factored.dtype)[1]
+    return _spectrum_and_rank(_correlation(factored.unit[kept][:, kept]), factored.dtype)[1]
+
+
+def _correlation(unit: Tensor) -> Tensor:
+    norms = unit.diagonal().sqrt()
+    return unit / norms[:, None] / norms
 
 
 def _spectrum_and_rank(correlation: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
@@ -131,6 +134,10 @@ class FactoredGram:
     generic_parameters: tuple[str, ...]
     dtype: torch.dtype
     shares: dict[str, Tensor] | None = None
+
+    def correlation(self) -> Tensor:
+        """(N', N') float64: the cosines of the gradients; NaN for one of zeros."""
+        return _correlation(self.unit)
 
     def matrix(self) -> Tensor:
         """ξ itself, (N', N') float64. Entries below 1e-308 underflow to zero; the factored form never does."""

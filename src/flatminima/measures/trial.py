@@ -86,8 +86,7 @@ class Trial:
     @cached_property
     def correlation(self) -> Tensor:
         """(rows, rows) float64: cosines of the rows of J; NaN for a row of zeros."""
-        norms = self.gram.unit.diagonal().sqrt()
-        return self.gram.unit / norms[:, None] / norms
+        return self.gram.correlation()
 
     @cached_property
     def sample_blocks(self) -> Tensor:

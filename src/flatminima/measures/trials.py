@@ -172,7 +172,8 @@ def _measured(
     values, undefined = {}, {}
     with evaluating(trial.model), true_precision(), torch.enable_grad(), sound_batchnorm():
         for measure in selection.measures:
-            versions = [version_of(parameter) for parameter in trial.model.parameters()]
+            own = measure.name not in CATALOGUE
+            versions = _versions(trial) if own else []
             try:
                 values[measure.name] = of_weights[measure.name] if measure.name in of_weights else measure.of(trial)
             except UndefinedMeasureError as error:
@@ -180,13 +181,17 @@ def _measured(
                     raise UndefinedMeasureError(f"{measure.name} is not defined here: {error}") from None
                 undefined[measure.name] = str(error)
             require(
-                measure.name in CATALOGUE
-                or versions == [version_of(parameter) for parameter in trial.model.parameters()],
+                not own or versions == _versions(trial),
                 f"measure {measure.name!r} changed the model's weights, which what is measured after it would see: "
                 "work on copy.deepcopy(trial.model)",
             )
     of_weights.update({m.name: values[m.name] for m in selection.measures if m.cost == "weights" and m.name in values})
     return values, undefined
+
+
+def _versions(trial: Trial) -> list[int]:
+    """What a write to any of the weights changes."""
+    return [version_of(parameter) for parameter in trial.model.parameters()]
 
 
 def _log_det(prepared: PreparedModel, number: int, factored: FactoredGram) -> LogDeterminant | None:

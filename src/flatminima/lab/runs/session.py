@@ -165,8 +165,10 @@ class Session:
     @property
     def fits(self) -> bool:
         """Whether the last epoch's fit is what the run was to stop at."""
+        return self._is_good_fit(self.history[-1].fit if self.history else None)
+
+    def _is_good_fit(self, fit: float | None) -> bool:
         target = self.spec.stop_at_loss
-        fit = self.history[-1].fit if self.history else None
         return target is not None and fit is not None and fit <= target
 
     def end_epoch(self) -> None:
@@ -181,9 +183,8 @@ class Session:
 
     def _epoch_record(self) -> EpochRecord:
         updates = self.iteration - self.epoch * self.iterations_per_epoch
-        target = self.spec.stop_at_loss
-        fit = None if target is None else evaluate(self.network, self.train_set).loss
-        ends = self.iteration == self.total_iterations or (target is not None and fit is not None and fit <= target)
+        fit = None if self.spec.stop_at_loss is None else evaluate(self.network, self.train_set).loss
+        ends = self.iteration == self.total_iterations or self._is_good_fit(fit)
         evaluated = ends or (self.epoch + 1) % self.spec.evaluate_every == 0
         test_error = self._error(self.test_set) if evaluated else None
         validation_error = self._error(self.validation_set) if evaluated else None

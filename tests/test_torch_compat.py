@@ -7,6 +7,7 @@ import inspect
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -535,3 +536,21 @@ def test_variants_of_checkpoints_nest_and_overlap() -> None:
     assert torch.utils.checkpoint.CheckpointFunction not in (plain, own)
     second.__exit__(None, None, None)
     assert torch.utils.checkpoint.CheckpointFunction is own
+
+
+def test_variants_of_checkpoints_that_an_interruption_left_open_are_left() -> None:
+    own, before = torch.utils.checkpoint.CheckpointFunction, torch_compat.checkpoint_variants()
+    interrupted, elsewhere = torch_compat.without_reentrant_checkpoints(), torch_compat.without_checkpoints()
+    thread = threading.Thread(target=elsewhere.__enter__)
+    thread.start()
+    thread.join()
+    others = torch.utils.checkpoint.CheckpointFunction
+    interrupted.__enter__()
+    torch_compat.restore_checkpoint_variants(before)
+    assert torch.utils.checkpoint.CheckpointFunction is others is not own
+    elsewhere.__exit__(None, None, None)
+    assert torch.utils.checkpoint.CheckpointFunction is own
+    with torch_compat.without_checkpoints():
+        pass
+    assert torch.utils.checkpoint.CheckpointFunction is own
+    assert torch_compat.checkpoint_variants() == before

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
@@ -99,14 +100,17 @@ def without_checkpoints() -> Iterator[None]:
         yield
 
 
+CheckpointVariant = tuple[int, dict[str, Any]]
+
 _GENERATOR = "_checkpoint_without_reentrant_generator"
-_VARIANTS = [{name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}]
-"""PyTorch's own, and behind it those of all contexts that are open, in any thread; the last is in use."""
+_OWN = {name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}
+_VARIANTS: list[CheckpointVariant] = []
+"""Those of all contexts that are open, with the thread of each; the last is in use, and PyTorch's own if there is none."""
 
 
 @contextmanager
 def _checkpoints_as(replacements: dict[str, Any]) -> Iterator[None]:
-    variant = {**_VARIANTS[0], **replacements}
+    variant = (threading.get_ident(), {**_OWN, **replacements})
     try:
         _VARIANTS.append(variant)
         _use_last_variant()
@@ -117,7 +121,7 @@ def _checkpoints_as(replacements: dict[str, Any]) -> Iterator[None]:
 
 
 def _use_last_variant() -> None:
-    for name, value in _VARIANTS[-1].items():
+    for name, value in (_VARIANTS[-1][1] if _VARIANTS else _OWN).items():
         setattr(checkpoints, name, value)
 
 
@@ -131,14 +135,16 @@ class _PlainCall:
         return function(*args)
 
 
-def checkpoint_function() -> Any:
-    """What reentrant checkpoints run at present, for :func:`restore_checkpoint_function`."""
-    return checkpoints.CheckpointFunction
+def checkpoint_variants() -> list[CheckpointVariant]:
+    """What this thread lets checkpoints run at present, for :func:`restore_checkpoint_variants`."""
+    return [variant for variant in _VARIANTS if variant[0] == threading.get_ident()]
 
 
-def restore_checkpoint_function(function: Any) -> None:
-    """Go back to a :func:`checkpoint_function`: nested contexts that an interruption ends may leave another."""
-    checkpoints.CheckpointFunction = function  # type: ignore[misc]
+def restore_checkpoint_variants(variants: list[CheckpointVariant]) -> None:
+    """Leave the contexts that this thread has opened since: an interruption inside a context's exit leaves it open."""
+    others = [variant for variant in _VARIANTS if variant[0] != threading.get_ident()]
+    _VARIANTS[:] = variants + others
+    _use_last_variant()
 
 
 class _Checkpoint:

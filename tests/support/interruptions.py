@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
-from flatminima.torch_compat import checkpoint_function, compiler_stance, float32_switches, func_levels, function_modes
+from flatminima.torch_compat import checkpoint_variants, compiler_stance, float32_switches, func_levels, function_modes
 
 
 class InterruptAtLine:
@@ -51,7 +52,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "autocast": torch.is_autocast_enabled("cpu"),
         "function modes": function_modes(),
         "compiler's stance": compiler_stance(),
-        "checkpoints": checkpoint_function(),
+        "checkpoints": (checkpoint_variants(), torch.utils.checkpoint.CheckpointFunction),
         "levels of torch.func": func_levels(),
         "torch's generator": torch.get_rng_state().tolist(),
         "Python's generator": random.getstate(),

@@ -17,7 +17,7 @@ from torch import nn
 from flatminima.network.generators import Generators
 from flatminima.network.modes import Buffers
 from flatminima.torch_compat import (
-    checkpoint_function,
+    checkpoint_variants,
     compiler_stance,
     float32_switches,
     forward_pre_hooks,
@@ -26,7 +26,7 @@ from flatminima.torch_compat import (
     leave_func_levels,
     leave_function_modes,
     own_parameters,
-    restore_checkpoint_function,
+    restore_checkpoint_variants,
     restore_compiler_stance,
 )
 
@@ -82,7 +82,7 @@ class Before:
         self._switches = [(holder, name, getattr(holder, name)) for holder, name, _, _ in float32_switches()]
         self._records = torch.is_grad_enabled()
         self._function_modes, self._func_levels = function_modes(), func_levels()
-        self._stance, self._checkpoint_function = compiler_stance(), checkpoint_function()
+        self._stance, self._checkpoint_variants = compiler_stance(), checkpoint_variants()
         self.generators = Generators(p for p, _, _ in self._parameters)
         self._states = self.generators.states()
 
@@ -126,7 +126,7 @@ class Before:
         torch.set_grad_enabled(self._records)
         leave_function_modes(self._function_modes)
         restore_compiler_stance(self._stance)
-        restore_checkpoint_function(self._checkpoint_function)
+        restore_checkpoint_variants(self._checkpoint_variants)
         self.generators.go_back(self._states)
         if interruption is not error:
             raise interruption

@@ -105,7 +105,7 @@ CheckpointVariant = tuple[int, dict[str, Any]]
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _OWN = {name: getattr(checkpoints, name) for name in ("CheckpointFunction", _GENERATOR)}
 _VARIANTS: list[CheckpointVariant] = []
-"""Those of all contexts that are open, with the thread of each; the last is in use, and PyTorch's own if there is none."""
+"""Those of all contexts that are open, with the thread of each; the last is in use, or PyTorch's own without any."""
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from flatminima.lab.runs import RECIPES, Measuring, MultiStep, RegularizerSpec, RunSpec
+from flatminima.lab.runs import RECIPES, Approach, Measuring, MultiStep, RegularizerSpec, RunSpec
 
 PresetName = Literal["paper", "small", "digits"]
 
@@ -70,13 +70,16 @@ class Preset:
         return replace(self, scenario=scenario, augmented=augmented)
 
 
-def _matched(run: RunSpec, lr: float, loss: float, epochs: int) -> RunSpec:
+_APPROACH = Approach()
+
+
+def _matched(run: RunSpec, lr: float, loss: float, epochs: int, schedule: MultiStep | Approach = _APPROACH) -> RunSpec:
     """A run that ends at a loss on its training set.
 
-    Its learning rate is small and constant, so that near the end an epoch changes the loss by a few per cent: losses of
-    several runs then differ by no more.
+    Its learning rate is small, and smaller near the end, so that an epoch changes the loss by a few per cent there:
+    losses of several runs then differ by no more.
     """
-    return replace(run, lr=lr, schedule=MultiStep(()), stop_at_loss=loss, epochs=epochs, iterations=None)
+    return replace(run, lr=lr, schedule=schedule, stop_at_loss=loss, epochs=epochs, iterations=None)
 
 
 _PAPER = Preset(
@@ -134,7 +137,7 @@ _SMALL = Preset(
         _matched(_SMALL_RUN, 0.01, 0.01, 400),
         _matched(replace(_SMALL_RUN, train_size=1000), 0.01, 0.02, 1500),
     ),
-    measuring=Measuring(trials=20, robustness_samples=10, on_singular="skip"),
+    measuring=Measuring(measures=("cheap",), trials=20, robustness_samples=10, on_singular="skip"),
 )
 
 _DIGITS_RUN = RunSpec(
@@ -169,11 +172,11 @@ _DIGITS = Preset(
     validation=300,
     regularizer=RegularizerSpec(alpha=1e-4, beta=2000, num_sub_batches=5, max_grad_norm=5),
     matched=(
-        _matched(_DIGITS_RUN, 0.005, 0.02, 600),
+        _matched(_DIGITS_RUN, 0.005, 0.02, 600, MultiStep(())),  # small enough throughout
         # the mlp cannot fit the digits under 4-crop-f
         _matched(replace(_DIGITS_RUN, model="small-cnn"), 0.02, 0.05, 600),
     ),
-    measuring=Measuring(trials=10, robustness_samples=20, on_singular="skip"),
+    measuring=Measuring(measures=("cheap",), trials=10, robustness_samples=20, on_singular="skip"),
 )
 
 PRESETS: dict[PresetName, Preset] = {"paper": _PAPER, "small": _SMALL, "digits": _DIGITS}

@@ -13,11 +13,12 @@ from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_netwo
 from flatminima.lab.runs.records import RunProgress, RunResult
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import TrainingSets
-from flatminima.lab.runs.spec import RECIPES, MultiStep, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import RECIPES, Approach, MultiStep, RegularizerSpec, RunSpec, SharpnessAwareSpec
 from flatminima.lab.runs.training import Stop, launch, train
 
 __all__ = [
     "RECIPES",
+    "Approach",
     "LoadedNetwork",
     "Measuring",
     "MultiStep",

@@ -23,6 +23,7 @@ Precision = Literal["32-true", "bf16-mixed", "tf32"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, below(1)]
+Above1 = Annotated[float, Field(gt=1)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
 
@@ -50,9 +51,9 @@ class MultiStep(Kinded):
         increasing = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 1.0), strict=True))
         require(increasing, f"schedule.milestones must increase between 0 and 1, got {self.milestones}")
 
-    def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
-        """The learning rate at ``iteration`` (counted from 0) relative to the initial one."""
-        passed = sum(iteration >= round(milestone * total_iterations) for milestone in self.milestones)
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
+        """The learning rate at ``iteration`` of ``total`` (counted from 0) relative to the initial one."""
+        passed = sum(iteration >= round(milestone * total) for milestone in self.milestones)
         return self.factor**passed
 
 
@@ -71,10 +72,10 @@ class Plateau(Kinded):
     threshold: Fraction = 1e-4
     """Relative decrease of the training loss below its best that counts as an improvement."""
 
-    def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
         """The learning rate after epochs with these training losses, relative to the initial one."""
         best, stale, passed = math.inf, 0, 0
-        for loss in epoch_losses:
+        for loss in losses:
             if loss < best * (1 - self.threshold):
                 best, stale = loss, 0
             else:
@@ -82,6 +83,24 @@ class Plateau(Kinded):
             if stale > self.patience:
                 passed, stale = passed + 1, 0
         return self.factor**passed
+
+
+@refusing("schedule")
+@dataclass(frozen=True, config=STRICT)
+class Approach(Kinded):
+    """Multiply the learning rate once the loss that the run stops at is near, so that an epoch does not leap past it.
+
+    Near is what the un-augmented training set's loss says, which ``stop_at_loss`` has computed after every epoch.
+    """
+
+    near: Above1 = 3.0
+    """At how many times ``stop_at_loss`` the learning rate changes, for good."""
+    factor: Positive = 0.2
+    """What it is multiplied by."""
+
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
+        """The learning rate after epochs with these ``fits``, in units of ``stop_at_loss``, relative to the initial one."""
+        return self.factor if any(fit <= self.near for fit in fits) else 1.0
 
 
 @refusing("regularizer")
@@ -123,7 +142,8 @@ class SharpnessAwareSpec(Kinded):
 
 
 Schedule = Annotated[
-    Annotated[MultiStep, Tag("MultiStep")] | Annotated[Plateau, Tag("Plateau")], Discriminator(kind_of)
+    Annotated[MultiStep, Tag("MultiStep")] | Annotated[Plateau, Tag("Plateau")] | Annotated[Approach, Tag("Approach")],
+    Discriminator(kind_of),
 ]
 Regularizer = Annotated[
     Annotated[RegularizerSpec, Tag("RegularizerSpec")] | Annotated[SharpnessAwareSpec, Tag("SharpnessAwareSpec")],
@@ -174,7 +194,8 @@ class RunSpec:
     lr: Positive = 0.1
     """Initial learning rate."""
     schedule: Schedule = field(default_factory=MultiStep)
-    """How the learning rate decreases: at fixed fractions of the run, or on a plateau of the training loss."""
+    """How the learning rate decreases: at fixed fractions of the run, on a plateau of the training loss, or near
+    stop_at_loss."""
     momentum: Fraction = 0.9
     """Momentum of stochastic gradient descent."""
     nesterov: bool = False
@@ -201,6 +222,10 @@ class RunSpec:
         require(
             self.epochs is not None or self.iterations is not None,
             "epochs and iterations are both None: give at least one, or the run would never end",
+        )
+        require(
+            self.stop_at_loss is not None or not isinstance(self.schedule, Approach),
+            "schedule Approach needs a loss to stop at: set stop_at_loss",
         )
         require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")
 

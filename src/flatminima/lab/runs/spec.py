@@ -99,7 +99,7 @@ class Approach(Kinded):
     """What it is multiplied by."""
 
     def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
-        """The learning rate after epochs with these ``fits``, in units of ``stop_at_loss``, relative to the initial one."""
+        """The learning rate after these ``fits`` (in units of ``stop_at_loss``), relative to the initial one."""
         return self.factor if any(fit <= self.near for fit in fits) else 1.0
 
 

@@ -70,7 +70,7 @@ class Preset:
         return replace(self, scenario=scenario, augmented=augmented)
 
 
-_APPROACH = Approach()
+_APPROACH, _EARLIER = Approach(), Approach(near=5)
 
 
 def _matched(run: RunSpec, lr: float, loss: float, epochs: int, schedule: MultiStep | Approach = _APPROACH) -> RunSpec:
@@ -105,7 +105,7 @@ _PAPER = Preset(
     validation=5000,
     # as in the authors' code, which switches the penalty on at epoch 60
     regularizer=RegularizerSpec(alpha=1e-4, beta=10, num_sub_batches=8, max_grad_norm=5, start_epoch=60),
-    matched=(_matched(RECIPES["scenario"], 0.01, 0.01, 400), _matched(RECIPES["scenario"], 0.01, 0.01, 1000)),
+    matched=(_matched(RECIPES["scenario"], 0.01, 0.01, 400), _matched(RECIPES["scenario"], 0.01, 0.05, 1000, _EARLIER)),
     measuring=Measuring(robustness_samples=100, on_singular="skip"),  # of all samples, as the paper has it
 )
 
@@ -135,7 +135,7 @@ _SMALL = Preset(
     regularizer=RegularizerSpec(alpha=1e-4, beta=100, num_sub_batches=4, max_grad_norm=5),
     matched=(
         _matched(_SMALL_RUN, 0.01, 0.01, 400),
-        _matched(replace(_SMALL_RUN, train_size=1000), 0.01, 0.02, 1500),
+        _matched(replace(_SMALL_RUN, train_size=1000), 0.01, 0.05, 1500, _EARLIER),
     ),
     measuring=Measuring(measures=("cheap",), trials=20, robustness_samples=10, on_singular="skip"),
 )
@@ -174,7 +174,7 @@ _DIGITS = Preset(
     matched=(
         _matched(_DIGITS_RUN, 0.005, 0.02, 600, MultiStep(())),  # small enough throughout
         # the mlp cannot fit the digits under 4-crop-f
-        _matched(replace(_DIGITS_RUN, model="small-cnn"), 0.02, 0.05, 600),
+        _matched(replace(_DIGITS_RUN, model="small-cnn"), 0.02, 0.05, 600, _EARLIER),
     ),
     measuring=Measuring(measures=("cheap",), trials=10, robustness_samples=20, on_singular="skip"),
 )

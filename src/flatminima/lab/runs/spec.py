@@ -93,7 +93,7 @@ class Approach(Kinded):
     Near is what the un-augmented training set's loss says, which ``stop_at_loss`` has computed after every epoch.
     """
 
-    near: Above1 = 3.0
+    near: Above1 = 10.0
     """At how many times ``stop_at_loss`` the learning rate changes, for good."""
     factor: Positive = 0.2
     """What it is multiplied by."""

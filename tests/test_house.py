@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,37 @@ def test_nothing_imports_past_a_packages_face(path: Path) -> None:
         package = package_of(module)
         if package is not None and not f"{own}.".startswith(f"{package}."):
             assert module == package, f"import {name} from {package}, not from {module}"
+
+
+def faces_on_demand() -> dict[Path, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]]:
+    """Of every face that imports on demand: names by module as it is typed, and as it runs."""
+    found = {}
+    for face in SOURCE.rglob("__init__.py"):
+        tree = ast.parse(face.read_text(encoding="utf-8"))
+        package = ".".join(face.parent.relative_to(SOURCE).parts)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "on_demand":
+                block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+                typed = {
+                    str(n.module).removeprefix(f"{package}."): tuple(alias.name for alias in n.names)
+                    for n in block.body
+                    if isinstance(n, ast.ImportFrom)
+                }
+                found[face] = typed, ast.literal_eval(node.args[1])
+    return found
+
+
+def test_faces_on_demand_are_found() -> None:
+    assert SOURCE / "flatminima" / "__init__.py" in faces_on_demand()
+
+
+@pytest.mark.parametrize("face", faces_on_demand(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_face_on_demand_shows_at_run_time_what_it_shows_to_type_checkers(face: Path) -> None:
+    typed, at_run_time = faces_on_demand()[face]
+    assert {module: names for module, names in at_run_time.items() if names} == typed
+    module = importlib.import_module(".".join(face.parent.relative_to(SOURCE).parts))
+    assert sorted(module.__all__) == sorted(name for names in typed.values() for name in names)
+    assert all(getattr(module, name) is not None for name in module.__all__)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -173,10 +173,13 @@ def test_without_the_lab_the_program_says_what_to_install() -> None:
     assert completed.stderr == "flatminima: error: the command line needs tyro: pip install 'flatminima[lab]'\n"
 
 
-def test_startup_leaves_the_slow_packages_alone() -> None:
+def test_help_and_refusals_leave_the_slow_packages_alone() -> None:
     code = (
         "import sys; from flatminima.cli import main; main(['--help'])\n"
-        "slow = {'lightning_fabric', 'datasets', 'sklearn', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        f"assert not any(main([command, '--help']) for command in {list(COMMANDS)})\n"
+        "assert main(['measure', '--trails', '3']) == main(['train', 'resnet99']) == main(['elsewhere']) == 2\n"
+        "slow = {'torch', 'numpy', 'lightning_fabric', 'datasets', 'sklearn', 'scipy', 'matplotlib'}\n"
+        "slow &= set(sys.modules)\n"
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

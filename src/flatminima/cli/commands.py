@@ -121,7 +121,7 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
     with standard_output_kept_clean(options.output):
         from flatminima.lab.data import load_data
-        from flatminima.lab.runs import load_network, measure_run
+        from flatminima.lab.runs import load_network, measure_images, measure_run
 
         images: dict[str, Normalization] = {}
         if foreign.model is None:
@@ -136,7 +136,7 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
             train_set, _ = load_data(foreign.data)
             network = load_network(foreign.model, foreign.checkpoint, train_set, foreign.normalize)
             images[foreign.model] = network.normalization
-            measured = {foreign.model: how.of(network.model, network.data, **where)}
+            measured = {foreign.model: measure_images(network.model, network.data, how, **where)}
     bodies = {name: json.loads(characterization.to_json()) for name, characterization in measured.items()}
     for name, normalization in images.items():
         bodies[name]["normalization"] = dataclasses.asdict(normalization)

@@ -1,10 +1,11 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
+from flatminima.choices import PlainOptions
 from flatminima.measures.catalogue import input_jacobian_norms, robustness_sample_count
 from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
-from flatminima.measures.options import MeasureOptions, PlainOptions
+from flatminima.measures.options import MeasureOptions
 from flatminima.measures.registry import CATALOGUE, Measure, catalogued
 from flatminima.measures.results import Characterization, Estimate, Settings, Share, jsonable
 from flatminima.measures.trial import Trial

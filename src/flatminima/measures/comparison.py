@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.table import Table
 from torch import Tensor, nn
 
+from flatminima.choices import Fisher
 from flatminima.errors import (
     FlatminimaError,
     UnequalLossWarning,
@@ -26,7 +27,6 @@ from flatminima.errors import (
 from flatminima.gramian import PathName
 from flatminima.losses import LOGIT_NORMALIZATION, Loss
 from flatminima.measures.characterization import characterize
-from flatminima.measures.fisher import Fisher
 from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.registry import CATALOGUE, in_table_order

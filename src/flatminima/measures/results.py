@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from flatminima.choices import Fisher
 from flatminima.errors import FlatminimaError
-from flatminima.measures.fisher import Fisher
 from flatminima.measures.registry import in_table_order
 from flatminima.measures.tables import characterization_table, rendered
 

@@ -16,7 +16,7 @@ from flatminima import cli
 from flatminima.errors import FlatminimaError, NotAMinimumWarning
 from flatminima.lab.data import ImageSet, Normalization, load_data
 from flatminima.lab.errors import GuessedNormalizationWarning
-from flatminima.lab.runs.measuring import Measuring, compare_networks
+from flatminima.lab.runs.measuring import Measuring, compare_networks, measure_images
 from flatminima.lab.runs.networks import load_network, load_networks
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
@@ -137,7 +137,7 @@ def test_networks_are_compared_each_on_its_own_inputs(here: Path, run: Path, dig
     both = compare_networks(paths, "digits", "strangers_networks:build", HOW, device="cpu", progress=False)
     for name, normalization in {"plain": "none", "centred": "0.5/0.5"}.items():
         network = load_network("strangers_networks:build", paths[name], digits, normalization)
-        alone = HOW.of(network.model, network.data, device="cpu", progress=False)
+        alone = measure_images(network.model, network.data, HOW, device="cpu", progress=False)
         assert both.characterizations[name].log_det_fisher == alone.log_det_fisher
     networks = load_networks({**paths, "ours": run}, "digits", "strangers_networks:build", "none")
     assert [network.normalization.name for network in networks.values()] == ["none", "none", "as trained"]
@@ -181,7 +181,7 @@ def test_the_command_line_says_what_was_applied(here: Path, capsys: pytest.Captu
 
 def test_a_minimum_is_one_on_its_own_inputs_alone(here: Path, digits: ImageSet) -> None:
     plain = load_network("strangers_networks:build", here / "plain.safetensors", digits, "none")
-    HOW.of(plain.model, plain.data, device="cpu", progress=False)
+    measure_images(plain.model, plain.data, HOW, device="cpu", progress=False)
     wrong = load_network("strangers_networks:build", here / "plain.safetensors", digits, "data")
     with pytest.warns(NotAMinimumWarning):
-        HOW.of(wrong.model, wrong.data, device="cpu", progress=False)
+        measure_images(wrong.model, wrong.data, HOW, device="cpu", progress=False)

@@ -15,7 +15,7 @@ from flatminima.errors import FlatminimaError, FlatminimaWarning, NotAMinimumWar
 from flatminima.lab.errors import DamagedRunWarning
 from flatminima.lab.runs import measuring
 from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.measuring import Measuring, compare_networks, compare_runs, measure_run
+from flatminima.lab.runs.measuring import Measuring, compare_images, compare_networks, compare_runs, measure_run
 from flatminima.lab.runs.sets import load_run
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
@@ -162,8 +162,8 @@ def test_networks_of_two_types_compare_in_float64_alone(paths: dict[str, Path]) 
     _, model, clean, _ = load_run(paths["plain"])
     models = {"single": model, "double": copy.deepcopy(model).double()}
     with pytest.raises(FlatminimaError, match=r"single: torch.float32, double: torch.float64.*in float64"):
-        HOW.compare(models, clean, device="cpu", progress=False)
-    comparison = replace(HOW, double=True).compare(models, clean, device="cpu", progress=False)
+        compare_images(models, clean, HOW, device="cpu", progress=False)
+    comparison = compare_images(models, clean, replace(HOW, double=True), device="cpu", progress=False)
     assert comparison.difference("single", "double").mean == 0
 
 

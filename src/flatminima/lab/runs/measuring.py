@@ -7,9 +7,8 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -21,66 +20,50 @@ from flatminima.lab.data import ImageSet
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
 from flatminima.lab.networks import resolve_device
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
 from flatminima.lab.runs.records import RunProgress
 from flatminima.lab.runs.sets import digest_of_images, load_run
 from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import digest_of
-from flatminima.measures import Characterization, Comparison, PlainOptions, compare, comparison_of, measure
+from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
 from flatminima.network import float64_device
 from flatminima.progress import track
 
 
-@plain_dataclass(frozen=True)
-class Measuring(PlainOptions):
-    """How minima are measured."""
+def measure_images(
+    model: nn.Module, data: ImageSet, how: Measuring, *, device: str = "auto", progress: bool = True
+) -> Characterization:
+    """Measure ``model`` on ``data``; it stays on ``device``, in float64 if ``how.double``.
 
-    fisher: Literal["empirical", "model"] = "empirical"
-    """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
-    measures: tuple[str, ...] = ("paper",)
-    """Beside γ̂, its parts and what else the paper has of ξ: names of measures, or groups: paper, free, cheap, weights,
-    all."""
-    memory_gib: float | None = None
-    """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
-    double: bool = False
-    """Measure in float64."""
+    Raises and warns as :func:`flatminima.measure` does.
+    """
+    _place(model, how, device)
+    return measure(model, NetworkInputs.of(data, model), progress=progress, **how.options())
 
-    def of(self, model: nn.Module, data: ImageSet, *, device: str = "auto", progress: bool = True) -> Characterization:
-        """Measure ``model`` on ``data``; it stays on ``device``, in float64 if ``double``.
 
-        Raises and warns as :func:`flatminima.measure` does.
-        """
-        self._place(model, device)
-        return measure(model, NetworkInputs.of(data, model), progress=progress, **self._options())
+def compare_images(
+    models: Mapping[str, nn.Module], data: ImageSet, how: Measuring, *, device: str = "auto", progress: bool = True
+) -> Comparison:
+    """Compare ``models`` on ``data``, trial by trial; they stay on ``device``, in float64 if ``how.double``.
 
-    def compare(
-        self, models: Mapping[str, nn.Module], data: ImageSet, *, device: str = "auto", progress: bool = True
-    ) -> Comparison:
-        """Compare ``models`` on ``data``, trial by trial; they stay on ``device``, in float64 if ``double``.
+    Raises and warns as :func:`flatminima.compare` does; networks of several floating-point types it refuses.
+    """
+    for model in models.values():
+        _place(model, how, device)
+    types = {name: type_of(model) for name, model in models.items()}
+    if len(set(types.values())) > 1:
+        found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
+        raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
+    inputs = NetworkInputs.of(data, next(iter(models.values())))
+    return compare(models, inputs, progress=progress, **how.options())
 
-        Raises and warns as :func:`flatminima.compare` does; networks of several floating-point types it refuses.
-        """
-        for model in models.values():
-            self._place(model, device)
-        types = {name: type_of(model) for name, model in models.items()}
-        if len(set(types.values())) > 1:
-            found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
-            raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
-        inputs = NetworkInputs.of(data, next(iter(models.values())))
-        return compare(models, inputs, progress=progress, **self._options())
 
-    def _place(self, model: nn.Module, device: str) -> None:
-        where = resolve_device(device)
-        if self.double and float64_device(where) != where:
-            raise FlatminimaError(f"device {device!r} has no float64: measure on the CPU, or in float32")
-        model.to(where, torch.float64 if self.double else None)
-
-    def _options(self) -> dict[str, Any]:
-        """Those of :func:`flatminima.measure`."""
-        options = dataclasses.asdict(self)
-        del options["double"]
-        gib = options.pop("memory_gib")
-        return {**options, "memory_budget": None if gib is None else int(gib * 2**30)}
+def _place(model: nn.Module, how: Measuring, device: str) -> None:
+    where = resolve_device(device)
+    if how.double and float64_device(where) != where:
+        raise FlatminimaError(f"device {device!r} has no float64: measure on the CPU, or in float32")
+    model.to(where, torch.float64 if how.double else None)
 
 
 @dataclass(frozen=True, config=RECORD)
@@ -130,7 +113,7 @@ def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device
     _, model, clean, _ = load_run(folder.path)
     with folder.watched() as note, recorded_warnings() as recorded:
         note(RunProgress("measuring"))
-        characterization = how.of(model, clean, device=device, progress=progress)
+        characterization = measure_images(model, clean, how, device=device, progress=progress)
     messages = [(type(warning).__name__, str(warning)) for warning in recorded]
     entry = KeptMeasures(asked, messages, json.loads(characterization.to_json()))
     folder.write_measures(json.dumps([plain(kept) for kept in (*others, entry)]) + "\n")
@@ -170,7 +153,7 @@ def compare_runs(
             )
     if how.max_standard_error is not None:
         models = {name: load_run(path)[1] for name, path in runs.items()}
-        return how.compare(models, load_run(runs[first])[2], device=device, progress=progress)
+        return compare_images(models, load_run(runs[first])[2], how, device=device, progress=progress)
     measured = {}
     for name, path in runs.items():
         with naming(name):
@@ -220,7 +203,7 @@ def compare_loaded(
     first = next(iter(networks.values()))
     if all(network.normalization.is_that_of(first.normalization) for network in networks.values()):
         models = {name: network.model for name, network in networks.items()}
-        return how.compare(models, first.data, device=device, progress=progress)
+        return compare_images(models, first.data, how, device=device, progress=progress)
     if how.max_standard_error is not None:
         raise FlatminimaError(
             "the networks were trained on differently normalized images, so they cannot be measured together until "
@@ -229,7 +212,7 @@ def compare_loaded(
     measured = {}
     for name, network in networks.items():
         with naming(name):
-            measured[name] = how.of(network.model, network.data, device=device, progress=progress)
+            measured[name] = measure_images(network.model, network.data, how, device=device, progress=progress)
     return comparison_of(measured)
 
 

@@ -13,14 +13,27 @@ from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_netwo
 from flatminima.lab.runs.records import RunProgress, RunResult
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import TrainingSets
-from flatminima.lab.runs.spec import RECIPES, MultiStep, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import (
+    RECIPES,
+    FisherPenaltySpec,
+    GradientNormSpec,
+    MultiStep,
+    Regularizer,
+    RegularizerSpec,
+    RunSpec,
+    SharpnessAwareSpec,
+    UnitResidualSpec,
+)
 from flatminima.lab.runs.training import Stop, launch, train
 
 __all__ = [
     "RECIPES",
+    "FisherPenaltySpec",
+    "GradientNormSpec",
     "LoadedNetwork",
     "Measuring",
     "MultiStep",
+    "Regularizer",
     "RegularizerSpec",
     "RunFolder",
     "RunProgress",
@@ -30,6 +43,7 @@ __all__ = [
     "SharpnessAwareSpec",
     "Stop",
     "TrainingSets",
+    "UnitResidualSpec",
     "compare_loaded",
     "compare_networks",
     "compare_runs",

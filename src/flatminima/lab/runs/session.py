@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ from flatminima.errors import NonFiniteError
 from flatminima.lab.data import ImageSet, augment
 from flatminima.lab.networks import assign_weights, build_model
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunResult
-from flatminima.lab.runs.sam import SharpnessAwareGradient
 from flatminima.lab.runs.sets import TrainingSets
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import RegularizerSpec, RunSpec
+from flatminima.lab.runs.ways import way_of
 from flatminima.lab.storage import digest_of
 from flatminima.measures import evaluate
 from flatminima.parallel import Processes
@@ -72,7 +72,7 @@ class Session:
         trained = self._compiled() if compile else self.network  # what is saved and evaluated is never compiled
         self.model, self.optimizer = fabric.setup(trained, self.sgd, _reapply_compile=False)
         wrapped = next((m for m in self.model.modules() if isinstance(m, DistributedDataParallel)), trained)
-        self.regularizer = _regularizer(wrapped, spec.regularizer, self.processes.size)
+        self.regularizer = way_of(wrapped, spec, self.processes.size)
 
         self.iteration = 0
         self.sums = EpochSums()
@@ -364,20 +364,6 @@ def _values(tensors: list[Tensor]) -> list[float]:
 def _means(by_process: Sequence[Sequence[float]]) -> list[float]:
     """The mean over the processes of each of their numbers."""
     return [sum(values) / len(values) for values in zip(*by_process, strict=True)]
-
-
-def _regularizer(
-    network: nn.Module, spec: RegularizerSpec | SharpnessAwareSpec | None, processes: int
-) -> FisherTraceRegularizer | SharpnessAwareGradient | None:
-    """What sets the gradients, if it is not plain; each process takes its part of the sub-batches."""
-    if spec is None:
-        return None
-    options = asdict(spec)
-    del options["start_epoch"]
-    if isinstance(spec, SharpnessAwareSpec):
-        return SharpnessAwareGradient(network, **options)
-    options["num_sub_batches"] //= processes
-    return FisherTraceRegularizer(network, **options)
 
 
 def derived_seed(seed: int, purpose: str, index: int) -> int:

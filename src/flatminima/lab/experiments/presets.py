@@ -202,16 +202,17 @@ _DIGITS = Preset(
         # the mlp cannot fit the digits under 4-crop-f
         _matched(replace(_DIGITS_RUN, model="small-cnn"), 0.02, 0.05, 600),
     ),
+    # the least error on 300 held-out images at seed 100; of equals the strongest, which is least like plain training
     rivals={
         "MLP, digits": _rivals(
-            GradientNormSpec(weight=0.16, radius=0.2),
-            FisherPenaltySpec(weight=0.01),
-            UnitResidualSpec(beta=1, num_sub_batches=5, max_grad_norm=5),
+            GradientNormSpec(weight=0.16, radius=0.2),  # r = 0.05, 0.1, 0.2: 3.00, 2.67, 2.33 %
+            FisherPenaltySpec(weight=0.01),  # 0.001, 0.01, 0.1, 1: 3.00, 3.00, 3.67, 83.00 %
+            UnitResidualSpec(beta=10, num_sub_batches=5, max_grad_norm=5),  # 1, 10, 100, 1000: 3.00, 3.00, 4.00, 3.67 %
         ),
         "CNN, digits": _rivals(
-            GradientNormSpec(weight=0.16, radius=0.2),
-            FisherPenaltySpec(weight=0.01),
-            UnitResidualSpec(beta=1, num_sub_batches=5, max_grad_norm=5),
+            GradientNormSpec(weight=0.08, radius=0.1),  # r = 0.05, 0.1, 0.2: 3.00, 2.67, 3.33 %
+            FisherPenaltySpec(weight=0.001),  # 0.001, 0.01, 0.1, 1: 3.33, 5.00, 89.33, 91.67 %
+            UnitResidualSpec(beta=1, num_sub_batches=5, max_grad_norm=5),  # 1, 10, 100, 1000: 2.67, 3.33, 3.33, 10.67 %
         ),
     },
     measuring=Measuring(trials=10, robustness_samples=20, on_singular="skip"),

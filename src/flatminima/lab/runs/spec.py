@@ -309,6 +309,11 @@ class RunSpec:
             raise FlatminimaError(f"not a run specification: {error}") from None
 
 
+def derived_seed(seed: int, purpose: str, index: int) -> int:
+    """An independent seed for each purpose and each epoch or iteration."""
+    return int(digest_of(f"{seed} {purpose} {index}".encode())[:16], base=16) >> 1
+
+
 def _require_all(holder: str, fields: dict[str, Any], written: dict[str, Any]) -> None:
     """Refuse a text that leaves a field to its default: it was not written by us, or not all of it is left."""
     for name, value in fields.items():

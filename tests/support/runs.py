@@ -19,7 +19,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.session import Session
-from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import (
+    FisherPenaltySpec,
+    GradientNormSpec,
+    MultiStep,
+    Plateau,
+    RegularizerSpec,
+    RunSpec,
+    SharpnessAwareSpec,
+    UnitResidualSpec,
+)
 from flatminima.lab.runs.training import train
 from support.commands import environment
 
@@ -73,7 +82,22 @@ SPARSE = replace(
 )
 # SAM in place of the regularizer, with running statistics that it must not touch, in half precision.
 SHARPNESS = replace(BATCHNORM, regularizer=SharpnessAwareSpec(start_epoch=1, max_grad_norm=1.0), precision="bf16-mixed")
-ALL = {"plain": PLAIN, "everything": EVERYTHING, "batchnorm": BATCHNORM, "sparse": SPARSE, "sam": SHARPNESS}
+# Other rivals, each with all that draws at random, and in half precision.
+RIVALS = {
+    "gradient-norm": replace(EVERYTHING, regularizer=GradientNormSpec(start_epoch=1, max_grad_norm=1.0)),
+    "fisher-penalty": replace(EVERYTHING, regularizer=FisherPenaltySpec(start_epoch=1, max_grad_norm=1.0)),
+    "unit-residuals": replace(
+        EVERYTHING, regularizer=UnitResidualSpec(num_sub_batches=4, start_epoch=1, max_grad_norm=1.0)
+    ),
+}
+ALL = {
+    "plain": PLAIN,
+    "everything": EVERYTHING,
+    "batchnorm": BATCHNORM,
+    "sparse": SPARSE,
+    "sam": SHARPNESS,
+    **RIVALS,
+}
 SPECS = pytest.mark.parametrize("spec", ALL.values(), ids=ALL)
 
 

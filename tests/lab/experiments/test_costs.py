@@ -8,7 +8,15 @@ import pytest
 from flatminima.lab.experiments.costs import cost, prices, remaining, seconds
 from flatminima.lab.experiments.experiment import Setting, Task
 from flatminima.lab.runs.measuring import Measuring
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import (
+    FisherPenaltySpec,
+    GradientNormSpec,
+    Regularizer,
+    RegularizerSpec,
+    RunSpec,
+    SharpnessAwareSpec,
+    UnitResidualSpec,
+)
 from support.records import record_of
 
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, batch_size=50, epochs=10, evaluate_every=20)
@@ -31,11 +39,12 @@ def task(spec: RunSpec, measuring: Measuring | None = None, root: Path = Path("n
         (RegularizerSpec(start_epoch=5), 2),
         (RegularizerSpec(start_epoch=50), 1),
         (RegularizerSpec(estimator="hvp"), 6),
+        (GradientNormSpec(), 2),
+        (FisherPenaltySpec(), 6),
+        (UnitResidualSpec(), 3),
     ],
 )
-def test_updates_cost_what_their_gradients_do(
-    regularizer: RegularizerSpec | SharpnessAwareSpec | None, factor: float
-) -> None:
+def test_updates_cost_what_their_gradients_do(regularizer: Regularizer | None, factor: float) -> None:
     found = cost(task(replace(SPEC, regularizer=regularizer)))
     assert found.training == pytest.approx(factor * UPDATES + EVALUATION)
     assert found.measuring == 0

@@ -14,18 +14,36 @@ from flatminima.lab.networks.paper import build_model
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_sets
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import (
+    FisherPenaltySpec,
+    GradientNormSpec,
+    Regularizer,
+    RegularizerSpec,
+    RunSpec,
+    SharpnessAwareSpec,
+    UnitResidualSpec,
+)
 from flatminima.lab.runs.training import train
 from flatminima.measures.evaluation import evaluate
 from flatminima.network.precision import float32_products, float32_switches
-from support.runs import ALL, BATCHNORM, EVERYTHING, PLAIN, SHARPNESS, bits, interrupting, stopped_in_the_middle
+from support.runs import ALL, BATCHNORM, EVERYTHING, PLAIN, RIVALS, SHARPNESS, bits, interrupting, stopped_in_the_middle
 
 pytest_plugins = ("support.run_fixtures",)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("regularizer", [None, RegularizerSpec(num_sub_batches=4, beta=1.0), SharpnessAwareSpec(0.01)])
-def test_bf16_trains_and_is_evaluated_in_float32(tmp_path: Path, regularizer: RegularizerSpec | None) -> None:
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        None,
+        RegularizerSpec(num_sub_batches=4, beta=1.0),
+        SharpnessAwareSpec(0.01),
+        GradientNormSpec(0.005, 0.01),
+        FisherPenaltySpec(),
+        UnitResidualSpec(num_sub_batches=4),
+    ],
+)
+def test_bf16_trains_and_is_evaluated_in_float32(tmp_path: Path, regularizer: Regularizer | None) -> None:
     full = replace(PLAIN, iterations=8, regularizer=regularizer)
     mixed = replace(full, precision="bf16-mixed")
     in_full, in_mixed = train(full, tmp_path), train(mixed, tmp_path)
@@ -54,7 +72,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return found
 
 
-@pytest.mark.parametrize("name", ["plain", "everything", "sparse", "sam"])
+@pytest.mark.parametrize("name", ["plain", "everything", "sparse", "sam", *RIVALS])
 def test_a_compiled_run_is_the_same_up_to_rounding_and_resumes(
     name: str, tmp_path: Path, uninterrupted: Path, graphs: list[torch.fx.GraphModule]
 ) -> None:

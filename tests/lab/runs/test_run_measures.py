@@ -16,9 +16,10 @@ from flatminima.lab.errors import DamagedRunWarning
 from flatminima.lab.runs import measuring
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring import Measuring, compare_images, compare_networks, compare_runs, measure_run
-from flatminima.lab.runs.sets import load_run
+from flatminima.lab.runs.session import Session
+from flatminima.lab.runs.sets import load_run, load_sets
 from flatminima.lab.runs.spec import RunSpec
-from flatminima.lab.runs.training import train
+from flatminima.lab.runs.training import launch, train
 from flatminima.measures import PlainOptions
 
 SPEC = RunSpec(
@@ -66,6 +67,36 @@ def test_a_run_is_measured_on_its_clean_images(paths: dict[str, Path]) -> None:
     expected = fm.measure(model, clean, subset_size=10, trials=3, progress=False)
     assert found.log_det_fisher == expected.log_det_fisher
     assert (found.num_samples, found.train_loss) == (150, expected.train_loss)
+
+
+@pytest.mark.parametrize("measures", [("weights",), ("distance_from_initialization",)])
+def test_how_far_a_run_has_moved_the_weights_is_among_its_measures(
+    paths: dict[str, Path], measures: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is built again from the seed as it was before the first update."""
+    run = Session(specs()["plain"], load_sets(specs()["plain"]), launch(specs()["plain"], "cpu"))
+    expected = sum(
+        (after - before).double().square().sum().item()
+        for before, after in zip(run.network.parameters(), load_run(paths["plain"])[1].parameters(), strict=True)
+    )
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    found = measure_run(paths["plain"], replace(HOW, measures=measures), progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.estimates()["distance_from_initialization"].mean == pytest.approx(expected, rel=1e-6)
+    refuse_to_measure(monkeypatch)
+    assert measure_run(paths["plain"], replace(HOW, measures=measures), progress=False) == found
+
+
+def test_distances_missing_in_what_was_kept_before_are_taken(paths: dict[str, Path]) -> None:
+    how = replace(HOW, measures=("weights",))
+    measure_run(paths["plain"], how, progress=False)
+    kept = json.loads((paths["plain"] / "measures.json").read_text())
+    del kept[0]["asked"]["initial"]
+    del kept[0]["characterization"]["others"]["distance_from_initialization"]
+    (paths["plain"] / "measures.json").write_text(json.dumps(kept))
+    again = measure_run(paths["plain"], how, progress=False)
+    assert "distance_from_initialization" in again.estimates()
 
 
 def test_measures_are_kept_for_every_way_of_measuring(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

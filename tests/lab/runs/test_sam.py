@@ -50,6 +50,37 @@ def test_the_gradient_is_that_of_the_definition(case: Case, rho: float, adaptive
     assert_same_bits(dict(model.named_buffers()), dict(expected.named_buffers()))  # one update: the first pass's
 
 
+@by_case
+def test_a_penalty_on_the_gradients_norm_mixes_the_gradients_here_and_there(case: Case) -> None:
+    """Zhao et al. (2022): (1 − λ/r) g + (λ/r) ∇L(w + r g/‖g‖)."""
+    model, inputs, targets = make(case)
+    here, there = copy.deepcopy(model), copy.deepcopy(model)
+    case.loss_fn(run_model(here, inputs), targets).backward()
+    SharpnessAwareGradient(there, rho=0.1).backward(case.loss_fn, inputs, targets)
+    expected = {
+        name: None if gradient is None else 0.3 * gradient.to_dense() + 0.7 * gradients_of(there)[name].to_dense()
+        for name, gradient in gradients_of(here).items()
+    }
+    loss = SharpnessAwareGradient(model, rho=0.1, share=0.7).backward(case.loss_fn, inputs, targets)
+    assert_same_gradients(gradients_of(model), expected)
+    assert torch.isfinite(loss)
+    assert_same_bits(dict(model.named_buffers()), dict(here.named_buffers()))  # type: ignore[arg-type]
+
+
+def test_a_small_step_gives_the_gradient_of_the_penalty() -> None:
+    """The gradient of L + λ‖∇L‖₂, by autograd of autograd."""
+    model, inputs, targets = make(Case(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))))
+    parameters = list(model.parameters())
+    loss = F.cross_entropy(model(inputs), targets)
+    gradient = torch.autograd.grad(loss, parameters, create_graph=True)
+    norm = torch.cat([part.flatten() for part in gradient]).norm()
+    expected = torch.autograd.grad(loss + 0.2 * norm, parameters)
+    r = 1e-5
+    SharpnessAwareGradient(model, rho=r, share=0.2 / r).backward(F.cross_entropy, inputs, targets)
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-5)
+
+
 @BOTH
 def test_training_is_that_of_pytorch_optimizer(rho: float, adaptive: bool) -> None:
     pytest.importorskip("pytorch_optimizer", reason="pytorch-optimizer is not installed (tests/oracles.txt)")

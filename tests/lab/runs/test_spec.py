@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.runs.spec import RECIPES, Approach, MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import (
+    RECIPES,
+    Approach,
+    FisherPenaltySpec,
+    GradientNormSpec,
+    MultiStep,
+    Plateau,
+    RegularizerSpec,
+    RunSpec,
+    SharpnessAwareSpec,
+    UnitResidualSpec,
+)
 
 CIFAR_SIZE = 50_000
 
@@ -129,6 +140,9 @@ SPECS = [
     *RECIPES.values(),
     RunSpec(regularizer=SharpnessAwareSpec(rho=0.5, adaptive=True)),
     RunSpec(regularizer=RegularizerSpec(max_grad_norm=5.0), precision="bf16-mixed"),
+    RunSpec(regularizer=GradientNormSpec(weight=0.1, radius=0.2)),
+    RunSpec(regularizer=FisherPenaltySpec(weight=0.5, start_epoch=3)),
+    RunSpec(regularizer=UnitResidualSpec(beta=2.0, num_sub_batches=4, max_grad_norm=5.0)),
 ]
 
 
@@ -309,6 +323,11 @@ def test_a_bad_field_is_named_in_one_line(changes: dict[str, Any], message: str)
         (lambda: SharpnessAwareSpec(rho=0.0), "sam.rho must be positive"),
         (lambda: SharpnessAwareSpec(max_grad_norm=0.0), "sam.max_grad_norm must be positive"),
         (lambda: SharpnessAwareSpec(start_epoch=-1), "sam.start_epoch must not be negative"),
+        (lambda: GradientNormSpec(weight=0.0), "gradient_norm.weight must be positive"),
+        (lambda: GradientNormSpec(radius=0.0), "gradient_norm.radius must be positive"),
+        (lambda: FisherPenaltySpec(weight=-1.0), "fisher_penalty.weight must be positive"),
+        (lambda: UnitResidualSpec(beta=-1.0), "unit_residuals.beta must not be negative"),
+        (lambda: UnitResidualSpec(num_sub_batches=0), "unit_residuals.num_sub_batches must be >= 1"),
         (lambda: RegularizerSpec(every=0), "regularizer.every must be >= 1"),
         (lambda: RegularizerSpec(estimator="exact"), "RegularizerSpec.estimator must be"),  # type: ignore[arg-type]
         (lambda: RegularizerSpec(start_epoch=-1), "regularizer.start_epoch must not be negative"),

@@ -15,7 +15,15 @@ from flatminima.lab.runs import sets, training
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.sets import load_run
-from flatminima.lab.runs.spec import MultiStep, RegularizerSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import (
+    FisherPenaltySpec,
+    GradientNormSpec,
+    MultiStep,
+    Regularizer,
+    RegularizerSpec,
+    SharpnessAwareSpec,
+    UnitResidualSpec,
+)
 from flatminima.lab.runs.training import train
 from support.runs import EVERYTHING, PLAIN, bits, reading_late, stopped_in_the_middle
 
@@ -123,8 +131,18 @@ def test_another_environment_is_named(tmp_path: Path) -> None:
         train(PLAIN, tmp_path)
 
 
-@pytest.mark.parametrize("regularizer", [None, RegularizerSpec(num_sub_batches=4), SharpnessAwareSpec()])
-def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path, regularizer: RegularizerSpec | None) -> None:
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        None,
+        RegularizerSpec(num_sub_batches=4),
+        SharpnessAwareSpec(),
+        GradientNormSpec(),
+        FisherPenaltySpec(),
+        UnitResidualSpec(num_sub_batches=4),
+    ],
+)
+def test_a_loss_that_is_not_finite_fails_the_run(tmp_path: Path, regularizer: Regularizer | None) -> None:
     spec = replace(PLAIN, lr=1e20, schedule=MultiStep(()), regularizer=regularizer)
     with pytest.raises(NonFiniteError) as caught:
         train(spec, tmp_path)

@@ -19,9 +19,17 @@ import torch.distributed as dist
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.lab.errors import TrainingInterrupted
 from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.session import Session, derived_seed
+from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_sets
-from flatminima.lab.runs.spec import MultiStep, Plateau, RegularizerSpec, RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import (
+    FisherPenaltySpec,
+    MultiStep,
+    Plateau,
+    RegularizerSpec,
+    RunSpec,
+    SharpnessAwareSpec,
+    derived_seed,
+)
 from flatminima.lab.runs.training import launch, train
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from support.collectives import free_port, run_in_processes
@@ -285,6 +293,7 @@ def test_an_error_of_the_first_process_is_raised_on_all(seen: list[dict[str, Any
         ({"batch_size": 33}, "batch_size 33 cannot be shared equally by 2 processes: choose a multiple of 2"),
         ({"regularizer": RegularizerSpec(num_sub_batches=3)}, "regularizer.num_sub_batches 3 cannot be shared"),
         ({"regularizer": SharpnessAwareSpec()}, "sharpness-aware minimization runs in one process"),
+        ({"regularizer": FisherPenaltySpec()}, "the Fisher penalty runs in one process: start it without torchrun"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_else(

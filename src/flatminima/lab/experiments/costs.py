@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from flatminima.lab.data import load_data
 from flatminima.lab.experiments.experiment import Record, Task
 from flatminima.lab.networks import build_model, resolve_device
-from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec
+from flatminima.lab.runs import FisherPenaltySpec, Measuring, RegularizerSpec, RunSpec, UnitResidualSpec
 from flatminima.measures import robustness_sample_count
 
 FORWARD = 1 / 3
@@ -79,8 +79,12 @@ def _extra(spec: RunSpec) -> float:
     regularizer = spec.regularizer
     if regularizer is None:
         return 0.0
+    if isinstance(regularizer, FisherPenaltySpec):
+        return 1.0 + _EXACT_PENALTY
+    if isinstance(regularizer, UnitResidualSpec):
+        return 2.0
     if not isinstance(regularizer, RegularizerSpec):
-        return 1.0  # SAM: the gradient again at another point
+        return 1.0  # SAM and the gradient's norm: the gradient again at another point
     penalty = 2.0 if regularizer.estimator == "finite-difference" else 1.0 + _EXACT_PENALTY
     saved = 1.0 if regularizer.main_gradient == "sub-batches" else 0.0
     return (penalty - saved) / regularizer.every

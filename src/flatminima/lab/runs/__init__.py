@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from flatminima.lab.runs.records import RunProgress, RunResult
     from flatminima.lab.runs.session import Session
     from flatminima.lab.runs.sets import TrainingSets
-    from flatminima.lab.runs.spec import RECIPES, Approach, MultiStep, RegularizerSpec, RunSpec, SharpnessAwareSpec
+    from flatminima.lab.runs.spec import (
+        RECIPES,
+        Approach,
+        FisherPenaltySpec,
+        GradientNormSpec,
+        MultiStep,
+        Regularizer,
+        RegularizerSpec,
+        RunSpec,
+        SharpnessAwareSpec,
+        UnitResidualSpec,
+    )
     from flatminima.lab.runs.training import Stop, launch, train
 else:  # the command line reads descriptions without torch
     __getattr__, __dir__ = on_demand(
@@ -39,7 +50,20 @@ else:  # the command line reads descriptions without torch
             "records": ("RunProgress", "RunResult"),
             "session": ("Session",),
             "sets": ("TrainingSets",),
-            "spec": ("RECIPES", "Approach", "MultiStep", "RegularizerSpec", "RunSpec", "SharpnessAwareSpec"),
+            "spec": (
+                "RECIPES",
+                "Approach",
+                "FisherPenaltySpec",
+                "GradientNormSpec",
+                "FisherPenaltySpec",
+                "GradientNormSpec",
+                "MultiStep",
+                "Regularizer",
+                "RegularizerSpec",
+                "RunSpec",
+                "SharpnessAwareSpec",
+                "UnitResidualSpec",
+            ),
             "training": ("Stop", "launch", "train"),
         },
     )
@@ -47,9 +71,12 @@ else:  # the command line reads descriptions without torch
 __all__ = [
     "RECIPES",
     "Approach",
+    "FisherPenaltySpec",
+    "GradientNormSpec",
     "LoadedNetwork",
     "Measuring",
     "MultiStep",
+    "Regularizer",
     "RegularizerSpec",
     "RunFolder",
     "RunProgress",
@@ -59,6 +86,7 @@ __all__ = [
     "SharpnessAwareSpec",
     "Stop",
     "TrainingSets",
+    "UnitResidualSpec",
     "compare_loaded",
     "compare_networks",
     "compare_runs",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
@@ -23,23 +23,31 @@ from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
 from flatminima.lab.runs.records import RunProgress
-from flatminima.lab.runs.sets import digest_of_images, load_run
+from flatminima.lab.runs.sets import digest_of_images, initial_network, load_run
 from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import digest_of
-from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
+from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure, selected
 from flatminima.network import float64_device
 from flatminima.progress import track
 
+_FROM_INITIAL = "distance_from_initialization"
+
 
 def measure_images(
-    model: nn.Module, data: ImageSet, how: Measuring, *, device: str = "auto", progress: bool = True
+    model: nn.Module,
+    data: ImageSet,
+    how: Measuring,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    device: str = "auto",
+    progress: bool = True,
 ) -> Characterization:
-    """Measure ``model`` on ``data``; it stays on ``device``, in float64 if ``how.double``.
+    """Measure ``model``, trained from ``initial``, on ``data``; it stays on ``device``, in float64 if ``how.double``.
 
     Raises and warns as :func:`flatminima.measure` does.
     """
     _place(model, how, device)
-    return measure(model, NetworkInputs.of(data, model), progress=progress, **how.options())
+    return measure(model, NetworkInputs.of(data, model), initial=initial, progress=progress, **how.options())
 
 
 def compare_images(
@@ -110,10 +118,12 @@ def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device
     except DamagedFileError as error:
         warn(f"measured again: {error}", DamagedRunWarning)
         others = []
-    _, model, clean, _ = load_run(folder.path)
+    with torch.random.fork_rng([]):  # building a network draws its weights
+        spec, model, clean, _ = load_run(folder.path)
+        initial = initial_network(spec, clean).state_dict()
     with folder.watched() as note, recorded_warnings() as recorded:
         note(RunProgress("measuring"))
-        characterization = measure_images(model, clean, how, device=device, progress=progress)
+        characterization = measure_images(model, clean, how, initial=initial, device=device, progress=progress)
     messages = [(type(warning).__name__, str(warning)) for warning in recorded]
     entry = KeptMeasures(asked, messages, json.loads(characterization.to_json()))
     folder.write_measures(json.dumps([plain(kept) for kept in (*others, entry)]) + "\n")
@@ -220,6 +230,8 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer."""
     options = dataclasses.asdict(how)
     del options["memory_gib"]
+    if _FROM_INITIAL in {measure.name for measure in selected(how.measures).measures}:
+        options["initial"] = True  # what was measured before runs knew their initial weights is no answer
     return {
         **options,
         "measures": list(how.measures),  # as JSON has it

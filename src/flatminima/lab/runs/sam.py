@@ -1,8 +1,12 @@
-"""The regularizer's rival: sharpness-aware minimization, SAM (Foret et al., 2021) and ASAM (Kwon et al., 2021).
+"""Rivals that look at the gradient near by: SAM (Foret et al., 2021), ASAM (Kwon et al., 2021), and Zhao et al. (2022).
 
-The weights move with the gradient of L(B, ·) at w + e, the worst place near by to first order:
+SAM moves the weights with the gradient of L(B, ·) at w + e, the worst place near by to first order:
 
     e = ρ T² g / ‖T g‖₂,  g = ∇L(B, w),  T = 1 (SAM; Foret et al., Eq. 2) or |w| elementwise (ASAM; Kwon et al., Eq. 7).
+
+Zhao et al. penalize the gradient's norm: the gradient of L + λ‖g‖₂ is g + λ H g/‖g‖₂, by a finite difference over e:
+
+    (1 − λ/r) g + (λ/r) ∇L(B, w + e),  e = r g / ‖g‖₂  (Zhao et al., Algorithm 1; SAM is the case λ = r).
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ _TINY = 1e-12  # beside ‖T g‖, so that a gradient of zero moves nothing
 
 
 class SharpnessAwareGradient:
-    """SAM or ASAM with the interface of :class:`~flatminima.FisherTraceRegularizer`; one step costs two plain ones.
+    """SAM, ASAM, or a penalty on the gradient's norm; one step costs two plain ones.
+
+    The interface is that of :class:`~flatminima.FisherTraceRegularizer`.
 
     Both passes see the same dropout mask. Running statistics and other buffers are updated by the first pass alone, and
     the weights are back to the same bits after every step. Both passes run in the precision around them, so autocast
@@ -33,19 +39,27 @@ class SharpnessAwareGradient:
         rho: ρ, the length of e (of T⁻¹e for ASAM), > 0.
         adaptive: ASAM, without its stabilizer η and with T = |w| for biases and normalization layers too, as in most
             implementations.
+        share: what the gradient at w + e counts for, > 0; that at w counts for the rest. SAM: 1; Zhao et al.: λ/r.
         max_grad_norm: the global norm to which ``.grad`` is clipped, or None.
     """
 
     def __init__(
-        self, model: nn.Module, *, rho: float = 0.05, adaptive: bool = False, max_grad_norm: float | None = None
+        self,
+        model: nn.Module,
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        share: float = 1.0,
+        max_grad_norm: float | None = None,
     ) -> None:
         self.model = model
         self.rho = rho
         self.adaptive = adaptive
+        self.share = share
         self.max_grad_norm = max_grad_norm
 
     def backward(self, loss_fn: LossFunction, inputs: Inputs, targets: Any) -> Tensor:
-        """Add ∇L(B, w + e) to ``.grad``, then clip ``.grad``.
+        """Add ``share`` ∇L(B, w + e) + (1 − ``share``) ∇L(B, w) to ``.grad``, then clip ``.grad``.
 
         Args:
             loss_fn: ``loss_fn(model_output, targets)`` → scalar, a mean over the samples.
@@ -66,11 +80,15 @@ class SharpnessAwareGradient:
         parameters = Weights.of(self.model, None).parameters
         with restored_generators(parameters):
             here = loss()
-            gradient = torch.autograd.grad(here, parameters, allow_unused=True, materialize_grads=True)
-        ascent = self._ascent(parameters, [part.to_dense() for part in gradient])
+            found = torch.autograd.grad(here, parameters, allow_unused=True, materialize_grads=True)
+        ascent = self._ascent(parameters, [part.to_dense() for part in found])
         with moved(parameters, ascent, 1.0), Buffers(self.model).scratch():
-            loss().backward()  # type: ignore[no-untyped-call]
+            (self.share * loss()).backward()  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()
+        if self.share != 1.0:
+            for parameter, part in zip(parameters, found, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(part, alpha=1 - self.share)
         if self.max_grad_norm is not None:
             clip_grad_norm_(parameters, self.max_grad_norm)
         return here.detach()

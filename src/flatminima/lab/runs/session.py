@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import NonFiniteError
 from flatminima.lab.data import ImageSet, augment
-from flatminima.lab.networks import assign_weights, build_model
+from flatminima.lab.networks import assign_weights
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunResult
-from flatminima.lab.runs.sam import SharpnessAwareGradient
-from flatminima.lab.runs.sets import TrainingSets
-from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, SharpnessAwareSpec
-from flatminima.lab.storage import digest_of
+from flatminima.lab.runs.sets import TrainingSets, initial_network
+from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, derived_seed
+from flatminima.lab.runs.ways import way_of
 from flatminima.measures import evaluate
 from flatminima.parallel import Processes
 from flatminima.regularizer import FisherTraceRegularizer, RegularizerStep
@@ -56,10 +55,7 @@ class Session:
         self.iterations_per_epoch = spec.iterations_per_epoch(len(self.train_set))
         self.total_iterations = spec.total_iterations(len(self.train_set))
 
-        torch.manual_seed(derived_seed(spec.seed, "weights", 0))
-        self.network = build_model(
-            spec.model, num_classes=self.train_set.num_classes, in_channels=self.train_set.images.shape[1]
-        )
+        self.network = initial_network(spec, sets.train)
         # 15 to 25 % faster on CIFAR, no slower on the digits; torch declares `to` without this argument
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sgd = torch.optim.SGD(
@@ -72,7 +68,7 @@ class Session:
         trained = self._compiled() if compile else self.network  # what is saved and evaluated is never compiled
         self.model, self.optimizer = fabric.setup(trained, self.sgd, _reapply_compile=False)
         wrapped = next((m for m in self.model.modules() if isinstance(m, DistributedDataParallel)), trained)
-        self.regularizer = _regularizer(wrapped, spec.regularizer, self.processes.size)
+        self.regularizer = way_of(wrapped, spec, self.processes.size)
 
         self.iteration = 0
         self.sums = EpochSums()
@@ -365,25 +361,6 @@ def _values(tensors: list[Tensor]) -> list[float]:
 def _means(by_process: Sequence[Sequence[float]]) -> list[float]:
     """The mean over the processes of each of their numbers."""
     return [sum(values) / len(values) for values in zip(*by_process, strict=True)]
-
-
-def _regularizer(
-    network: nn.Module, spec: RegularizerSpec | SharpnessAwareSpec | None, processes: int
-) -> FisherTraceRegularizer | SharpnessAwareGradient | None:
-    """What sets the gradients, if it is not plain; each process takes its part of the sub-batches."""
-    if spec is None:
-        return None
-    options = asdict(spec)
-    del options["start_epoch"]
-    if isinstance(spec, SharpnessAwareSpec):
-        return SharpnessAwareGradient(network, **options)
-    options["num_sub_batches"] //= processes
-    return FisherTraceRegularizer(network, **options)
-
-
-def derived_seed(seed: int, purpose: str, index: int) -> int:
-    """An independent seed for each purpose and each epoch or iteration."""
-    return int(digest_of(f"{seed} {purpose} {index}".encode())[:16], base=16) >> 1
 
 
 def processes_of(fabric: Fabric) -> Processes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
 from flatminima.lab.networks import assign_weights, build_model
 from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.spec import RunSpec
+from flatminima.lab.runs.spec import RunSpec, derived_seed
 from flatminima.lab.storage import bytes_of, digest_of
 
 
@@ -50,6 +51,17 @@ def load_sets(spec: RunSpec, *, cache_dir: Path | None = None) -> TrainingSets:
         return TrainingSets(full, full, test, validation)  # in the order of the files, whatever the seed
     clean, train = confuse(full, num_clean=spec.train_size, num_confused=spec.confusion, seed=spec.seed)
     return TrainingSets(clean, train, test, validation)
+
+
+def initial_network(spec: RunSpec, images: ImageSet) -> nn.Module:
+    """The network as the run begins, on the CPU; its weights follow from the spec's seed, which torch is given.
+
+    Args:
+        spec: the run's.
+        images: some of its images.
+    """
+    torch.manual_seed(derived_seed(spec.seed, "weights", 0))
+    return build_model(spec.model, num_classes=images.num_classes, in_channels=images.images.shape[1])
 
 
 def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpec, nn.Module, ImageSet, ImageSet]:

@@ -139,12 +139,61 @@ class SharpnessAwareSpec(Kinded):
     """Epochs of plain training before it is switched on."""
 
 
+@refusing("gradient_norm")
+@dataclass(frozen=True, config=STRICT)
+class GradientNormSpec(Kinded):
+    """Hyper-parameters of a rival: the gradient-norm penalty λ‖∇L(B, w)‖₂ (Zhao et al., 2022)."""
+
+    weight: Positive = 0.04
+    """λ, the weight of the penalty; at λ = r this is SAM."""
+    radius: Positive = 0.05
+    """r, the step along the gradient that the penalty's gradient is the finite difference over."""
+    max_grad_norm: Positive | None = None
+    """The global norm the gradient is clipped to (None: not clipped)."""
+    start_epoch: AtLeastZero = 0
+    """Epochs of plain training before it is switched on."""
+
+
+@refusing("fisher_penalty")
+@dataclass(frozen=True, config=STRICT)
+class FisherPenaltySpec(Kinded):
+    """Hyper-parameters of a rival: the Fisher penalty (Jastrzębski et al., 2021)."""
+
+    weight: Positive = 0.01
+    """The weight of the squared norm of the mini-batch's gradient at labels that the model draws."""
+    max_grad_norm: Positive | None = None
+    """The global norm the gradient is clipped to (None: not clipped)."""
+    start_epoch: AtLeastZero = 0
+    """Epochs of plain training before it is switched on."""
+
+
+@refusing("unit_residuals")
+@dataclass(frozen=True, config=STRICT)
+class UnitResidualSpec(Kinded):
+    """Hyper-parameters of Algorithm 1 at unit residuals (ours, exploratory)."""
+
+    alpha: Positive = 1e-4
+    """α, the length of the finite-difference step along a sub-batch's gradient."""
+    beta: NotNegative = 1.0
+    """β, the weight of the penalty."""
+    num_sub_batches: AtLeastOne = 8
+    """M, the number of equal sub-batches a mini-batch is split into."""
+    max_grad_norm: Positive | None = None
+    """τ, the global norm the gradient is clipped to (None: not clipped)."""
+    start_epoch: AtLeastZero = 0
+    """Epochs trained without the penalty before it is switched on."""
+
+
 Schedule = Annotated[
     Annotated[MultiStep, Tag("MultiStep")] | Annotated[Plateau, Tag("Plateau")] | Annotated[Approach, Tag("Approach")],
     Discriminator(kind_of),
 ]
 Regularizer = Annotated[
-    Annotated[RegularizerSpec, Tag("RegularizerSpec")] | Annotated[SharpnessAwareSpec, Tag("SharpnessAwareSpec")],
+    Annotated[RegularizerSpec, Tag("RegularizerSpec")]
+    | Annotated[SharpnessAwareSpec, Tag("SharpnessAwareSpec")]
+    | Annotated[GradientNormSpec, Tag("GradientNormSpec")]
+    | Annotated[FisherPenaltySpec, Tag("FisherPenaltySpec")]
+    | Annotated[UnitResidualSpec, Tag("UnitResidualSpec")],
     Discriminator(kind_of),
 ]
 
@@ -203,7 +252,7 @@ class RunSpec:
     label_smoothing: Fraction = 0.0
     """Probability moved from the label to the uniform distribution."""
     regularizer: Regularizer | None = None
-    """The Fisher trace regularizer, or its rival (None: plain training)."""
+    """The Fisher trace regularizer, or a rival (None: plain training)."""
     evaluate_every: AtLeastOne = 1
     """Evaluate on the test images (and those held out) after every so many epochs, and after the last."""
     precision: Precision = "32-true"
@@ -286,6 +335,11 @@ class RunSpec:
             return spec
         except FlatminimaError as error:
             raise FlatminimaError(f"not a run specification: {error}") from None
+
+
+def derived_seed(seed: int, purpose: str, index: int) -> int:
+    """An independent seed for each purpose and each epoch or iteration."""
+    return int(digest_of(f"{seed} {purpose} {index}".encode())[:16], base=16) >> 1
 
 
 def _require_all(holder: str, fields: dict[str, Any], written: dict[str, Any]) -> None:

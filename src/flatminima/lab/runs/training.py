@@ -32,7 +32,8 @@ from flatminima.lab.runs.interrupts import Breaks, deferred_interrupt
 from flatminima.lab.runs.records import CheckpointNote, ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.session import Session, processes_of
 from flatminima.lab.runs.sets import TrainingSets, load_sets
-from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec
+from flatminima.lab.runs.spec import RegularizerSpec, RunSpec
+from flatminima.lab.runs.ways import name_of
 from flatminima.network import float32_products
 from flatminima.parallel import Processes
 from flatminima.progress import ProgressBar, silent
@@ -139,11 +140,11 @@ def launch(spec: RunSpec, accelerator: str) -> Fabric:
 
 
 def _require_shares(spec: RunSpec, processes: int) -> None:
-    if isinstance(spec.regularizer, SharpnessAwareSpec):
-        raise FlatminimaError("sharpness-aware minimization runs in one process: start it without torchrun")
     shared = {"batch_size": spec.batch_size}
-    if spec.regularizer is not None:
+    if isinstance(spec.regularizer, RegularizerSpec):
         shared["regularizer.num_sub_batches"] = spec.regularizer.num_sub_batches
+    elif spec.regularizer is not None:
+        raise FlatminimaError(f"{name_of(spec.regularizer)} runs in one process: start it without torchrun")
     for name, count in shared.items():
         if count % processes:
             raise FlatminimaError(

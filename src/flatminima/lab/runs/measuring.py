@@ -17,9 +17,10 @@ from torch import nn
 
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
-from flatminima.lab.data import ImageSet
+from flatminima.lab.data import TrainingData, open_data
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
 from flatminima.lab.networks import resolve_device
+from flatminima.lab.reading import Reading
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
 from flatminima.lab.runs.records import RunProgress
@@ -45,16 +46,18 @@ class Measuring(PlainOptions):
     double: bool = False
     """Measure in float64."""
 
-    def of(self, model: nn.Module, data: ImageSet, *, device: str = "auto", progress: bool = True) -> Characterization:
+    def of(
+        self, model: nn.Module, data: TrainingData, *, device: str = "auto", progress: bool = True
+    ) -> Characterization:
         """Measure ``model`` on ``data``; it stays on ``device``, in float64 if ``double``.
 
         Raises and warns as :func:`flatminima.measure` does.
         """
         self._place(model, device)
-        return measure(model, NetworkInputs.of(data, model), progress=progress, **self._options())
+        return measure(model, NetworkInputs.of(data, model), loss=data.loss, progress=progress, **self._options())
 
     def compare(
-        self, models: Mapping[str, nn.Module], data: ImageSet, *, device: str = "auto", progress: bool = True
+        self, models: Mapping[str, nn.Module], data: TrainingData, *, device: str = "auto", progress: bool = True
     ) -> Comparison:
         """Compare ``models`` on ``data``, trial by trial; they stay on ``device``, in float64 if ``double``.
 
@@ -67,7 +70,7 @@ class Measuring(PlainOptions):
             found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
             raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
         inputs = NetworkInputs.of(data, next(iter(models.values())))
-        return compare(models, inputs, progress=progress, **self._options())
+        return compare(models, inputs, loss=data.loss, progress=progress, **self._options())
 
     def _place(self, model: nn.Module, device: str) -> None:
         where = resolve_device(device)
@@ -184,7 +187,7 @@ def compare_networks(
     model: str | None,
     how: Measuring,
     *,
-    normalize: str | None = None,
+    reading: Reading | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> Comparison:
@@ -192,10 +195,10 @@ def compare_networks(
 
     Args:
         paths: run folder or checkpoint by name.
-        source: the training set, as for :func:`~flatminima.lab.data.sources.load_data`.
-        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.foreign.load_model`.
+        source: the training set, as for :func:`~flatminima.lab.data.open_data`.
+        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.open_network`.
         how: how they are measured.
-        normalize: of the checkpoints, as for :func:`~flatminima.lab.runs.networks.load_network`.
+        reading: how data are read, and images prepared, as for :func:`~flatminima.lab.runs.networks.load_network`.
         device: where.
         progress: show a bar with the time left on a terminal.
 
@@ -206,7 +209,8 @@ def compare_networks(
         UnequalLossWarning: as :func:`flatminima.compare` does.
     """
     _require_two(paths)
-    return compare_loaded(load_networks(paths, source, model, normalize), how, device=device, progress=progress)
+    networks = load_networks(paths, open_data(source, reading).data, model, reading)
+    return compare_loaded(networks, how, device=device, progress=progress)
 
 
 def compare_loaded(
@@ -218,13 +222,13 @@ def compare_loaded(
     """
     _require_two(networks)
     first = next(iter(networks.values()))
-    if all(network.normalization.is_that_of(first.normalization) for network in networks.values()):
+    if all(network.preparation.is_that_of(first.preparation) for network in networks.values()):
         models = {name: network.model for name, network in networks.items()}
         return how.compare(models, first.data, device=device, progress=progress)
     if how.max_standard_error is not None:
         raise FlatminimaError(
-            "the networks were trained on differently normalized images, so they cannot be measured together until "
-            "their differences are precise: leave max_standard_error out"
+            "the networks were trained on differently normalized images, or inputs prepared in another way, so they "
+            "cannot be measured together until their differences are precise: leave max_standard_error out"
         )
     measured = {}
     for name, network in networks.items():

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
-from flatminima.lab.data import ImageSet
+from flatminima.lab.data import TrainingData, open_data
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
 from flatminima.lab.networks import resolve_device
+from flatminima.lab.reading import Reading
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
@@ -35,7 +36,7 @@ _FROM_INITIAL = "distance_from_initialization"
 
 def measure_images(
     model: nn.Module,
-    data: ImageSet,
+    data: TrainingData,
     how: Measuring,
     *,
     initial: Mapping[str, Tensor] | None = None,
@@ -47,11 +48,12 @@ def measure_images(
     Raises and warns as :func:`flatminima.measure` does.
     """
     _place(model, how, device)
-    return measure(model, NetworkInputs.of(data, model), initial=initial, progress=progress, **how.options())
+    inputs = NetworkInputs.of(data, model)
+    return measure(model, inputs, loss=data.loss, initial=initial, progress=progress, **how.options())
 
 
 def compare_images(
-    models: Mapping[str, nn.Module], data: ImageSet, how: Measuring, *, device: str = "auto", progress: bool = True
+    models: Mapping[str, nn.Module], data: TrainingData, how: Measuring, *, device: str = "auto", progress: bool = True
 ) -> Comparison:
     """Compare ``models`` on ``data``, trial by trial; they stay on ``device``, in float64 if ``how.double``.
 
@@ -64,7 +66,7 @@ def compare_images(
         found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
         raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
     inputs = NetworkInputs.of(data, next(iter(models.values())))
-    return compare(models, inputs, progress=progress, **how.options())
+    return compare(models, inputs, loss=data.loss, progress=progress, **how.options())
 
 
 def _place(model: nn.Module, how: Measuring, device: str) -> None:
@@ -177,7 +179,7 @@ def compare_networks(
     model: str | None,
     how: Measuring,
     *,
-    normalize: str | None = None,
+    reading: Reading | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> Comparison:
@@ -185,10 +187,10 @@ def compare_networks(
 
     Args:
         paths: run folder or checkpoint by name.
-        source: the training set, as for :func:`~flatminima.lab.data.sources.load_data`.
-        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.foreign.load_model`.
+        source: the training set, as for :func:`~flatminima.lab.data.open_data`.
+        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.open_network`.
         how: how they are measured.
-        normalize: of the checkpoints, as for :func:`~flatminima.lab.runs.networks.load_network`.
+        reading: how data are read, and images prepared, as for :func:`~flatminima.lab.runs.networks.load_network`.
         device: where.
         progress: show a bar with the time left on a terminal.
 
@@ -199,7 +201,8 @@ def compare_networks(
         UnequalLossWarning: as :func:`flatminima.compare` does.
     """
     _require_two(paths)
-    return compare_loaded(load_networks(paths, source, model, normalize), how, device=device, progress=progress)
+    networks = load_networks(paths, open_data(source, reading).data, model, reading)
+    return compare_loaded(networks, how, device=device, progress=progress)
 
 
 def compare_loaded(
@@ -211,13 +214,13 @@ def compare_loaded(
     """
     _require_two(networks)
     first = next(iter(networks.values()))
-    if all(network.normalization.is_that_of(first.normalization) for network in networks.values()):
+    if all(network.preparation.is_that_of(first.preparation) for network in networks.values()):
         models = {name: network.model for name, network in networks.items()}
         return compare_images(models, first.data, how, device=device, progress=progress)
     if how.max_standard_error is not None:
         raise FlatminimaError(
-            "the networks were trained on differently normalized images, so they cannot be measured together until "
-            "their differences are precise: leave max_standard_error out"
+            "the networks were trained on differently normalized images, or inputs prepared in another way, so they "
+            "cannot be measured together until their differences are precise: leave max_standard_error out"
         )
     measured = {}
     for name, network in networks.items():

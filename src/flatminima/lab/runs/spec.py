@@ -339,6 +339,8 @@ class RunSpec:
 
 def derived_seed(seed: int, purpose: str, index: int) -> int:
     """An independent seed for each purpose and each epoch or iteration."""
+    from flatminima.lab.storage import digest_of
+
     return int(digest_of(f"{seed} {purpose} {index}".encode())[:16], base=16) >> 1
 
 

@@ -55,8 +55,6 @@ else:  # the command line reads descriptions without torch
                 "Approach",
                 "FisherPenaltySpec",
                 "GradientNormSpec",
-                "FisherPenaltySpec",
-                "GradientNormSpec",
                 "MultiStep",
                 "Regularizer",
                 "RegularizerSpec",

@@ -190,7 +190,7 @@ def naming_errors(name: str) -> Iterator[None]:
     try:
         yield
     except FlatminimaError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(_named(name, error)) from error
 
 
 @contextmanager
@@ -199,4 +199,9 @@ def naming(name: str) -> Iterator[None]:
     with recorded_warnings() as recorded, naming_errors(name):
         yield
     for warning in recorded:
-        warn(f"{name}: {warning}", type(warning))
+        warn(_named(name, warning), type(warning))
+
+
+def _named(name: str, said: Exception) -> str:
+    """A message behind the name, which some begin with already."""
+    return str(said) if str(said).startswith(f"{name}: ") else f"{name}: {said}"

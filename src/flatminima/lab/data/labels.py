@@ -28,7 +28,7 @@ def labels_of(values: np.ndarray[Any, Any], where: str) -> Tensor:
         f"{where} have shape {values.shape}, not one number for each sample: pass class numbers (one-hot rows: argmax)",
     )
     if not np.issubdtype(values.dtype, np.integer):
-        kind = "text" if values.dtype.kind in "OUS" else str(values.dtype)
+        kind = "no numbers" if values.dtype.kind in "OUS" else str(values.dtype)
         raise FlatminimaError(
             f"{where} are {kind}, not integers: number the classes from 0 as in training (regression and empty rows "
             "have no class)"

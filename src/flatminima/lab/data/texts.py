@@ -22,6 +22,7 @@ class Texts:
         chosen: ``(N,)``: the places.
         labels: ``(N,)`` int64; None where there are none.
         num_classes: Number of classes; None where there are no labels.
+        no_labels: Why there are none.
     """
 
     where: str
@@ -29,6 +30,7 @@ class Texts:
     chosen: Tensor
     labels: Tensor | None
     num_classes: int | None
+    no_labels: str = ""
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,13 +90,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _built(source: str, checkpoint: Path | None, data: OwnData) -> nn.Module:
+def _built(source: str, checkpoint: Path | None, data: OwnData) -> Any:
     """One of ours, or a factory's."""
     given = {"num_classes": data.num_classes, "in_channels": None if isinstance(data, Texts) else data.channels}
     arguments = {name: value for name, value in given.items() if value is not None}
     if ":" in source:
-        model: nn.Module = made_by_factory(source, "model", arguments)
-        return model
+        return _of_factory(source, arguments)
     if source not in MODEL_NAMES:
         kinds = ", ".join(kind.described for kind in MODEL_KINDS.values())
         raise FlatminimaError(
@@ -110,6 +110,16 @@ def _built(source: str, checkpoint: Path | None, data: OwnData) -> nn.Module:
             "build it by package.module:factory"
         )
     return build_model(source, **arguments)
+
+
+def _of_factory(source: str, arguments: dict[str, int]) -> Any:
+    try:
+        return made_by_factory(source, "model", arguments)
+    except FlatminimaError as error:
+        wanted = next((name for name in ("num_classes", "in_channels") if f"'{name}'" in str(error)), None)
+        if wanted is None or wanted in arguments:
+            raise
+        raise FlatminimaError(f"{error}: these data do not say it; give the factory a default of it") from error
 
 
 def _as_they_are(source: str, data: OwnData) -> tuple[ImageSet | Pictures | ReadySamples, Preparation | None]:

@@ -153,7 +153,7 @@ def _tokenized(name: str, model: nn.Module, texts: Texts, reading: Reading) -> t
         "inputs and labels as package.module:factory",
     )
     if not language and texts.labels is None:
-        raise FlatminimaError(f"{texts.where}: no column of labels, which {type(model).__name__} needs (label_column)")
+        raise FlatminimaError(f"{texts.no_labels}; {type(model).__name__} needs them")
     with _quiet() as transformers, _loading(name, "its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     limits = (reading.max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))

@@ -25,6 +25,7 @@ CANDIDATES = ("data", "none", "0.5/0.5", "imagenet")
 """What a network may have been trained with that does not say."""
 _LOOKED_AT = 250  # images that candidates are tried on
 _BATCH = 50  # of them at once: they may be large
+_FITS = 0.1  # nats: with a smaller loss a candidate may be the right one
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,11 @@ def _guessed(model: nn.Module, data: ImageSet | Pictures, name: str) -> Normaliz
         return Normalization.of(data)
     best = min(losses, key=losses.__getitem__)
     said = ", ".join(f"{normalization.name} {loss:.3g}" for normalization, loss in losses.items())
+    others = [each.name for each, loss in losses.items() if each is not best and loss < _FITS]
+    doubt = f", but with {' and '.join(others)} it fits as a minimum does, too" if others else ""
     warn(
         f"{name} does not say how its images were normalized: taken is {best}, where its training loss is the smallest "
-        f"({said}); give normalize to be sure",
+        f"({said}){doubt}; give normalize to be sure",
         GuessedNormalizationWarning,
     )
     return replace(best, name=f"{best.name}, a guess")

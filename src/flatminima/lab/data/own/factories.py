@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data.images import ImageSet
@@ -41,11 +43,14 @@ def open_factory(source: str, reading: Reading) -> Opened:
 
 
 def _num_classes(made: Any) -> int | None:
-    """What torchvision's data sets call ``classes``; or ``num_classes``."""
+    """What torchvision's data sets call ``classes``, or ``num_classes``; of a ``TensorDataset`` by its labels."""
     dataset = getattr(made, "dataset", made)
     classes, number = getattr(dataset, "classes", None), getattr(dataset, "num_classes", None)
     if isinstance(classes, (list, tuple)):
         return len(classes)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        labels = dataset.tensors[1]
+        return int(labels.max()) + 1 if labels.dtype == torch.int64 and labels.dim() == 1 else None
     return number if isinstance(number, int) else None
 
 

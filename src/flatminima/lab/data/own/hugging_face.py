@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flatminima.errors import FlatminimaError, did_you_mean, require
 from flatminima.lab.data.decoding import root_cause
@@ -47,34 +48,46 @@ def open_hugging_face(source: str, reading: Reading) -> Opened:
     Raises:
         FlatminimaError: It cannot be loaded, a split or column is missing or of another type, or a label is no class.
     """
-    rows = _split(_load(source.removeprefix(PREFIX), source), source, reading)
-    where = source if rows.split is None else f"{source}, split {rows.split}"
+    loaded = _load(source.removeprefix(PREFIX), source)
+    rows, where = (
+        (_split(loaded, source, reading), f"{source}, split {reading.split}")
+        if isinstance(loaded, dict)
+        else (loaded, source)
+    )
     require(len(rows) > 0, f"{where} is empty: name another split")
-    label_column = _label_column(rows, reading, where)
-    labels = declared = None
-    if label_column is not None:
-        values = rows.select_columns(label_column).with_format("arrow")[:].column(label_column)
-        labels = labels_of(_flat(values), f"{where}: labels in column {label_column!r}")
-        declared = getattr(rows.features[label_column], "num_classes", None)
-        declared = classes_of(labels, declared, where)
     inputs = _input_columns(rows, reading, where)
-    said = f"labels from {label_column!r} ({declared} classes)" if label_column else "no labels"
+    said = f"{where}: {len(rows)} {{}} from column {' and '.join(map(repr, inputs))}, {{}}"
     if _is_image(rows.features[inputs[0]]):
-        if labels is None or declared is None:
-            raise FlatminimaError(
-                f"{where}: no column of labels among {', '.join(rows.column_names)}: name it (label_column)"
-            )
-        pictures = Pictures.of(_Rows(rows, inputs[0], where), labels, declared, reading)
-        return Opened(pictures, f"{where}: {len(rows)} images from column {inputs[0]!r}, {said}")
+        labels, classes, about = _labels(rows, reading, where)
+        pictures = Pictures.of(_Rows(rows, inputs[0], where), labels, classes, reading)
+        return Opened(pictures, said.format("images", about))
     columns = rows.select_columns(list(inputs))
 
     def texts(places: Sequence[int]) -> tuple[list[str | None], ...]:
         found = columns[list(places)]
         return tuple(found[name] for name in inputs)
 
-    data = Texts(where, texts, torch.arange(len(rows)), labels, declared)
-    named = " and ".join(map(repr, inputs))
-    return Opened(data, f"{where}: {len(rows)} texts from column {named}, {said}")
+    places = torch.arange(len(rows))
+    try:
+        labels, classes, about = _labels(rows, reading, where)
+    except FlatminimaError as error:
+        if reading.label_column is not None:
+            raise
+        return Opened(Texts(where, texts, places, None, None, str(error)), said.format("texts", "no labels"))
+    return Opened(Texts(where, texts, places, labels, classes), said.format("texts", about))
+
+
+def _labels(rows: Any, reading: Reading, where: str) -> tuple[Tensor, int, str]:
+    """The labels, the number of classes, and where they are from."""
+    name = _label_column(rows, reading, where)
+    if name is None:
+        raise FlatminimaError(
+            f"{where}: no column of labels among {', '.join(rows.column_names)}: name it (label_column)"
+        )
+    values = rows.select_columns(name).with_format("arrow")[:].column(name).to_numpy()  # empty rows make it floats
+    labels = labels_of(np.asarray(values), f"{where}: labels in column {name!r}")
+    classes = classes_of(labels, getattr(rows.features[name], "num_classes", None), where)
+    return labels, classes, f"labels from {name!r} ({classes} classes)"
 
 
 def _load(name: str, source: str) -> Any:
@@ -102,9 +115,7 @@ def _load(name: str, source: str) -> Any:
         raise FlatminimaError(f"{source}: datasets cannot load it ({root_cause(error)}){hint}") from error
 
 
-def _split(loaded: Any, source: str, reading: Reading) -> Any:
-    if not isinstance(loaded, dict):
-        return loaded
+def _split(loaded: dict[str, Any], source: str, reading: Reading) -> Any:
     if reading.split not in loaded:
         raise FlatminimaError(
             f"{source} has no split {reading.split!r}, only {', '.join(map(str, loaded))}: name the one that was "
@@ -163,12 +174,6 @@ def _require_column(rows: Any, name: str, option: str, where: str) -> None:
             f"{where}: no column {name!r}{did_you_mean(name, rows.column_names)} among "
             f"{', '.join(rows.column_names)} ({option})"
         )
-
-
-def _flat(column: Any) -> np.ndarray[Any, Any]:
-    """A column as an array; of lists, one of objects."""
-    values = column.to_numpy()  # empty rows turn integers into floats
-    return np.asarray(values)
 
 
 def _is_image(feature: Any) -> bool:

@@ -47,13 +47,23 @@ def open_data(source: str, reading: Reading | None = None) -> Opened:
     kind = next((kind for kind in KINDS if kind.recognizes(source)), None)
     if kind is None:
         known = "; ".join(kind.described for kind in KINDS if kind.described)
+        hint = did_you_mean(source, [*LOADERS, *_beside(source)])
         raise FlatminimaError(
-            f"no data {source!r}{did_you_mean(source, LOADERS)}: it is neither {', '.join(LOADERS)} nor an existing "
+            f"no data {source!r}{hint}: it is neither {', '.join(LOADERS)} nor an existing "
             f"folder or file; give one of those, or {known}"
         )
     opened = kind.open(source, reading)
     data = _with_options(opened.data, source, reading)
     return dataclasses.replace(opened, data=_drawn(data, source, reading.train_size))
+
+
+def _beside(source: str) -> list[str]:
+    """What lies where a path says that it does."""
+    folder = Path(source).expanduser().parent
+    try:
+        return [str(folder / path.name) for path in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def _with_options(data: OwnData, source: str, reading: Reading) -> OwnData:

@@ -5,7 +5,7 @@ from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions, PlainOptions
-from flatminima.measures.registry import CATALOGUE, Measure, catalogued, selected
+from flatminima.measures.registry import CATALOGUE, Measure, Selection, catalogued, selected
 from flatminima.measures.results import Characterization, Estimate, Settings, Share, jsonable
 from flatminima.measures.trial import Trial
 
@@ -17,6 +17,7 @@ __all__ = [
     "Measure",
     "MeasureOptions",
     "PlainOptions",
+    "Selection",
     "Settings",
     "Share",
     "Trial",

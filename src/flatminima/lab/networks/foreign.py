@@ -86,7 +86,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _from_factory(source: str, arguments: dict[str, int]) -> nn.Module:
-    factory = _find(source)
+    factory = imported(source, "model")
     with _theirs(f"model {source}: calling it failed"):
         model = factory(**_accepted(factory, arguments))
     if not isinstance(model, nn.Module):
@@ -94,16 +94,25 @@ def _from_factory(source: str, arguments: dict[str, int]) -> nn.Module:
     return model
 
 
-def _find(source: str) -> Callable[..., Any]:
-    module_name, _, factory_name = source.partition(":")
+def imported(source: str, what: str) -> Callable[..., Any]:
+    """The function or class that ``package.module:name`` names; the current directory is importable.
+
+    Args:
+        source: the name.
+        what: it is, in messages.
+
+    Raises:
+        FlatminimaError: the module cannot be imported, or has nothing of that name to be called.
+    """
+    module_name, _, name = source.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    with _theirs(f"model {source}: cannot import {module_name!r}"):
+    with _theirs(f"{what} {source}: cannot import {module_name!r}"):
         module = importlib.import_module(module_name)
-        factory: Callable[..., Any] | None = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise FlatminimaError(f"model {source}: {module_name} has no function or class {factory_name!r}")
-    return factory
+        found: Callable[..., Any] | None = getattr(module, name, None)
+    if not callable(found):
+        raise FlatminimaError(f"{what} {source}: {module_name} has no function or class {name!r}")
+    return found
 
 
 def _accepted(factory: Callable[..., Any], arguments: dict[str, int]) -> dict[str, int]:

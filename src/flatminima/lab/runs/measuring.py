@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
 from flatminima.lab.data import ImageSet
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
-from flatminima.lab.networks import resolve_device
+from flatminima.lab.networks import imported, resolve_device
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
 from flatminima.lab.runs.records import RunProgress
@@ -30,6 +31,7 @@ from flatminima.measures import (
     Characterization,
     Comparison,
     PlainOptions,
+    Selection,
     compare,
     comparison_of,
     measure,
@@ -49,7 +51,7 @@ class Measuring(PlainOptions):
     """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
     measures: tuple[str, ...] = ("paper",)
     """Beside γ̂, its parts and what else the paper has of ξ: names of measures, or groups: paper, free, cheap, weights,
-    all."""
+    all; or your own, as package.module:function."""
     memory_gib: float | None = None
     """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
     double: bool = False
@@ -87,6 +89,26 @@ class Measuring(PlainOptions):
         inputs = NetworkInputs.of(data, next(iter(models.values())))
         return compare(models, inputs, progress=progress, **self._options())
 
+    def selection(self) -> Selection:
+        """The measures that are taken.
+
+        Raises:
+            FlatminimaError: for an unknown measure, or one that cannot be imported.
+        """
+        return selected(self._named())
+
+    def sources(self) -> dict[str, str]:
+        """Digests of the modules that measures of the user's own are in, by the measures' names."""
+        return {name: _digest_of_module(own) for name, own in self._own().items()}
+
+    def _own(self) -> dict[str, Callable[..., Any]]:
+        return {name: imported(name, "measure") for name in self.measures if ":" in name}
+
+    def _named(self) -> list[Any]:
+        """As :func:`flatminima.measure` takes them."""
+        own = self._own()
+        return [own.get(name, name) for name in self.measures]
+
     def _place(self, model: nn.Module, device: str) -> None:
         where = resolve_device(device)
         if self.double and float64_device(where) != where:
@@ -98,7 +120,8 @@ class Measuring(PlainOptions):
         options = dataclasses.asdict(self)
         del options["double"]
         gib = options.pop("memory_gib")
-        return {**options, "memory_budget": None if gib is None else int(gib * 2**30)}
+        budget = None if gib is None else int(gib * 2**30)
+        return {**options, "measures": self._named(), "memory_budget": budget}
 
 
 @dataclass(frozen=True, config=RECORD)
@@ -257,8 +280,10 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer."""
     options = dataclasses.asdict(how)
     del options["memory_gib"]
-    if _FROM_INITIAL in {measure.name for measure in selected(how.measures).measures}:
+    if _FROM_INITIAL in {measure.name for measure in how.selection().measures}:
         options["initial"] = True  # what was measured before runs knew their initial weights is no answer
+    if sources := how.sources():
+        options["sources"] = sources
     return {
         **options,
         "measures": list(how.measures),  # as JSON has it
@@ -304,6 +329,15 @@ def _with_warnings(found: KeptMeasures) -> Characterization:
             category = FlatminimaWarning
         warn(message, category)
     return _characterization(found)
+
+
+def _digest_of_module(function: Callable[..., Any]) -> str:
+    """Of the text of the module that a function is from; of nothing, where it has none."""
+    module = inspect.getmodule(function)
+    try:
+        return digest_of(b"" if module is None else inspect.getsource(module).encode())
+    except OSError:
+        return digest_of(b"")
 
 
 def _clean_digest(path: Path) -> str:

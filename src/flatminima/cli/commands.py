@@ -238,6 +238,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             seeds=options.seeds,
             executor=executors[options.executor],
             workers=1 if options.executor == "local" else workers,
+            measures=options.measures,
             trials=options.trials,
         )
         if options.dry_run:

@@ -233,6 +233,9 @@ class Reproduce:
     """Worker processes (None: one per core)."""
     seeds: tuple[int, ...] | None = None
     """Other seeds than the paper's five (0 to 4)."""
+    measures: tuple[str, ...] = ()
+    """Measures beside the preset's: names, or groups: free, cheap, weights, all; or your own, as
+    package.module:function."""
     trials: Annotated[int | None, arg(aliases=("-t",))] = None
     """Search by this many trials of Optuna for every network, hopeless ones pruned (None: over the whole grid)."""
     dry_run: Flag = False

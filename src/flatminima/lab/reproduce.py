@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Group
@@ -13,6 +13,7 @@ from flatminima.lab.experiments import (
     EXPERIMENTS,
     PRESETS,
     Experiment,
+    Preset,
     PresetName,
     Protocol,
     Task,
@@ -24,6 +25,7 @@ from flatminima.lab.experiments import (
 )
 from flatminima.lab.jobs import Executor, WorkerPool
 from flatminima.lab.reports import Table, counted, duration
+from flatminima.lab.runs import selection_of
 from flatminima.lab.study import State, Study
 
 _LEADS = {
@@ -59,6 +61,8 @@ class Reproduction(Study):
     """Where runs go."""
     workers: int = 1
     """Runs at once, as far as estimates of time need to know."""
+    measures: tuple[str, ...] = ()
+    """What is measured beside what the preset says, as in :class:`~flatminima.lab.runs.Measuring`."""
     trials: int | None = None
     """Search by this many trials of Optuna for every network (None: over the whole grid)."""
 
@@ -69,6 +73,7 @@ class Reproduction(Study):
             raise FlatminimaError(f"the matched protocol is the scenarios': leave {others} out, or the protocol")
         if self.trials is not None and "search" not in self.names:
             raise FlatminimaError("trials are the search's: add search to the experiments, or leave the trials out")
+        selection_of(self._preset.measuring)  # refuses what cannot be measured
         self.tuning("search")  # refused now, not after the experiments before it
 
     @property
@@ -96,9 +101,13 @@ class Reproduction(Study):
     def experiment(self, name: str) -> Experiment:
         """One of them, with what the search has chosen so far."""
         chosen = read_winners(self.folder)
-        return build_experiment(
-            name, PRESETS[self.preset].under(self.protocol), chosen=chosen, data=self.data, seeds=self.seeds
-        )
+        return build_experiment(name, self._preset, chosen=chosen, data=self.data, seeds=self.seeds)
+
+    @property
+    def _preset(self) -> Preset:
+        found = PRESETS[self.preset].under(self.protocol)
+        more = tuple(dict.fromkeys((*found.measuring.measures, *self.measures)))
+        return replace(found, measuring=replace(found.measuring, measures=more))
 
     def tuning(self, name: str) -> Tuning | None:
         """How an experiment is searched by trials, if it is."""

@@ -36,12 +36,21 @@ def made_by_factory(source: str, what: str, arguments: Mapping[str, Any]) -> Any
     Raises:
         FlatminimaError: There is no such module or factory, or it fails.
     """
-    factory = _find(source, what)
+    factory = found_by_name(source, what)
     with others_errors(f"{what} {source}: calling it failed"):
         return factory(**_accepted(factory, arguments))
 
 
-def _find(source: str, what: str) -> Callable[..., Any]:
+def found_by_name(source: str, what: str) -> Callable[..., Any]:
+    """The function or class that ``package.module:name`` names; the current directory is importable.
+
+    Args:
+        source: The name.
+        what: It is, for messages.
+
+    Raises:
+        FlatminimaError: There is no such module, or nothing of that name in it to be called.
+    """
     module_name, _, factory_name = source.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -6,7 +6,7 @@ from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions
-from flatminima.measures.registry import CATALOGUE, Measure, catalogued, selected
+from flatminima.measures.registry import CATALOGUE, Measure, Selection, catalogued, selected
 from flatminima.measures.results import Characterization, Estimate, Settings, Share, jsonable
 from flatminima.measures.trial import Trial
 
@@ -18,6 +18,7 @@ __all__ = [
     "Measure",
     "MeasureOptions",
     "PlainOptions",
+    "Selection",
     "Settings",
     "Share",
     "Trial",

@@ -15,7 +15,7 @@ from flatminima.lab.experiments.experiment import (
 from flatminima.lab.experiments.files import json_of, read_summaries, read_winners, write_winners
 from flatminima.lab.experiments.ledger import write_ledger
 from flatminima.lab.experiments.paper import EXPERIMENTS, MATCHED_COST, Winners, build_experiment, described, registered
-from flatminima.lab.experiments.presets import PRESETS, PresetName, Protocol
+from flatminima.lab.experiments.presets import PRESETS, Preset, PresetName, Protocol
 from flatminima.lab.experiments.search import SearchTrial, Tuning, expected, perform_search_trial
 from flatminima.lab.experiments.statistics import Difference, RankCorrelation, Spread, number
 from flatminima.lab.experiments.summary import (
@@ -38,6 +38,7 @@ __all__ = [
     "Contrast",
     "Difference",
     "Experiment",
+    "Preset",
     "PresetName",
     "Protocol",
     "Published",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from flatminima.lab.experiments import costs
-from flatminima.lab.experiments.experiment import INDICATORS, Experiment, Record, select
+from flatminima.lab.experiments.experiment import INDICATORS, OF_RECORD, Experiment, Record, select
 from flatminima.lab.experiments.ledger import evaluation_of
 from flatminima.lab.experiments.statistics import Difference, Spread, paired_difference, rank_correlation
 from flatminima.lab.experiments.summary import Contrast, Published, SettingMeans, Summary, TrialSummary, Unfinished
@@ -111,7 +111,7 @@ def _paired(records: Sequence[Record], arm: str, against: str, quantity: str) ->
 
 def _means(records: Sequence[Record], case: str, arm: str) -> SettingMeans:
     of_setting = select(records, arm, case)
-    quantities = ["test_error", "validation_error", "train_accuracy", *INDICATORS]
+    quantities = dict.fromkeys([*OF_RECORD, *INDICATORS, *(name for record in records for name in record.indicators)])
     return SettingMeans(case, arm, len(of_setting), {name: spread(of_setting, name) for name in quantities})
 
 

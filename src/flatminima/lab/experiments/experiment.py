@@ -25,6 +25,10 @@ INDICATORS = {
 """Everything that is set beside the test error, with its name in tables."""
 
 
+OF_RECORD = ("test_error", "validation_error", "train_accuracy")
+"""What every minimum has beside indicators."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One minimum in numbers; None where a number is not known or not defined (a singular ξ has no γ̂)."""
@@ -44,7 +48,7 @@ class Record:
     train_accuracy: float
     """Fraction of the training images classified rightly, confusion set included."""
     indicators: Mapping[str, float | None]
-    """By the names of :data:`INDICATORS`; empty where nothing is measured."""
+    """By the names of :data:`INDICATORS`, and of measures of the user's own; empty where nothing is measured."""
     seconds: float
     """Wall-clock time of training."""
     warnings: tuple[str, ...]
@@ -56,7 +60,7 @@ class Record:
 
     def value(self, quantity: str) -> float:
         """test_error, validation_error, train_accuracy or an indicator; NaN where there is none."""
-        found = self.indicators.get(quantity) if quantity in INDICATORS else getattr(self, quantity)
+        found = getattr(self, quantity) if quantity in OF_RECORD else self.indicators.get(quantity)
         return math.nan if found is None else float(found)
 
 

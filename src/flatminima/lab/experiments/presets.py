@@ -160,11 +160,12 @@ _SMALL = Preset(
         _matched(_SMALL_RUN, 0.01, 0.01, 400),
         _matched(replace(_SMALL_RUN, train_size=1000), 0.01, 0.05, 1500, _EARLIER),
     ),
+    # the least error on 5,000 held-out images at seed 100, in runs of 10 epochs
     rivals={
         "ResNet-8, CIFAR-10": _rivals(
-            GradientNormSpec(weight=0.08, radius=0.1),
+            GradientNormSpec(weight=0.08, radius=0.1),  # r = 0.1, 0.2: 54.78, 55.14 %
             FisherPenaltySpec(weight=0.01),
-            UnitResidualSpec(beta=10, num_sub_batches=4, max_grad_norm=5),
+            UnitResidualSpec(beta=1, num_sub_batches=4, max_grad_norm=5),
         )
     },
     measuring=Measuring(measures=("cheap",), trials=20, robustness_samples=10, on_singular="skip"),

@@ -142,10 +142,12 @@ def _markdown(sections: Sequence[Section], heading: str, lead: str) -> str:
 
 def _ranking_tables(summary: Summary) -> list[Table]:
     means = summary.means
-    measured = [name for name in INDICATORS if any(entry.quantities[name] is not None for entry in means)]
+    measured = [name for name in _indicators(summary) if any(entry.quantities[name] is not None for entry in means)]
     rows = [("runs", *(str(entry.runs) for entry in means))]
     rows.append(("test error (%)", *(_mean_std(entry.quantities["test_error"], 100) for entry in means)))
-    rows += [(SHORT_NAMES[name], *(_mean_std(entry.quantities[name]) for entry in means)) for name in measured]
+    rows += [
+        (SHORT_NAMES.get(name, name), *(_mean_std(entry.quantities[name]) for entry in means)) for name in measured
+    ]
     header = (summary.factor, *(entry.case for entry in means))
     first = Table("Mean ± standard deviation over seeds", header, tuple(rows))
     if summary.evaluation is None:
@@ -260,7 +262,7 @@ def _trials_table(case: str, trials: Sequence[TrialSummary]) -> Table:
 
 
 def _runs(summary: Summary) -> Table:
-    measured = [] if summary.measuring is None else list(INDICATORS)
+    measured = [] if summary.measuring is None else _indicators(summary)
     header = ("run", summary.factor, "training", "seed", "test error %", "training accuracy %", "seconds")
     rows = tuple(
         (
@@ -275,7 +277,12 @@ def _runs(summary: Summary) -> Table:
         )
         for record in summary.records
     )
-    return Table("Every run", (*header, *(SHORT_NAMES[name] for name in measured)), rows)
+    return Table("Every run", (*header, *(SHORT_NAMES.get(name, name) for name in measured)), rows)
+
+
+def _indicators(summary: Summary) -> list[str]:
+    """Ours, and the user's own as they come."""
+    return list(dict.fromkeys([*INDICATORS, *(name for record in summary.records for name in record.indicators)]))
 
 
 def _panel(summary: Summary, name: str) -> Picture:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from flatminima.lab.runs.measuring_options import Measuring
     from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_networks
+    from flatminima.lab.runs.own_measures import selection_of
     from flatminima.lab.runs.records import RunProgress, RunResult
     from flatminima.lab.runs.session import Session
     from flatminima.lab.runs.sets import TrainingSets
@@ -47,6 +48,7 @@ else:  # the command line reads descriptions without torch
             ),
             "measuring_options": ("Measuring",),
             "networks": ("LoadedNetwork", "load_network", "load_networks"),
+            "own_measures": ("selection_of",),
             "records": ("RunProgress", "RunResult"),
             "session": ("Session",),
             "sets": ("TrainingSets",),
@@ -94,5 +96,6 @@ __all__ = [
     "load_networks",
     "measure_images",
     "measure_run",
+    "selection_of",
     "train",
 ]

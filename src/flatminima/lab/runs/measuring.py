@@ -23,11 +23,12 @@ from flatminima.lab.reading import Reading
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
+from flatminima.lab.runs.own_measures import options_of, selection_of, sources_of
 from flatminima.lab.runs.records import RunProgress
 from flatminima.lab.runs.sets import digest_of_images, initial_network, load_run
 from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import digest_of
-from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure, selected
+from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
 from flatminima.network import float64_device
 from flatminima.progress import track
 
@@ -49,7 +50,7 @@ def measure_images(
     """
     _place(model, how, device)
     inputs = NetworkInputs.of(data, model)
-    return measure(model, inputs, loss=data.loss, initial=initial, progress=progress, **how.options())
+    return measure(model, inputs, loss=data.loss, initial=initial, progress=progress, **options_of(how))
 
 
 def compare_images(
@@ -66,7 +67,7 @@ def compare_images(
         found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
         raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
     inputs = NetworkInputs.of(data, next(iter(models.values())))
-    return compare(models, inputs, loss=data.loss, progress=progress, **how.options())
+    return compare(models, inputs, loss=data.loss, progress=progress, **options_of(how))
 
 
 def _place(model: nn.Module, how: Measuring, device: str) -> None:
@@ -233,8 +234,10 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer."""
     options = dataclasses.asdict(how)
     del options["memory_gib"]
-    if _FROM_INITIAL in {measure.name for measure in selected(how.measures).measures}:
+    if _FROM_INITIAL in {measure.name for measure in selection_of(how).measures}:
         options["initial"] = True  # what was measured before runs knew their initial weights is no answer
+    if sources := sources_of(how):
+        options["sources"] = sources
     return {
         **options,
         "measures": list(how.measures),  # as JSON has it

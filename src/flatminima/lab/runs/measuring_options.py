@@ -17,14 +17,14 @@ class Measuring(PlainOptions):
     """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
     measures: tuple[str, ...] = ("paper",)
     """Beside γ̂, its parts and what else the paper has of ξ: names of measures, or groups: paper, free, cheap, weights,
-    all."""
+    all; or your own, as package.module:function."""
     memory_gib: float | None = None
     """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
     double: bool = False
     """Measure in float64."""
 
     def options(self) -> dict[str, Any]:
-        """Those of :func:`flatminima.measure`."""
+        """Those of :func:`flatminima.measure`, measures by name."""
         options = dataclasses.asdict(self)
         del options["double"]
         gib = options.pop("memory_gib")

@@ -3,7 +3,7 @@
 from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
 from flatminima.gramian import gram
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-from flatminima.measures import Characterization, Comparison, Estimate, compare, measure
+from flatminima.measures import Characterization, Comparison, Estimate, compare, comparison_of, measure
 from flatminima.regularizer import FisherTraceRegularizer
 from flatminima.theory import (
     fia_criterion,
@@ -21,6 +21,7 @@ __all__ = [
     "Estimate",
     "FisherTraceRegularizer",
     "compare",
+    "comparison_of",
     "exact_fisher",
     "exact_gamma",
     "exact_hessian",

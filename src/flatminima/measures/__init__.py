@@ -1,7 +1,8 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
 from flatminima.measures.catalogue import input_jacobian_norms, robustness_sample_count
-from flatminima.measures.comparison import Comparison, compare, comparison_of
+from flatminima.measures.comparing import compare
+from flatminima.measures.comparison import Comparison, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions, PlainOptions

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
     from flatminima.gramian import gram
     from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-    from flatminima.measures import Characterization, Comparison, Estimate, compare, measure
+    from flatminima.measures import Characterization, Comparison, Estimate, compare, comparison_of, measure
     from flatminima.regularizer import FisherTraceRegularizer
     from flatminima.theory import (
         fia_criterion,
@@ -23,14 +23,16 @@ else:  # the command line answers `--help` without torch
         {
             "errors": (),
             "exact": ("exact_fisher", "exact_gamma", "exact_hessian"),
+            "files": (),
             "gramian": ("gram",),
             "losses": ("BinaryCrossEntropy", "CrossEntropy"),
-            "measures": ("Characterization", "Comparison", "Estimate", "compare", "measure"),
+            "measures": ("Characterization", "Comparison", "Estimate", "compare", "comparison_of", "measure"),
             "network": (),
             "parallel": (),
             "progress": (),
             "regularizer": ("FisherTraceRegularizer",),
             "sampling": (),
+            "tables": (),
             "theory": (
                 "fia_criterion",
                 "fia_criterion_of",
@@ -50,6 +52,7 @@ __all__ = [
     "Estimate",
     "FisherTraceRegularizer",
     "compare",
+    "comparison_of",
     "exact_fisher",
     "exact_gamma",
     "exact_hessian",

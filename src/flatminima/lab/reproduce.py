@@ -24,16 +24,16 @@ from flatminima.lab.experiments import (
     read_winners,
 )
 from flatminima.lab.jobs import Executor, WorkerPool
-from flatminima.lab.reports import Table, counted, duration
+from flatminima.lab.reports import counted, duration
 from flatminima.lab.runs import selection_of
 from flatminima.lab.study import State, Study
+from flatminima.tables import Table
 
 _LEADS = {
     "paper": "Networks, data and training are the paper's.",
     "small": "In small: CIFAR-10 images, fewer of them, and a smaller network.",
     "digits": "In miniature, on handwritten digits: it shows the machinery, and little about the claims.",
 }
-
 
 _MATCHED = (
     " The runs of a scenario end as soon as they fit their training images equally well, and not after as many epochs: "

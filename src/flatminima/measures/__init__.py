@@ -2,7 +2,8 @@
 
 from flatminima.choices import PlainOptions
 from flatminima.measures.catalogue import input_jacobian_norms, robustness_sample_count
-from flatminima.measures.comparison import Comparison, compare, comparison_of
+from flatminima.measures.comparing import compare
+from flatminima.measures.comparison import Comparison, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions

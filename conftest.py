@@ -1,4 +1,4 @@
-"""What holds for all tests: one thread each, no doctests of frameworks that are not there, no state left behind.
+"""What holds for all tests: one thread each, nothing imported that is not needed, no state left behind.
 
 And how many run at once (``pytest -n logical``): three for two cores, as tests that start or kill processes wait.
 """
@@ -6,8 +6,8 @@ And how many run at once (``pytest -n logical``): three for two cores, as tests 
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +17,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: te
 # Fabric reads those of all installed packages for every run that is trained; they are the same for all tests.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
-FRAMEWORKS = {"accelerate": "accelerate", "lightning": "lightning", "transformers": "transformers"}
-
+# Whatever is collected is imported by every worker: of our modules those that hold examples, frameworks' own only then.
 collect_ignore = [
-    f"src/flatminima/integrations/{module}.py" for module, package in FRAMEWORKS.items() if find_spec(package) is None
+    str(path) for path in Path(__file__).parent.glob("src/**/*.py") if ">>>" not in path.read_text(encoding="utf-8")
 ]
 collect_ignore += ["tests/support"]  # helpers hold no tests, and some are not to be imported here
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path: Path) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Tests hold no examples."""
+    found = yield
+    return [c for c in found if type(c) is pytest.Module or not file_path.name.startswith("test_")]
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing.forkserver
 import os
 import signal
@@ -43,6 +44,7 @@ class Command:
         self._said = [Path(tempfile.mkstemp(prefix="said-", dir=folder)[1]) for _ in range(2)]
         self._process = server().Process(target=_perform, args=(self._said, function, args))
         self._process.start()
+        atexit.register(self._process.kill)  # a test that fails may leave it, and Python waits for it at the end
         self.pid: int = self._process.pid
 
     @property
@@ -61,7 +63,7 @@ class Command:
     def wait(self, timeout: float | None = None) -> None:
         self._process.join(timeout)
 
-    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
         """Wait for its end; what it has written to stdout and to stderr."""
         self.wait(timeout)
         assert self.returncode is not None, "it has not ended"

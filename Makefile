@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAB := $(VENV)/.lab
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format docs clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,15 +33,18 @@ format: $(DEV) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment, the demo's report and caches (runs/ stays)
-	rm -rf $(VENV) demo dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+docs: $(DOCS) ## build the site into docs/_build; warnings are errors
+	$(BIN)/sphinx-build -b html -n -W --keep-going docs docs/_build
+
+clean: ## remove the environment, the site, the demo's report and caches (runs/ stays)
+	rm -rf $(VENV) demo dist docs/_build docs/gallery .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps are written last and removed first: an interrupted installation starts over with an empty environment.
 $(LAB): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("flatminima needs Python >= 3.10: make PYTHON=/path/to/python3")'
 	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
-	@rm -f $(LAB) $(DEV)
+	@rm -f $(LAB) $(DEV) $(DOCS)
 	$(PIP) install -c constraints.txt -e '.[lab]'
 	@touch $(LAB)
 
@@ -49,3 +53,10 @@ $(DEV): $(LAB) tests/oracles.txt
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install --no-deps -r tests/oracles.txt
 	@touch $(LAB) $(DEV)
+
+# The environment for the site is that of the tests with more in it; the stamp that all stand on keeps its time.
+$(DOCS): $(LAB)
+	@$(BIN)/python -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the site is built with Python >= 3.11")'
+	@rm -f $(DOCS) && mv $(LAB) $(LAB).before
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@mv $(LAB).before $(LAB) && touch $(DOCS)

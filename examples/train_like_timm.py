@@ -1,13 +1,19 @@
-"""The Fisher trace regularizer in a loop like that of timm's train.py: accumulation, autocast, a scaler, clipping, EMA.
+"""
+Train in a loop like timm's
+===========================
 
-python examples/train_like_timm.py
-python examples/train_like_timm.py bfloat16
-python examples/train_like_timm.py float16
+The regularizer in a loop like that of timm's ``train.py``: accumulation, autocast, a scaler, clipping, EMA.
 
-In train.py itself `regularizer.backward` takes the place of `_forward` and `_backward`, without `no_sync`: gradients
-are exchanged between processes when `last` says so. The scaler is `loss_scaler._scaler` there; where `loss_scaler` is
-None, leave it out and call `optimizer.step()`. `--clip-grad` goes to `max_grad_norm`; for the clipping modes `value`
-and `agc`, leave that None and clip as before, after `scaler.unscale_(optimizer)`.
+::
+
+    python examples/train_like_timm.py
+    python examples/train_like_timm.py bfloat16
+    python examples/train_like_timm.py float16
+
+In ``train.py`` itself ``regularizer.backward`` takes the place of ``_forward`` and ``_backward``, without ``no_sync``:
+gradients are exchanged between processes when ``last`` says so. The scaler is ``loss_scaler._scaler`` there; where
+``loss_scaler`` is None, leave it out and call ``optimizer.step()``. ``--clip-grad`` goes to ``max_grad_norm``; for the
+clipping modes ``value`` and ``agc``, leave that None and clip as before, after ``scaler.unscale_(optimizer)``.
 """
 
 from __future__ import annotations
@@ -15,11 +21,17 @@ from __future__ import annotations
 import sys
 
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatminima import FisherTraceRegularizer
+
+# %%
+# One epoch
+# ---------
+# Two calls have changed, and the lines that they replace are beside them.
 
 
 def train_one_epoch(
@@ -60,13 +72,18 @@ def train_one_epoch(
     return losses
 
 
+# %%
+# Everything around it
+# --------------------
+
+
 def main(amp_dtype: str = "float32") -> dict[str, float]:
-    """Train a small network on synthetic data; returns its diagnostics and losses."""
+    """Train a small network on 512 digits; returns its diagnostics and losses."""
     torch.manual_seed(0)
-    inputs = torch.randn(512, 20)
-    data = TensorDataset(inputs, (inputs[:, :3] + 0.5 * torch.randn(512, 3)).argmax(1))
+    digits = load_digits()
+    data = TensorDataset(torch.tensor(digits.data[:512] / 16).float(), torch.tensor(digits.target[:512]))
     loader = DataLoader(data, batch_size=32, shuffle=True, drop_last=True)
-    model = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 3))
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     regularizer = FisherTraceRegularizer(model, beta=10.0, num_sub_batches=4, max_grad_norm=5.0)
     scaler = torch.amp.GradScaler("cpu", enabled=amp_dtype == "float16")
@@ -90,4 +107,4 @@ def main(amp_dtype: str = "float32") -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(main(*sys.argv[1:]))  # noqa: T201
+    print(main(*sys.argv[1:]))

@@ -1,7 +1,14 @@
-"""The Fisher trace regularizer in a loop written with Hugging Face Accelerate.
+"""
+Train with Accelerate
+=====================
 
-python examples/train_with_accelerate.py
-torchrun --nproc-per-node 2 examples/train_with_accelerate.py
+The regularizer in a loop written with Hugging Face Accelerate: one call takes the place of the forward pass and
+``accelerator.backward``. Mixed precision, gradient scaling and accumulation stay Accelerate's.
+
+::
+
+    python examples/train_with_accelerate.py
+    torchrun --nproc-per-node 2 examples/train_with_accelerate.py
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,11 +26,11 @@ from flatminima.integrations.accelerate import backward
 
 
 def main(mixed_precision: str = "no") -> dict[str, float]:
-    """Train a small network on synthetic data; returns its diagnostics and losses."""
+    """Train a small network on 512 digits; returns its diagnostics and losses."""
     torch.manual_seed(0)
-    inputs = torch.randn(512, 20)
-    data = TensorDataset(inputs, (inputs[:, :3] + 0.5 * torch.randn(512, 3)).argmax(1))
-    model = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 3))
+    digits = load_digits()
+    data = TensorDataset(torch.tensor(digits.data[:512] / 16).float(), torch.tensor(digits.target[:512]))
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 10))
     loss_fn = nn.CrossEntropyLoss()
 
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2)
@@ -49,4 +57,4 @@ def main(mixed_precision: str = "no") -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(main(*sys.argv[1:]))  # noqa: T201
+    print(main(*sys.argv[1:]))

@@ -1,7 +1,14 @@
-"""The Fisher trace regularizer in Lightning.
+"""
+Train with Lightning
+====================
 
-python examples/train_with_lightning.py
-python examples/train_with_lightning.py 2    # on two processes
+The regularizer is a callback of Lightning's Trainer. Mixed precision, accumulation, clipping, processes and checkpoints
+stay Lightning's, and the module does not change.
+
+::
+
+    python examples/train_with_lightning.py
+    python examples/train_with_lightning.py 2    # on two processes
 """
 
 from __future__ import annotations
@@ -11,11 +18,16 @@ import sys
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from flatminima.integrations.lightning import FisherTraceCallback
+
+# %%
+# A module as any other
+# ---------------------
 
 
 class Classifier(LightningModule):
@@ -23,8 +35,8 @@ class Classifier(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 3))
-        self.accuracy = MulticlassAccuracy(3)
+        self.network = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 10))
+        self.accuracy = MulticlassAccuracy(10)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy."""
@@ -40,11 +52,16 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+# %%
+# The Trainer with the callback
+# -----------------------------
+
+
 def main(devices: int = 1, callback: FisherTraceCallback | None = None, **arguments: object) -> Trainer:
-    """Train on synthetic data; returns the trainer, whose ``callback_metrics`` hold the diagnostics."""
+    """Train on 512 digits; returns the trainer, whose ``callback_metrics`` hold the diagnostics."""
     seed_everything(0, verbose=False)
-    inputs = torch.randn(512, 20)
-    data = TensorDataset(inputs, (inputs[:, :3] + 0.5 * torch.randn(512, 3)).argmax(1))
+    digits = load_digits()
+    data = TensorDataset(torch.tensor(digits.data[:512] / 16).float(), torch.tensor(digits.target[:512]))
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -67,4 +84,4 @@ def main(devices: int = 1, callback: FisherTraceCallback | None = None, **argume
 
 if __name__ == "__main__":
     metrics = main(*map(int, sys.argv[1:])).callback_metrics
-    print({name: float(value) for name, value in metrics.items()})  # noqa: T201
+    print({name: float(value) for name, value in metrics.items()})

@@ -1,18 +1,30 @@
-"""The Fisher trace regularizer in the Trainer of Hugging Face Transformers, on a tiny language model.
+"""
+Train with Transformers
+=======================
 
-python examples/train_with_transformers.py output/
-torchrun --nproc-per-node 2 examples/train_with_transformers.py output/
+The regularizer in the Trainer of Hugging Face Transformers, on a tiny language model: another class of Trainer, and one
+argument more.
+
+::
+
+    python examples/train_with_transformers.py output/
+    torchrun --nproc-per-node 2 examples/train_with_transformers.py output/
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 
 import torch
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from flatminima.integrations.transformers import FisherTraceTrainer
+
+# %%
+# Something to learn
+# ------------------
 
 
 class CountingSentences(Dataset):
@@ -26,6 +38,11 @@ class CountingSentences(Dataset):
         """The one that starts at ``index``."""
         tokens = (torch.arange(12) + index) % 16
         return {"input_ids": tokens, "labels": tokens}
+
+
+# %%
+# The Trainer
+# -----------
 
 
 def main(output: str, **arguments: object) -> list[dict[str, float]]:
@@ -56,4 +73,5 @@ def main(output: str, **arguments: object) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1]))  # noqa: T201
+    for entry in main(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()):
+        print(entry)

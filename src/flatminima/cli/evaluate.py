@@ -22,7 +22,7 @@ class Evaluate:
 
     LEDGER is a CSV file with a line of names and a row for every minimum, such as `reproduce` writes. Prints for every
     measure Kendall's τ, partial and granulated τ, conditional mutual information and the robust sign error, with
-    bootstrap intervals, and writes the same as a page. docs/notes/protocols.md says what each tells, and does not.
+    bootstrap intervals, and writes the same as a page. docs/ideas/protocols.md says what each tells, and does not.
 
     Example: flatminima evaluate ledger.csv --error test_error --given train_loss --hyper-parameters lr batch_size
 

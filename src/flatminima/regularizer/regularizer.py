@@ -70,7 +70,7 @@ class FisherTraceRegularizer:
     The penalty's passes run in float32, whatever the main pass uses, on copies of the buffers, and both passes of a
     sub-batch see one dropout mask. Weights are back to the same bits after every step, also when ``loss_fn`` raises.
     Models may be compiled, in ``DistributedDataParallel`` or under FSDP2 (``fully_shard``); compile the model, not the
-    training step. ``docs/notes/regularizer.md`` has all of this at length.
+    training step. ``docs/ideas/regularizer.md`` has all of this at length.
 
     Args:
         model: the network; its trainable parameters are float32 or float64.

@@ -18,7 +18,7 @@ To add one, make your function visible to ``torch.overrides`` and decorate its r
 
 Throughout, N is the number of samples and a tensor's first dimension is N, or N·T with the T positions of one sample
 side by side. Every rule is held against plain autograd when it is used, so a wrong one is an error, not a wrong number.
-More in ``docs/notes/rules.md``.
+More in ``docs/ideas/rules.md``.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _markdown(sections: Sequence[Section], heading: str, lead: str) -> str:
 
 def _ranking_tables(summary: Summary) -> list[Table]:
     means = summary.means
-    measured = [name for name in _indicators(summary) if any(entry.quantities[name] is not None for entry in means)]
+    measured = [name for name in _indicators(summary) if any(entry.quantities.get(name) is not None for entry in means)]
     rows = [("runs", *(str(entry.runs) for entry in means))]
     rows.append(("test error (%)", *(_mean_std(entry.quantities["test_error"], 100) for entry in means)))
     rows += [

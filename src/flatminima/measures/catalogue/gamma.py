@@ -8,7 +8,7 @@ from flatminima.gramian import LogDeterminant
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
 
-_SOURCE = "this library; docs/notes/measuring.md"
+_SOURCE = "this library; docs/ideas/gamma.md"
 _SINGULAR = LogDeterminant(math.nan, math.nan, math.nan)
 """Of a trial that has none."""
 

@@ -243,7 +243,7 @@ def test_every_measure_of_the_catalogue_says_what_it_is_and_where_it_comes_from(
     assert measure.function.__doc__
 
 
-NOTES = Path(__file__).parents[2] / "docs" / "notes" / "measures.md"
+NOTES = Path(__file__).parents[2] / "docs" / "reference" / "measures.md"
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

@@ -160,7 +160,7 @@ class Measure:
     """Measure γ̂ and its rivals at trained minima, over subsets of their un-augmented training data.
 
     Takes run folders, or --model, --checkpoint and --data for a network that is not ours. A run folder keeps its
-    measures, so that asking again costs nothing. docs/notes/own-data.md has more on networks and data of your own.
+    measures, so that asking again costs nothing. docs/how-to/own-data.md has more on networks and data of your own.
 
     Example: flatminima measure runs/resnet20-0123456789ab
 

@@ -166,6 +166,7 @@ def test_a_missing_package_is_named_with_its_remedy(
     assert "pip install 'flatminima[lab]'" in error_of(capsys, ["demo"], status=1)
 
 
+@pytest.mark.xdist_group("processes")
 def test_without_the_lab_the_program_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['tyro'] = None; from flatminima.cli import main; main(['--help'])"
     process = Command(tmp_path, exec, code, {})
@@ -185,6 +186,7 @@ def test_help_and_refusals_leave_the_slow_packages_alone() -> None:
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
+@pytest.mark.xdist_group("processes")
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

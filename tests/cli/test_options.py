@@ -123,6 +123,7 @@ def test_a_wrong_argument_is_one_line_that_says_what_is_right(
     assert said in error_of(capsys, arguments)
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_wrong_argument_of_the_program_is_one_line_on_a_terminal_of_unicode_too(tmp_path: Path) -> None:
     code = (
         "import runpy, sys\n"

@@ -25,6 +25,8 @@ from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
 from support.commands import Command, environment
 
+pytestmark = pytest.mark.xdist_group("commands")
+
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, augmentation="no-aug", batch_size=10, epochs=4)
 SPECS = [replace(SPEC, seed=seed) for seed in range(4)]
 BOTH = pytest.mark.parametrize("executor", [Local(), WorkerPool(2)], ids=["local", "processes"])

@@ -38,7 +38,7 @@ from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import RegularizerSpec
 from support.commands import Command
 
-pytestmark = pytest.mark.xdist_group("reproduce")  # they share the undisturbed runs
+pytestmark = pytest.mark.xdist_group("commands")  # they share the undisturbed runs, and the server of forked commands
 
 TINY = replace(
     presets.PRESETS["digits"],
@@ -99,6 +99,13 @@ def test_a_scenario_from_end_to_end(tmp_path: Path) -> None:
     assert "| images with random labels | 0 | 200 |" in text
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the runs."""
+    monkeypatch.setattr(pages, "figures", lambda summary: [])
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_what_was_cut_short_is_shown_and_goes_on(tmp_path: Path) -> None:
     asked = reproduction(tmp_path, "scenario-1")
     tasks = asked.experiment("scenario-1").tasks(asked.folder / "runs")
@@ -116,6 +123,7 @@ def test_what_was_cut_short_is_shown_and_goes_on(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_page_is_written_also_when_the_work_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(task: Task) -> Record:
         if task.setting.case != "25":
@@ -136,6 +144,7 @@ def test_before_any_run_the_page_says_so(tmp_path: Path) -> None:
     assert asked.page.read_text().count("No run is finished yet.") == len(paper.EXPERIMENTS)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_failed_runs_are_listed_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = reproduction(tmp_path, "scenario-1")
     before, now, *_ = asked.experiment("scenario-1").tasks(asked.folder / "runs")
@@ -186,6 +195,7 @@ def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
         asked.plan()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_plan_counts_what_is_left(tmp_path: Path) -> None:
     asked = reproduction(tmp_path, "table-1", "table-2")
     before = asked.plan()
@@ -347,9 +357,8 @@ def no_space(monkeypatch: pytest.MonkeyPatch, *full: Path) -> None:
 
 
 @pytest.fixture
-def scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reproduction, list[Task]]]:
-    """Scenario I before its runs, with one thread and without pictures, which take longer than the runs."""
-    monkeypatch.setattr(pages, "figures", lambda summary: [])
+def scenario(tmp_path: Path, without_pictures: None) -> Iterator[tuple[Reproduction, list[Task]]]:
+    """Scenario I before its runs, with one thread."""
     asked = reproduction(tmp_path, "scenario-1", seeds=SEEDS)
     with one_thread():
         yield asked, asked.experiment("scenario-1").tasks(asked.folder / "runs")

@@ -43,6 +43,7 @@ def rank_process(rank: int, world: int, port: int, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_rank_ends_with_the_result_of_a_single_process(world: int, tmp_path: Path) -> None:
     run_in_processes(rank_process, world, world, free_port(), str(tmp_path / "out"))

@@ -19,7 +19,7 @@ from support.collectives import counted_collectives, free_port, run_in_processes
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
-    pytest.mark.xdist_group("fsdp"),
+    pytest.mark.xdist_group("processes"),
 ]
 
 OPTIONS: dict[str, Any] = {"subset_size": 6, "trials": 3, "progress": False}

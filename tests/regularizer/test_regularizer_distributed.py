@@ -31,7 +31,7 @@ STEPS: dict[str, tuple[str, dict[str, Any]]] = {
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
-    pytest.mark.xdist_group("regularizer_distributed"),
+    pytest.mark.xdist_group("processes"),
 ]
 
 

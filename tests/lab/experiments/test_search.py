@@ -25,7 +25,7 @@ from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs.folder import RunFolder
 from support.commands import Command
 
-pytestmark = pytest.mark.xdist_group("search")  # they share one whole search
+pytestmark = pytest.mark.xdist_group("commands")  # they share one whole search, and the server of forked commands
 
 TINY = replace(
     presets.PRESETS["digits"],

@@ -18,6 +18,7 @@ pytest_plugins = ("support.run_fixtures",)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.xdist_group("processes")
 def test_ctrl_c_in_a_process_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     spec = replace(PLAIN, epochs=100, iterations=400)
     train(spec, tmp_path / "uninterrupted")

@@ -119,6 +119,7 @@ def test_reading_late_changes_no_bit(
     assert bits(tmp_path, spec) == bits(uninterrupted, spec)
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at random moments; as a resume point is written after every update, many fall into its writing."""
     spec = replace(EVERYTHING, epochs=30)

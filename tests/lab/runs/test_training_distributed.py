@@ -59,7 +59,7 @@ DIVERGING = replace(PLAIN, lr=1e15, schedule=MultiStep(()))
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend"),
-    pytest.mark.xdist_group("training_distributed"),
+    pytest.mark.xdist_group("processes"),
 ]
 
 

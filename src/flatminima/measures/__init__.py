@@ -1,6 +1,11 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
-from flatminima.measures.catalogue import input_jacobian_norms, robustness_sample_count
+from flatminima.measures.catalogue import (
+    SpectralDensity,
+    input_jacobian_norms,
+    robustness_sample_count,
+    spectral_density,
+)
 from flatminima.measures.comparison import Comparison, compare, comparison_of
 from flatminima.measures.evaluation import evaluate
 from flatminima.measures.measuring import measure
@@ -20,6 +25,7 @@ __all__ = [
     "Selection",
     "Settings",
     "Share",
+    "SpectralDensity",
     "Trial",
     "catalogued",
     "compare",
@@ -30,4 +36,5 @@ __all__ = [
     "measure",
     "robustness_sample_count",
     "selected",
+    "spectral_density",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
+import importlib
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,18 @@ OTHERS_PRIVATE_NAMES = {
 """Of other packages than PyTorch, whose are for ``torch_compat`` alone."""
 
 
-def imports(path: Path) -> Iterator[tuple[str, str]]:
+@functools.cache
+def imports(path: Path) -> list[tuple[str, str]]:
     """(module, name) of everything that a file imports from flatminima."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flatminima":
-            yield from ((node.module or "", alias.name) for alias in node.names)
+    text = path.read_text(encoding="utf-8")
+    if "flatminima" not in text:
+        return []
+    return [
+        (node.module or "", alias.name)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flatminima"
+        for alias in node.names
+    ]
 
 
 def package_of(module: str) -> str | None:
@@ -43,24 +51,60 @@ def package_of(module: str) -> str | None:
     return next((p for p in PACKAGES if p not in OPEN and f"{module}.".startswith(f"{p}.")), None)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if "tests" not in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_imports_past_a_packages_face(path: Path) -> None:
-    own = ".".join(path.relative_to(SOURCE).with_suffix("").parts) if SOURCE in path.parents else ""
-    for module, name in imports(path):
-        package = package_of(module)
-        if package is not None and not f"{own}.".startswith(f"{package}."):
-            assert module == package, f"import {name} from {package}, not from {module}"
+def test_nothing_imports_past_a_packages_face() -> None:
+    for path in FILES:
+        if "tests" in path.parts:
+            continue
+        own = ".".join(path.relative_to(SOURCE).with_suffix("").parts) if SOURCE in path.parents else ""
+        for module, name in imports(path):
+            package = package_of(module)
+            if package is not None and not f"{own}.".startswith(f"{package}."):
+                assert module == package, f"{path}: import {name} from {package}, not from {module}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_an_underscored_name_never_leaves_its_file(path: Path) -> None:
-    assert not [f"{module}.{name}" for module, name in imports(path) if name.startswith("_")]
-    assert not path.stem.startswith("_") or path.stem.startswith("__")
+def faces_on_demand() -> dict[Path, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]]:
+    """Of every face that imports on demand: names by module as it is typed, and as it runs."""
+    found = {}
+    for face in SOURCE.rglob("__init__.py"):
+        tree = ast.parse(face.read_text(encoding="utf-8"))
+        package = ".".join(face.parent.relative_to(SOURCE).parts)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "on_demand":
+                block = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+                typed = {
+                    str(n.module).removeprefix(f"{package}."): tuple(alias.name for alias in n.names)
+                    for n in block.body
+                    if isinstance(n, ast.ImportFrom)
+                }
+                found[face] = typed, ast.literal_eval(node.args[1])
+    return found
+
+
+def test_faces_on_demand_are_found() -> None:
+    assert SOURCE / "flatminima" / "__init__.py" in faces_on_demand()
+
+
+@pytest.mark.parametrize("face", faces_on_demand(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_face_on_demand_shows_at_run_time_what_it_shows_to_type_checkers(face: Path) -> None:
+    typed, at_run_time = faces_on_demand()[face]
+    assert {module: names for module, names in at_run_time.items() if names} == typed
+    module = importlib.import_module(".".join(face.parent.relative_to(SOURCE).parts))
+    assert sorted(module.__all__) == sorted(name for names in typed.values() for name in names)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+
+
+def test_an_underscored_name_never_leaves_its_file() -> None:
+    for path in FILES:
+        assert not [f"{module}.{name}" for module, name in imports(path) if name.startswith("_")], path
+        assert not path.stem.startswith("_") or path.stem.startswith("__"), path
 
 
 def is_private(name: str) -> bool:
     """Whether a dotted name has a part that starts with one underscore."""
     return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+ATTRIBUTES = ("getattr", "hasattr", "setattr", "delattr")
 
 
 def own_names(tree: ast.AST) -> set[str]:
@@ -72,7 +116,7 @@ def own_names(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+            found |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else set()
     return found
 
 
@@ -87,17 +131,16 @@ def private_names_of_others(source: str) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.Attribute) and node.attr not in own:
             found.append(node.attr)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ATTRIBUTES:
             found += [str(a.value) for a in node.args[1:2] if isinstance(a, ast.Constant)]
         elif isinstance(node, ast.Constant) and str(node.value).startswith("torch._"):
             found.append(str(node.value))
     return [name for name in found if is_private(name) and name not in OTHERS_PRIVATE_NAMES]
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_pytorchs_private_parts_are_for_torch_compat_alone(path: Path) -> None:
-    if path.name != "torch_compat.py":
-        assert private_names_of_others(path.read_text(encoding="utf-8")) == []
+def test_pytorchs_private_parts_are_for_torch_compat_alone() -> None:
+    found = {path: private_names_of_others(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
+    assert {path: names for path, names in found.items() if names and path.name != "torch_compat.py"} == {}
 
 
 @pytest.mark.parametrize(

@@ -215,12 +215,17 @@ def minimum_of_37() -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, model(x).argmax(1)
 
 
-@settings(max_examples=50, deadline=None)
+@functools.cache
+def xi_of_37() -> Tensor:
+    return gram(*minimum_of_37())
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 36), min_size=1, max_size=36, unique=True))
 def test_eigenvalues_of_a_subset_interlace(subset: list[int]) -> None:
     """App. C, Theorem 3: ξ of a subset is a principal submatrix of ξ, and λ_r ≤ ν_r ≤ λ_{r+n−k}."""
     model, x, y = minimum_of_37()
-    whole, part = gram(model, x, y), gram(model, x[subset], y[subset])
+    whole, part = xi_of_37(), gram(model, x[subset], y[subset])
     assert torch.allclose(part, whole[subset][:, subset], rtol=1e-10, atol=1e-12 * whole.abs().max().item())
     larger, smaller = torch.linalg.eigvalsh(whole), torch.linalg.eigvalsh(part)
     n, k = len(larger), len(smaller)
@@ -238,7 +243,7 @@ def estimates_by_size(J: Tensor, size: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6))
 def test_estimate_falls_from_the_trace_bound_to_gamma(seed: int) -> None:
     """Eq. 5 over all subsets of the imagined W samples: non-increasing in N' (Szász), exact at N' = W alone."""
@@ -268,7 +273,7 @@ def test_more_trials_do_not_remove_the_bias() -> None:
     model, x = pinned_linear(8)
     y = model(x).argmax(1)
     expected = estimates_by_size(explicit_jacobian(model, x, y), 4).mean().item()
-    c = measured(model, x, y, subset_size=4, trials=400)
+    c = measured(model, x, y, subset_size=4, trials=150)
     error = 8 / 4 * c.log_det_fisher.standard_error
     assert error < 0.5
     assert abs(gamma_of(c) - expected) < 5 * error
@@ -286,7 +291,7 @@ def test_estimate_converges_to_exact_gamma_as_subsets_grow() -> None:
     exact, W = exact_gamma(model, x, y), number_of_parameters(model)
     assert W == len(x) == 37
     sizes = (1, 4, 8, 16, 24, 32, 36, 37)
-    bias = [(gamma_of(measured(model, x, y, subset_size=size, trials=40)) - exact) / W for size in sizes]
+    bias = [(gamma_of(measured(model, x, y, subset_size=size, trials=12)) - exact) / W for size in sizes]
     assert bias == sorted(bias, reverse=True)
     assert bias[0] > 2
     assert bias[-2] < 0.1 * bias[0]

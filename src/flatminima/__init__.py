@@ -1,17 +1,48 @@
 """Which minimum generalizes better, and how to train to it: the Fisher information, for PyTorch."""
 
-from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
-from flatminima.gramian import gram
-from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-from flatminima.measures import Characterization, Comparison, Estimate, compare, measure
-from flatminima.regularizer import FisherTraceRegularizer
-from flatminima.theory import (
-    fia_criterion,
-    fia_criterion_of,
-    gamma_from_subsets,
-    pac_bayes_bound,
-    pac_bayes_bound_of,
-)
+from typing import TYPE_CHECKING
+
+from flatminima.faces import on_demand
+
+if TYPE_CHECKING:
+    from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
+    from flatminima.gramian import gram
+    from flatminima.losses import BinaryCrossEntropy, CrossEntropy
+    from flatminima.measures import Characterization, Comparison, Estimate, compare, comparison_of, measure
+    from flatminima.regularizer import FisherTraceRegularizer
+    from flatminima.theory import (
+        fia_criterion,
+        fia_criterion_of,
+        gamma_from_subsets,
+        pac_bayes_bound,
+        pac_bayes_bound_of,
+    )
+else:  # the command line answers `--help` without torch
+    __getattr__, __dir__ = on_demand(
+        __name__,
+        {
+            "errors": (),
+            "exact": ("exact_fisher", "exact_gamma", "exact_hessian"),
+            "files": (),
+            "gramian": ("gram",),
+            "losses": ("BinaryCrossEntropy", "CrossEntropy"),
+            "measures": ("Characterization", "Comparison", "Estimate", "compare", "comparison_of", "measure"),
+            "network": (),
+            "parallel": (),
+            "progress": (),
+            "regularizer": ("FisherTraceRegularizer",),
+            "sampling": (),
+            "tables": (),
+            "theory": (
+                "fia_criterion",
+                "fia_criterion_of",
+                "gamma_from_subsets",
+                "pac_bayes_bound",
+                "pac_bayes_bound_of",
+            ),
+            "torch_compat": (),
+        },
+    )
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -21,6 +52,7 @@ __all__ = [
     "Estimate",
     "FisherTraceRegularizer",
     "compare",
+    "comparison_of",
     "exact_fisher",
     "exact_gamma",
     "exact_hessian",

@@ -145,6 +145,20 @@ def require_one_of(what: str, name: str, names: Collection[str]) -> None:
     require(name in names, f"unknown {what} {name!r}{did_you_mean(name.lower(), names)}; use one of {', '.join(names)}")
 
 
+@contextmanager
+def needing(extra: str, what: str) -> Iterator[None]:
+    """Say which of our extras to install where a package is missing.
+
+    Raises:
+        FlatminimaError: in the place of ``ModuleNotFoundError``; ``what`` is that which needs the package.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        raise FlatminimaError(f"{what} needs {package}: pip install 'flatminima[{extra}]'") from None
+
+
 def one_line(said: BaseException | str) -> str:
     """A text, or what an error says, in one line; the type's name of an error that says nothing."""
     words = " ".join(_said_by(said).split())
@@ -190,7 +204,7 @@ def naming_errors(name: str) -> Iterator[None]:
     try:
         yield
     except FlatminimaError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(_named(name, error)) from error
 
 
 @contextmanager
@@ -199,4 +213,9 @@ def naming(name: str) -> Iterator[None]:
     with recorded_warnings() as recorded, naming_errors(name):
         yield
     for warning in recorded:
-        warn(f"{name}: {warning}", type(warning))
+        warn(_named(name, warning), type(warning))
+
+
+def _named(name: str, said: Exception) -> str:
+    """A message behind the name, which some begin with already."""
+    return str(said) if str(said).startswith(f"{name}: ") else f"{name}: {said}"

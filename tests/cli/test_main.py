@@ -20,7 +20,7 @@ from flatminima.errors import FlatminimaWarning
 from flatminima.lab import runs
 from flatminima.lab.networks.paper import build_model
 from support.command_line import TRAIN, error_of
-from support.commands import environment
+from support.commands import Command
 
 
 @pytest.mark.parametrize("command", [[], ["--help"], ["help"]])
@@ -166,17 +166,20 @@ def test_a_missing_package_is_named_with_its_remedy(
     assert "pip install 'flatminima[lab]'" in error_of(capsys, ["demo"], status=1)
 
 
-def test_without_the_lab_the_program_says_what_to_install() -> None:
+def test_without_the_lab_the_program_says_what_to_install(tmp_path: Path) -> None:
     code = "import sys; sys.modules['tyro'] = None; from flatminima.cli import main; main(['--help'])"
-    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert completed.returncode == 1
-    assert completed.stderr == "flatminima: error: the command line needs tyro: pip install 'flatminima[lab]'\n"
+    process = Command(tmp_path, exec, code, {})
+    assert process.communicate()[1] == "flatminima: error: the command line needs tyro: pip install 'flatminima[lab]'\n"
+    assert process.returncode == 1
 
 
-def test_startup_leaves_the_slow_packages_alone() -> None:
+def test_help_and_refusals_leave_the_slow_packages_alone() -> None:
     code = (
         "import sys; from flatminima.cli import main; main(['--help'])\n"
-        "slow = {'lightning_fabric', 'datasets', 'sklearn', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        f"assert not any(main([command, '--help']) for command in {list(COMMANDS)})\n"
+        "assert main(['measure', '--trails', '3']) == main(['train', 'resnet99']) == main(['elsewhere']) == 2\n"
+        "slow = {'torch', 'numpy', 'lightning_fabric', 'datasets', 'sklearn', 'scipy', 'matplotlib'}\n"
+        "slow &= set(sys.modules)\n"
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -185,18 +188,16 @@ def test_startup_leaves_the_slow_packages_alone() -> None:
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train", "digits", "--model", "mlp", "--epochs", "100000", "--root", str(tmp_path)]
-    command = [sys.executable, "-m", "flatminima", *arguments]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    root = tmp_path / "runs"
+    arguments = ["train", "digits", "--model", "mlp", "--epochs", "100000", "--root", str(root)]
+    code = (
+        "import sys; from flatminima.cli import main; from flatminima.lab.runs import interrupts\n"
+        "interrupts.EPOCH_END_SECONDS = 0.0  # a resume point after the first epoch\n"
+        f"sys.exit(main({arguments!r}))"
     )
+    process = Command(tmp_path, exec, code, {})
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("*/state.safetensors")) and time.monotonic() < deadline and process.poll() is None:
+    while not list(root.glob("*/state.safetensors")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -210,7 +211,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
 
     monkeypatch.setattr(runs, "train", interrupted_again)
     assert cli.main(arguments) == 130
-    folder = next(tmp_path.iterdir())
+    folder = next(root.iterdir())
     assert capsys.readouterr().err.startswith(f"flatminima: going on with the unfinished run in {folder}\n")
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from flatminima.cli.refusals import refusal
 from flatminima.lab import runs
 from flatminima.lab.runs.spec import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec
 from support.command_line import TRAIN, error_of
+from support.commands import Command
 
 
 @pytest.mark.parametrize(
@@ -124,13 +123,18 @@ def test_a_wrong_argument_is_one_line_that_says_what_is_right(
     assert said in error_of(capsys, arguments)
 
 
-def test_a_wrong_argument_of_the_program_is_one_line_on_a_terminal_of_unicode_too() -> None:
-    command = [sys.executable, "-m", "flatminima", "measure", "--trial", "3"]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    completed = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def test_a_wrong_argument_of_the_program_is_one_line_on_a_terminal_of_unicode_too(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['flatminima', 'measure', '--trial', '3']\n"
+        "sys.stdout.reconfigure(encoding='utf-8')\n"
+        "sys.stderr.reconfigure(encoding='utf-8')\n"
+        "runpy.run_module('flatminima', run_name='__main__')"
+    )
+    process = Command(tmp_path, exec, code, {})
     expected = "flatminima: error: unrecognized options: --trial (did you mean '--trials'?)"
-    assert completed.stderr == f"{expected} (flatminima measure --help explains)\n"
-    assert completed.returncode == 2
+    assert process.communicate() == ("", f"{expected} (flatminima measure --help explains)\n")
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize("command", ["", "demo", "train", "measure", "compare", "reproduce"])

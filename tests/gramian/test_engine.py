@@ -25,10 +25,10 @@ def test_gram_equals_explicit_jacobian_product(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20", "wrn28-2", "densenet-bc-100"])
 def test_gram_of_the_papers_networks(name: str) -> None:
-    """BatchNorm with statistics of real activations; the explicit J of four samples."""
+    """BatchNorm with statistics of real activations; the explicit J of two samples, which take seconds."""
     torch.manual_seed(0)
     model = build_model(name).double()
-    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([3, 1, 4, 1])
+    x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([3, 1])
     with torch.no_grad():
         model.train()(x)
     expected = explicit_gram(model, x, y)
@@ -37,14 +37,14 @@ def test_gram_of_the_papers_networks(name: str) -> None:
     assert result.generic_parameters == ()
 
 
-@pytest.mark.parametrize("budget", [1, 2000, 10**9])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_rows_taken_in_slices_give_the_same(case: Case, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_taken_in_slices_give_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs, targets = case.build()
-    expected = factored_gram(model, inputs, targets)
-    monkeypatch.setattr("flatminima.gramian.accumulator.ROWS_BUDGET_BYTES", budget)
-    result = factored_gram(model, inputs, targets)
-    torch.testing.assert_close(result.unit, expected.unit, rtol=1e-10, atol=1e-12 * expected.unit.abs().max().item())
+    expected = factored_gram(model, inputs, targets).unit
+    for budget in (1, 2000, 10**9):
+        monkeypatch.setattr("flatminima.gramian.accumulator.ROWS_BUDGET_BYTES", budget)
+        result = factored_gram(model, inputs, targets).unit
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12 * expected.abs().max().item())
 
 
 @settings(deadline=None, max_examples=60)

@@ -238,9 +238,14 @@ def same(was: Tensor, now: Tensor) -> bool:
     return torch.allclose(was, now, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("beginning", BEGINNINGS)
 @pytest.mark.parametrize("name", OPS)
-def test_nothing_depends_on_another_sample_than_the_one_it_is_said_to_be_of(name: str, beginning: str) -> None:
+def test_nothing_depends_on_another_sample_than_the_one_it_is_said_to_be_of(name: str) -> None:
+    taken = [beginning for beginning in BEGINNINGS if follows(name, beginning)]
+    assert len(taken) > len(BEGINNINGS) // 2  # few take no tensor of such a shape
+
+
+def follows(name: str, beginning: str) -> bool:
+    """Whether the operation takes such a tensor; fail if its result depends on other samples than it is said to."""
     torch.manual_seed(0)
     x = torch.randn(N, 4, 6, 6, dtype=torch.float64)
 
@@ -250,7 +255,7 @@ def test_nothing_depends_on_another_sample_than_the_one_it_is_said_to_be_of(name
     try:
         op(x)
     except (RuntimeError, ValueError, IndexError):
-        pytest.skip("does not take such a tensor")
+        return False
     model = Recorded(op)
     recorder = Recorder(N, dict(model.named_parameters()))
     recorder.run(model, x)
@@ -261,10 +266,11 @@ def test_nothing_depends_on_another_sample_than_the_one_it_is_said_to_be_of(name
         after = op(changed)
         for was, now, layout in zip(before, [after] if isinstance(after, Tensor) else after, layouts, strict=True):
             if layout is None:
-                assert same(was, now), "said not to be computed from the inputs"
+                assert same(was, now), f"{beginning}: said not to be computed from the inputs"
             elif layout.dim >= 0 and not recorder.guessed:
                 others = sample_at_every_place(layout, was) != sample
-                assert same(was[others], now[others])
+                assert same(was[others], now[others]), beginning
+    return True
 
 
 MODULES = [

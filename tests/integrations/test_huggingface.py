@@ -13,9 +13,12 @@ from torch.utils.data import Dataset
 
 import flatminima as fm
 from flatminima.gramian.engine import factored_gram
+from support.lazily import Lazily, needs
 from support.oracles import explicit_gram
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = Lazily("transformers")
+
+pytestmark = [needs("transformers"), pytest.mark.xdist_group("transformers")]
 
 N, CLASSES, VOCABULARY, LENGTH = 5, 3, 40, 9
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import runpy
 import subprocess
 import sys
@@ -14,36 +15,41 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
+from support.lazily import Lazily, needs
 from support.regularizer_cases import SEED, mlp
 
-lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
-torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics, which comes with Lightning, is not installed")
-
-from flatminima.integrations.lightning import FisherTraceCallback  # noqa: E402 - after the check for Lightning
+lightning, torchmetrics = Lazily("lightning.pytorch"), Lazily("torchmetrics")
+integration = Lazily("flatminima.integrations.lightning")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_lightning.py"
 
 pytestmark = [
+    needs("lightning", "torchmetrics"),
+    pytest.mark.xdist_group("lightning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*num_workers.*"),
 ]
 
 
-class Module(lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(SEED)
-        self.network = mlp()
-        self.seen = torchmetrics.SumMetric()
+@functools.cache
+def module_type() -> Any:
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(SEED)
+            self.network = mlp()
+            self.seen = torchmetrics.SumMetric()
 
-    def training_step(self, batch: Any) -> dict[str, Any]:
-        inputs, targets = batch
-        self.seen.update(len(targets))
-        self.log("loss", F.cross_entropy(self.network(inputs), targets).detach())
-        return {"loss": F.cross_entropy(self.network(inputs), targets)}
+        def training_step(self, batch: Any) -> dict[str, Any]:
+            inputs, targets = batch
+            self.seen.update(len(targets))
+            self.log("loss", F.cross_entropy(self.network(inputs), targets).detach())
+            return {"loss": F.cross_entropy(self.network(inputs), targets)}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Module
 
 
 def data() -> TensorDataset:
@@ -66,9 +72,11 @@ OPTIONS: dict[str, Any] = {"alpha": 1e-2, "beta": 20.0, "num_sub_batches": 8, "e
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_same_weights_as_by_hand(accumulate: int) -> None:
     """Sub-batches of one sample, so that no random split stands in between."""
-    module = Module()
+    module = module_type()()
     by_hand = copy.deepcopy(module.network)
-    trainer = fit(module, FisherTraceCallback(**OPTIONS), accumulate_grad_batches=accumulate, gradient_clip_val=0.2)
+    trainer = fit(
+        module, integration.FisherTraceCallback(**OPTIONS), accumulate_grad_batches=accumulate, gradient_clip_val=0.2
+    )
 
     regularizer = FisherTraceRegularizer(by_hand, max_grad_norm=0.2, **OPTIONS)
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
@@ -86,22 +94,21 @@ def test_same_weights_as_by_hand(accumulate: int) -> None:
     assert trainer.callback_metrics["fisher_trace/beta"] == 40.0
 
 
-class SkippingModule(Module):
-    """Returns None for the batch 1, and where no label counts."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        inputs, targets = batch
-        counts = targets > 0
-        if batch_idx == 1 or not counts.any():
-            return None
-        return F.cross_entropy(self.network(inputs[counts]), targets[counts])
-
-
 def test_skipped_batches_and_sub_batches_weigh_nothing() -> None:
+    class SkippingModule(module_type()):
+        """Returns None for the batch 1, and where no label counts."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            inputs, targets = batch
+            counts = targets > 0
+            if batch_idx == 1 or not counts.any():
+                return None
+            return F.cross_entropy(self.network(inputs[counts]), targets[counts])
+
     module = SkippingModule()
     by_hand = copy.deepcopy(module.network)
     options = {**OPTIONS, "every": 1}
-    fit(module, FisherTraceCallback(**options))
+    fit(module, integration.FisherTraceCallback(**options))
 
     def masked(batch: Any) -> torch.Tensor:
         counts = (batch[1] > 0).float()
@@ -122,7 +129,7 @@ def test_skipped_batches_and_sub_batches_weigh_nothing() -> None:
 def test_batches_of_several_loaders_are_split_side_by_side() -> None:
     parts: list[Any] = []
 
-    class Both(Module):
+    class Both(module_type()):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             if not parts or len(batch["a"][0]) < 8:
                 parts.append(batch)
@@ -134,7 +141,7 @@ def test_batches_of_several_loaders_are_split_side_by_side() -> None:
     module = Both()
     start = copy.deepcopy(module)
     loaders = {"a": DataLoader(data(), batch_size=8), "b": DataLoader(data(), batch_size=24)}
-    callback = FisherTraceCallback(**{**OPTIONS, "num_sub_batches": 4})
+    callback = integration.FisherTraceCallback(**{**OPTIONS, "num_sub_batches": 4})
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[callback],
@@ -162,8 +169,8 @@ def test_penalty_passes_neither_log_nor_count_in_metrics(monkeypatch: pytest.Mon
         "log",
         lambda self, name, *a, **k: (logged.append(name), original(self, name, *a, **k)),
     )
-    module = Module()
-    fit(module, FisherTraceCallback(**OPTIONS))
+    module = module_type()()
+    fit(module, integration.FisherTraceCallback(**OPTIONS))
     assert module.seen.compute() == 48
     assert logged.count("loss") == 6
     assert logged.count("fisher_trace/penalty") == 6
@@ -172,7 +179,9 @@ def test_penalty_passes_neither_log_nor_count_in_metrics(monkeypatch: pytest.Mon
 
 def test_bfloat16_leaves_the_penalty_in_float32() -> None:
     metrics = [
-        fit(Module(), FisherTraceCallback(**OPTIONS), precision=precision, max_steps=1).callback_metrics
+        fit(
+            module_type()(), integration.FisherTraceCallback(**OPTIONS), precision=precision, max_steps=1
+        ).callback_metrics
         for precision in ("32-true", "bf16-mixed")
     ]
     assert metrics[0]["fisher_trace/fisher_trace"] == metrics[1]["fisher_trace/fisher_trace"]
@@ -181,7 +190,7 @@ def test_bfloat16_leaves_the_penalty_in_float32() -> None:
 
 def test_gradient_scaler_scales_the_penalty_too() -> None:
     """Half precision on the CPU is not Lightning's, so its plugin is stood in for at the hook."""
-    module, callback = Module(), FisherTraceCallback(**OPTIONS)
+    module, callback = module_type()(), integration.FisherTraceCallback(**OPTIONS)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     gradients = []
     for used in (None, scaler):
@@ -198,11 +207,11 @@ def test_gradient_scaler_scales_the_penalty_too() -> None:
 
 def test_refuses_what_lightning_owns_and_manual_optimization() -> None:
     with pytest.raises(FlatminimaError, match="max_grad_norm is not the regularizer's here"):
-        FisherTraceCallback(max_grad_norm=1.0)
-    module = Module()
+        integration.FisherTraceCallback(max_grad_norm=1.0)
+    module = module_type()()
     module.automatic_optimization = False
     with pytest.raises(FlatminimaError, match="Module optimizes manually"):
-        fit(module, FisherTraceCallback())
+        fit(module, integration.FisherTraceCallback())
 
 
 def test_example_trains() -> None:
@@ -219,6 +228,6 @@ def test_example_runs_on_two_processes() -> None:
 
 def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
-    monkeypatch.delitem(sys.modules, "flatminima.integrations.lightning")
+    monkeypatch.delitem(sys.modules, "flatminima.integrations.lightning", raising=False)
     with pytest.raises(FlatminimaError, match=r"pip install 'flatminima\[integrations\]'"):
         import flatminima.integrations.lightning  # noqa: F401

@@ -12,16 +12,18 @@ import torch
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
+from support.lazily import Lazily, needs
 from support.regularizer_cases import SEED, gradients_of
 
-transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
-pytest.importorskip("accelerate", reason="Accelerate, which the Trainer needs, is not installed")
-
-from flatminima.integrations.transformers import FisherTraceTrainer  # noqa: E402 - after the check for Transformers
+transformers, integration = Lazily("transformers"), Lazily("flatminima.integrations.transformers")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_transformers.py"
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    needs("transformers", "accelerate"),
+    pytest.mark.xdist_group("transformers"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 
 def tiny_model() -> Any:
@@ -36,7 +38,7 @@ def tiny_model() -> Any:
 
 def trainer_for(model: Any, folder: Path, **arguments: Any) -> Any:
     settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, **arguments}
-    return FisherTraceTrainer(
+    return integration.FisherTraceTrainer(
         model=model,
         args=transformers.TrainingArguments(str(folder), **settings),
         regularizer={"alpha": 1e-2, "beta": 20.0, "num_sub_batches": 8, "every": 2},
@@ -85,7 +87,7 @@ def test_losses_that_take_the_labels_out_of_the_batch(tmp_path: Path, how: str) 
     counted = tokens.clone()
     counted[:, 0] = -100  # nothing predicts the first token, and versions differ in whether they count it
 
-    class PopsLabels(FisherTraceTrainer):
+    class PopsLabels(integration.FisherTraceTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             labels = inputs.pop("labels")
             return mean_of_tokens(model(**inputs), labels, labels[:, 1:].numel())
@@ -103,20 +105,22 @@ def test_losses_that_take_the_labels_out_of_the_batch(tmp_path: Path, how: str) 
         return trainer.regularizer.diagnostics()
 
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
-        "compute_loss_func": (FisherTraceTrainer, {"compute_loss_func": mean_of_tokens}),
+        "compute_loss_func": (integration.FisherTraceTrainer, {"compute_loss_func": mean_of_tokens}),
         "compute_loss": (PopsLabels, {}),
-        "label_smoothing_factor": (FisherTraceTrainer, {"label_smoothing_factor": 1e-7}),
+        "label_smoothing_factor": (integration.FisherTraceTrainer, {"label_smoothing_factor": 1e-7}),
     }
     kind, arguments = cases[how]
-    assert penalty_of(kind, **arguments) == pytest.approx(penalty_of(FisherTraceTrainer), rel=1e-3, abs=1e-4)
+    assert penalty_of(kind, **arguments) == pytest.approx(
+        penalty_of(integration.FisherTraceTrainer), rel=1e-3, abs=1e-4
+    )
 
 
 def test_refuses_what_the_trainer_owns(tmp_path: Path) -> None:
     with pytest.raises(FlatminimaError, match="max_grad_norm is not the regularizer's here"):
-        FisherTraceTrainer(model=tiny_model(), regularizer={"max_grad_norm": 1.0})
+        integration.FisherTraceTrainer(model=tiny_model(), regularizer={"max_grad_norm": 1.0})
     trainer = trainer_for(tiny_model(), tmp_path)
     with pytest.raises(FlatminimaError, match="alpha must be"):
-        FisherTraceTrainer(model=trainer.model, args=trainer.args, regularizer={"alpha": -1})
+        integration.FisherTraceTrainer(model=trainer.model, args=trainer.args, regularizer={"alpha": -1})
     trainer.is_fsdp_enabled = True  # and Accelerate does not say that it is FSDP2
     with pytest.raises(FlatminimaError, match="DeepSpeed and FSDP1 are not supported"):
         trainer.training_step(trainer.model, {})
@@ -144,6 +148,6 @@ def test_example_runs_on_two_processes(tmp_path: Path) -> None:
 
 def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "flatminima.integrations.transformers")
+    monkeypatch.delitem(sys.modules, "flatminima.integrations.transformers", raising=False)
     with pytest.raises(FlatminimaError, match=r"pip install 'flatminima\[integrations\]'"):
         import flatminima.integrations.transformers  # noqa: F401

@@ -23,7 +23,7 @@ from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
-from support.commands import environment
+from support.commands import Command, environment
 
 SPEC = RunSpec(model="mlp", data="digits", train_size=100, augmentation="no-aug", batch_size=10, epochs=4)
 SPECS = [replace(SPEC, seed=seed) for seed in range(4)]
@@ -182,25 +182,14 @@ def test_a_full_disk_and_a_corrupt_folder_cost_no_other_run(
     assert "holds another run than its name says" in results[2].error
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from flatminima.lab.jobs import WorkerPool, run_all
-from test_jobs import SPECS, train_one
-
-if __name__ == "__main__":
-    tasks = [(spec, Path(sys.argv[1])) for spec in SPECS]
-    run_all(train_one, tasks, WorkerPool(2), progress=False)
-"""
+def train_all(root: Path) -> None:
+    run_all(train_one, [(spec, root) for spec in SPECS], WorkerPool(2), progress=False)
 
 
 @contextlib.contextmanager
-def command(root: Path) -> Any:
+def command(root: Path) -> Iterator[Command]:
     """The whole experiment as a command of its own."""
-    script = root.parent / "experiment.py"
-    script.write_text(SCRIPT)
-    found = environment(Path(__file__).parent)
-    process = subprocess.Popen([sys.executable, script, root], env=found, stderr=subprocess.PIPE, text=True)
+    process = Command(root.parent, train_all, root)
     try:
         yield process
     finally:
@@ -221,7 +210,7 @@ def lives(pid: int) -> bool:
     return True
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = 200.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

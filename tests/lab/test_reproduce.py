@@ -10,7 +10,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -24,6 +23,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from flatminima import cli
 from flatminima.errors import FlatminimaError
 from flatminima.lab import reproduce, study
 from flatminima.lab.experiments import Summary, json_of, paper, presets, read_summaries
@@ -36,7 +36,7 @@ from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs import interrupts
 from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import RegularizerSpec
-from support.commands import environment
+from support.commands import Command
 
 pytestmark = pytest.mark.xdist_group("reproduce")  # they share the undisturbed runs
 
@@ -211,21 +211,8 @@ def test_default_regularizer_is_the_presets(tmp_path: Path) -> None:
 # Kills, full disks, damage: the same command again, and the same numbers
 # ---------------------------------------------------------------------------------------------------------------------
 
-LONGER = replace(TINY, scenario=replace(TINY.scenario, epochs=40))
+LONGER = replace(TINY, scenario=replace(TINY.scenario, epochs=25))
 SEEDS = (0, 1)
-COMMAND = """
-import sys
-from flatminima import cli
-from flatminima.lab import study
-from flatminima.lab.experiments import presets
-from flatminima.lab.reports import pages
-from test_reproduce import LONGER, perform_noted
-presets.PRESETS["digits"] = LONGER
-study.perform = perform_noted
-pages.figures = lambda summary: []
-seeds = ["--seeds", "0", "1"]
-sys.exit(cli.main(["reproduce", "scenario-1", "--preset", "digits", *seeds, "--workers", "2", *sys.argv[1:]]))
-"""
 
 
 def perform_noted(task: Task) -> Record:
@@ -236,16 +223,19 @@ def perform_noted(task: Task) -> Record:
     return perform(task)
 
 
+def reproduce_longer(out: Path) -> None:
+    presets.PRESETS["digits"] = LONGER
+    study.perform = perform_noted
+    pages.figures = lambda summary: []  # type: ignore[assignment]
+    seeds = [str(seed) for seed in SEEDS]
+    options = ["--preset", "digits", "--seeds", *seeds, "--workers", "2", "--out", str(out)]
+    sys.exit(cli.main(["reproduce", "scenario-1", *options]))
+
+
 @contextlib.contextmanager
-def command(out: Path) -> Iterator[subprocess.Popen[str]]:
+def command(out: Path) -> Iterator[Command]:
     """The command as a process of its own."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "--out", str(out)],
-        env=environment(Path(__file__).parent),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Command(out.parent, reproduce_longer, out)
     try:
         yield process
     finally:
@@ -307,7 +297,7 @@ def workers_of(out: Path) -> list[int]:
     return [pid for path in out.rglob("worker.*") if lives(pid := int(path.suffix[1:]))]
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> None:
+def wait_until(condition: Callable[[], Any], process: Command | None = None) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process is None or process.poll() is None, process.communicate()

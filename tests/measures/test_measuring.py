@@ -26,9 +26,10 @@ from flatminima.errors import (
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.factored import log_determinant
 from flatminima.gramian.rules import ParameterUse, rule, temporary_rules
-from flatminima.measures import jsonable
+from flatminima.measures import evaluate, jsonable
 from flatminima.measures.comparison import comparison_of
 from flatminima.measures.results import Characterization, Estimate
+from flatminima.network import samples_of
 from support.oracles import explicit_gram, explicit_jacobian
 
 N, CLASSES = 60, 4
@@ -111,9 +112,10 @@ def test_float32_agrees_with_float64_at_a_loss_of(target: float) -> None:
     for _ in range(60):  # bisect the head's scale
         middle = (low * high) ** 0.5
         model[-1].weight.data = head * middle
-        loss = fm.measure(model, (x, y), trials=1, subset_size=2, measures=()).train_loss
+        loss = evaluate(model, samples_of((x, y)), batch=len(y)).loss
         low, high = (middle, high) if loss > target else (low, middle)
     assert loss == pytest.approx(target, rel=0.01)
+    assert fm.measure(model, (x, y), trials=1, subset_size=2, measures=()).train_loss == pytest.approx(loss, rel=1e-6)
     if target >= 1e-9:
         reference = torch.linalg.slogdet(explicit_gram(model, x, y))[1].item()
     else:

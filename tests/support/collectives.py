@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flatminima.lab.jobs import PRELOADED
+from support.commands import METHOD, server
 
 
 @contextmanager
@@ -24,13 +23,9 @@ def counted_collectives() -> Iterator[dict[str, int]]:
 
 
 def run_in_processes(function: Callable[..., None], processes: int, *args: Any, within: float = 240.0) -> None:
-    """Run ``function(rank, *args)`` in so many processes; fail if they have not ended within so many seconds.
-
-    Where that is safe they are forked from a server that has imported torch once for all tests of this process.
-    """
-    method = "forkserver" if sys.platform == "linux" else "spawn"
-    torch.multiprocessing.get_context(method).set_forkserver_preload([*PRELOADED, "torch.distributed.fsdp"])
-    context = torch.multiprocessing.start_processes(function, args, nprocs=processes, join=False, start_method=method)
+    """Run ``function(rank, *args)`` in so many processes; fail if they have not ended within so many seconds."""
+    server()
+    context = torch.multiprocessing.start_processes(function, args, nprocs=processes, join=False, start_method=METHOD)
     deadline = time.monotonic() + within
     while not context.join(timeout=max(0.1, deadline - time.monotonic())):
         if time.monotonic() > deadline:

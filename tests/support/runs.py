@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from flatminima.lab.runs.spec import (
     UnitResidualSpec,
 )
 from flatminima.lab.runs.training import train
-from support.commands import environment
+from support.commands import Command
 
 # 4 updates an epoch; the third epoch is cut short by the limit of 10 updates.
 PLAIN = RunSpec(
@@ -148,33 +147,26 @@ def reading_late() -> Iterator[None]:
         yield
 
 
-TRAIN = """
-import signal, sys
-import torch
-from flatminima.lab.runs.spec import RunSpec
-from flatminima.lab.runs.training import train
-
-torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the parent made of it
-try:
-    train(RunSpec.from_json(sys.argv[1]), sys.argv[2], checkpoint_seconds=float(sys.argv[3]), progress=False)
-except KeyboardInterrupt as interrupt:
-    sys.exit(f"{type(interrupt).__name__}: {interrupt}")
-"""
+def start(spec: RunSpec, root: Path, checkpoint_seconds: float = 0.0) -> Command:
+    """Train in a process of its own."""
+    return Command(root.parent, _train, spec, root, checkpoint_seconds)
 
 
-def start(spec: RunSpec, root: Path, checkpoint_seconds: float = 0.0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", TRAIN, spec.to_json(), str(root), str(checkpoint_seconds)]
-    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+def _train(spec: RunSpec, root: Path, checkpoint_seconds: float) -> None:
+    torch.set_num_threads(1)
+    try:
+        train(spec, root, checkpoint_seconds=checkpoint_seconds, progress=False)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(f"{type(interrupt).__name__}: {interrupt}")
 
 
-def wait_for_update(process: subprocess.Popen[str], folder: RunFolder, update: int) -> None:
+def wait_for_update(process: Command, folder: RunFolder, update: int) -> None:
     """Wait until the run's resume point is at ``update`` or later."""
     while process.poll() is None:
         point = folder.read_resume_point()
         if point is not None and point.iteration >= update:
             return
-        time.sleep(0.01)
+        time.sleep(0.02)  # what it asks costs as much as an update
     raise AssertionError(f"the process ended by itself: {process.communicate()[1]}")
 
 

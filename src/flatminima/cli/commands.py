@@ -30,10 +30,13 @@ from flatminima.cli.options import (
 )
 from flatminima.cli.output import Report, say, standard_output_kept_clean
 from flatminima.errors import FlatminimaError, require_one_of
+from flatminima.lab.reading import Reading
 from flatminima.lab.runs import RECIPES
 
 if TYPE_CHECKING:
-    from flatminima.lab.data import Normalization
+    from flatminima.lab.data import Normalization, OwnData, Preparation
+
+    Preparations = Normalization | Preparation
 
 
 def _demo(given: list[str]) -> tuple[bool, Report]:
@@ -118,35 +121,58 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
     foreign, how = options.foreign, options.measuring.how()
     if bool(options.runs) == (foreign.model is not None):
         raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
+    if foreign.model is None and (foreign.checkpoint or foreign.data or options.reading != Reading()):
+        raise FlatminimaError(
+            f"--checkpoint, --data{_and_given(options.reading)} go with --model; a run folder has its own"
+        )
+    if foreign.model is not None and foreign.data is None:
+        raise FlatminimaError(f"--model needs its training data too: add --data {_SOME_DATA}")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
     with standard_output_kept_clean(options.output):
-        from flatminima.lab.data import load_data
-        from flatminima.lab.runs import load_network, measure_run
+        from flatminima.lab.runs import load_network, measure_images, measure_run
 
-        images: dict[str, Normalization] = {}
+        prepared: dict[str, Preparations] = {}
         if foreign.model is None:
-            if foreign.checkpoint or foreign.data or foreign.normalize:
-                raise FlatminimaError("--checkpoint, --data and --normalize go with --model; a run folder has its own")
             measured = {str(path): measure_run(path, how, **where) for path in options.runs}
-        elif foreign.data is None:
-            raise FlatminimaError(
-                "--model needs its training data too: add --data digits, cifar10, cifar100 or a folder"
-            )
         else:
-            train_set, _ = load_data(foreign.data)
-            network = load_network(foreign.model, foreign.checkpoint, train_set, foreign.normalize)
-            images[foreign.model] = network.normalization
-            measured = {foreign.model: how.of(network.model, network.data, **where)}
+            data = _opened_data(foreign.data, options.reading)
+            network = load_network(foreign.model, foreign.checkpoint, data, options.reading)
+            prepared[foreign.model] = network.preparation
+            measured = {foreign.model: measure_images(network.model, network.data, how, **where)}
     bodies = {name: json.loads(characterization.to_json()) for name, characterization in measured.items()}
-    for name, normalization in images.items():
-        bodies[name]["normalization"] = dataclasses.asdict(normalization)
+    for name, preparation in prepared.items():
+        bodies[name][_kind(preparation)] = preparation.as_json()
     tables = [part for name, table in measured.items() for part in (Text(name), table)]
-    shown = Group(*tables, *_normalization_lines(images))
+    shown = Group(*tables, *_preparation_lines(prepared))
     return options.output.json, Report(bodies if len(bodies) > 1 else next(iter(bodies.values())), shown)
 
 
-def _normalization_lines(images: Mapping[str, Normalization]) -> list[Text]:
-    return [Text(f"Pixels of 0 to 1 were normalized for {name}: {said}.") for name, said in images.items()]
+_SOME_DATA = "digits, cifar10, a folder, a file, hf:NAME or package.module:factory"
+
+
+def _opened_data(source: str, reading: Reading) -> OwnData:
+    """Training data, and said what was taken for what."""
+    from flatminima.lab.data import open_data
+
+    opened = open_data(source, reading)
+    if opened.about:
+        say(opened.about)
+    return opened.data
+
+
+def _and_given(reading: Reading) -> str:
+    """The options of reading that were given, as they are typed."""
+    given = [entry.name for entry in dataclasses.fields(reading) if getattr(reading, entry.name) != entry.default]
+    return "".join(f" and --{name.replace('_', '-')}" for name in given)
+
+
+def _preparation_lines(prepared: Mapping[str, Preparations]) -> list[Text]:
+    said = {"normalization": "Pixels of 0 to 1 were normalized for", "preparation": "Inputs were made for"}
+    return [Text(f"{said[_kind(preparation)]} {name}: {preparation}.") for name, preparation in prepared.items()]
+
+
+def _kind(preparation: Preparations) -> str:
+    return type(preparation).__name__.lower()
 
 
 def _compare(given: list[str]) -> tuple[bool, Report]:
@@ -155,24 +181,28 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     if len(paths) < len(options.runs):
         raise FlatminimaError("two of them have the same name: give them as NAME=FOLDER")
     if options.model is not None and options.data is None:
-        raise FlatminimaError("--model needs the training data too: add --data digits, cifar10, cifar100 or a folder")
-    if options.normalize is not None and options.model is None:
-        raise FlatminimaError("--normalize goes with --model; run folders know how their images were normalized")
+        raise FlatminimaError(f"--model needs the training data too: add --data {_SOME_DATA}")
+    if options.data is None and options.reading != Reading():
+        raise FlatminimaError(
+            f"{_and_given(options.reading).removeprefix(' and ')} goes with --model and --data; run folders know how "
+            "their images were normalized"
+        )
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
-    images: dict[str, Normalization] = {}
+    prepared: dict[str, Preparations] = {}
     with standard_output_kept_clean(options.output):
         from flatminima.lab.runs import compare_loaded, compare_runs, load_networks
 
         if options.data is None:
             comparison = compare_runs(paths, how, **where)
         else:
-            networks = load_networks(paths, options.data, options.model, options.normalize)
-            images = {name: network.normalization for name, network in networks.items()}
+            data = _opened_data(options.data, options.reading)
+            networks = load_networks(paths, data, options.model, options.reading)
+            prepared = {name: network.preparation for name, network in networks.items()}
             comparison = compare_loaded(networks, how, **where)
     body = json.loads(comparison.to_json())
-    if images:
-        body["normalizations"] = {name: dataclasses.asdict(normalization) for name, normalization in images.items()}
-    return options.output.json, Report(body, Group(comparison, *_normalization_lines(images)))
+    for name, preparation in prepared.items():
+        body.setdefault(f"{_kind(preparation)}s", {})[name] = preparation.as_json()
+    return options.output.json, Report(body, Group(comparison, *_preparation_lines(prepared)))
 
 
 def _named(run: str) -> tuple[str, Path]:
@@ -180,7 +210,7 @@ def _named(run: str) -> tuple[str, Path]:
     name, equals, path = run.partition("=")
     if equals and not Path(run).exists():
         return name, Path(path)
-    return Path(run).resolve().name, Path(run)
+    return (run if ":" in run and not Path(run).exists() else Path(run).resolve().name), Path(run)
 
 
 def _reproduce(given: list[str]) -> tuple[bool, Report]:

@@ -13,7 +13,6 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from flatminima.cli.options import Output, parse
 from flatminima.cli.output import Report, standard_output_kept_clean
 from flatminima.errors import FlatminimaError
-from flatminima.measures import jsonable
 from flatminima.progress import ProgressBar
 
 
@@ -60,6 +59,7 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("evaluate takes a ledger: a CSV file with a line of names and a row for every minimum")
     with standard_output_kept_clean(options.output):
         from flatminima.lab.reports import evidence_table, write_evaluation
+        from flatminima.measures import jsonable
         from flatminima.protocols import Ledger, evaluate, read_table
 
         table = read_table(options.ledger, options.where)

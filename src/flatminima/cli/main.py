@@ -38,7 +38,7 @@ from flatminima.errors import (
     require_one_of,
 )
 from flatminima.lab.errors import TrainingInterrupted
-from flatminima.parallel import Processes
+from flatminima.launch import rank_and_size
 
 INTERRUPTED = 130
 """The exit status of a program that Ctrl-C ended."""
@@ -108,11 +108,11 @@ def _run(given: list[str]) -> int:
         print(PROGRAM, version(PROGRAM))  # noqa: T201
         return 0
     require_one_of("command", given[0], COMMANDS)
-    processes = Processes.launched()
-    if processes.size > 1 and given[0] != "train":
+    rank, size = rank_and_size()
+    if size > 1 and given[0] != "train":
         raise FlatminimaError(f"only `train` can be shared by several processes: start `{given[0]}` without torchrun")
     as_json, report = COMMANDS[given[0]](given[1:])
-    if processes.rank > 0:
+    if rank > 0:
         return report.status
     if as_json:
         print(json.dumps(report.json, default=str, allow_nan=False))  # noqa: T201

@@ -20,6 +20,7 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Pos
 
 from flatminima.cli.refusals import problems_handed_to, refusal
 from flatminima.errors import FlatminimaError, require
+from flatminima.lab.reading import Reading
 from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
 PROGRAM = "flatminima"
@@ -134,10 +135,13 @@ class MeasuringOptions(Measuring):
         return Measuring(**fields_of(self))
 
 
-_NORMALIZE = (
-    "How the training normalized pixels of 0 to 1: none, data (every channel of these images to mean 0 and standard "
-    "deviation 1), cifar10, cifar100, imagenet, or MEAN/STD such as 0.5/0.5 or 0.49,0.48,0.45/0.25,0.24,0.26 (None: as "
-    "a checkpoint of `train` says; else a guess that is said, by the training loss)."
+_SOURCES = (
+    "digits, cifar10, cifar100, a folder of parquet files or of class folders with images, hf:NAME or hf:FOLDER, "
+    "texts (.csv, .jsonl), arrays (.npz, .safetensors), or package.module:factory"
+)
+_NETWORKS = (
+    "package.module:factory (importable from the current directory too), timm:NAME, hf:NAME or hf:FOLDER, or the name "
+    "of one of our networks"
 )
 
 
@@ -145,13 +149,10 @@ _NORMALIZE = (
 class Foreign:
     """A network that is not ours, and the data it was trained on."""
 
-    model: Annotated[str | None, arg(aliases=("-m",))] = None
-    """package.module:factory (importable from the current directory too), or the name of one of our networks."""
+    model: Annotated[str | None, arg(aliases=("-m",), help=f"{_NETWORKS}.")] = None
     checkpoint: Annotated[Path | None, arg(aliases=("-c",))] = None
-    """Its weights: .safetensors, or .pt, .pth, .ckpt with a state dict (None: those that the factory gives it)."""
-    data: Annotated[str | None, arg(aliases=("-d",))] = None
-    """Its training data: digits, cifar10, cifar100, or a folder of parquet files."""
-    normalize: Annotated[str | None, arg(help=_NORMALIZE)] = None
+    """Its weights: .safetensors, or .pt, .pth, .ckpt with a state dict (None: those that it comes with)."""
+    data: Annotated[str | None, arg(aliases=("-d",), help=f"Its training data: {_SOURCES}.")] = None
 
 
 @dataclass(frozen=True)
@@ -159,16 +160,17 @@ class Measure:
     """Measure γ̂ and its rivals at trained minima, over subsets of their un-augmented training data.
 
     Takes run folders, or --model, --checkpoint and --data for a network that is not ours. A run folder keeps its
-    measures, so that asking again costs nothing.
+    measures, so that asking again costs nothing. docs/notes/own-data.md has more on networks and data of your own.
 
     Example: flatminima measure runs/resnet20-0123456789ab
 
-    Example: flatminima measure --model mypackage.nets:build --checkpoint weights.safetensors --data cifar10
+    Example: flatminima measure --model mypackage.nets:build --checkpoint weights.pt --data photos/train --resize 64
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")] = ()
     """Run folders."""
     foreign: OmitArgPrefixes[Foreign] = field(default_factory=Foreign)
+    reading: OmitArgPrefixes[Reading] = field(default_factory=Reading)
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
@@ -181,6 +183,7 @@ class Compare:
 
     Takes run folders, each as FOLDER or NAME=FOLDER. They must have been trained on the same clean images, or be
     compared on the --data given; with --model and --data, checkpoints of a network that is not ours stand beside them.
+    Networks that come with their weights (hf:FOLDER, package.module:factory) stand where a folder may.
 
     Example: flatminima compare plain=runs/resnet20-0123456789ab regularized=runs/resnet20-ba9876543210
 
@@ -188,12 +191,14 @@ class Compare:
     """
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
-    """Run folders, as FOLDER or NAME=FOLDER."""
-    data: Annotated[str | None, arg(aliases=("-d",))] = None
-    """Compare on this training set (digits, cifar10, cifar100, or a folder of parquet files), not on the runs' own."""
-    model: Annotated[str | None, arg(aliases=("-m",))] = None
-    """What the checkpoints among RUNS are of: package.module:factory, or the name of one of our networks."""
-    normalize: Annotated[str | None, arg(help=f"{_NORMALIZE} Run folders know it.")] = None
+    """Run folders, checkpoints or networks, as FOLDER or NAME=FOLDER."""
+    data: Annotated[
+        str | None, arg(aliases=("-d",), help=f"Compare on this training set, not on the runs' own: {_SOURCES}.")
+    ] = None
+    model: Annotated[str | None, arg(aliases=("-m",), help=f"What the checkpoints among RUNS are of: {_NETWORKS}.")] = (
+        None
+    )
+    reading: OmitArgPrefixes[Reading] = field(default_factory=Reading)
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
@@ -319,7 +324,7 @@ def options_meant(text: str, names: Sequence[str]) -> list[str]:
     return [name for name, word in found.items() if word in plain or word.rpartition(".")[2] in plain]
 
 
-_UNMISTAKABLE = ("lr", "normalize")
+_UNMISTAKABLE = ("lr", "normalize", "resize")
 """Options without an underscore that are no words of prose."""
 
 

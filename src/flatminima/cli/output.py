@@ -12,7 +12,7 @@ from rich.console import RenderableType
 
 from flatminima.cli.options import PROGRAM, Output
 from flatminima.errors import one_line
-from flatminima.parallel import Processes
+from flatminima.launch import rank_and_size
 from flatminima.progress import silent
 
 
@@ -35,5 +35,5 @@ def standard_output_kept_clean(output: Output) -> Iterator[None]:
 
 def say(text: str, *, by_any: bool = False) -> None:
     """Say it on standard error; of several processes the first alone, unless it may be news to that one."""
-    if by_any or Processes.launched().rank == 0:
+    if by_any or rank_and_size()[0] == 0:
         print(f"{PROGRAM}: {one_line(text)}", file=sys.stderr)  # noqa: T201

@@ -25,6 +25,10 @@ class GuessedNormalizationWarning(FlatminimaWarning):
     """How a network's training normalized its images was not said, and was guessed by the training loss."""
 
 
+class UnlikeClassesWarning(FlatminimaWarning):
+    """A network has more outputs than its data have classes: they may be numbered in another way."""
+
+
 class ResumedElsewhereWarning(FlatminimaWarning):
     """A run goes on in another environment than it began in: it is valid, but its bits are not reproducible."""
 

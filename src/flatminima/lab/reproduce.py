@@ -24,15 +24,16 @@ from flatminima.lab.experiments import (
     read_winners,
 )
 from flatminima.lab.jobs import Executor, WorkerPool
-from flatminima.lab.reports import Table, counted, duration
+from flatminima.lab.reports import counted, duration
+from flatminima.lab.runs import selection_of
 from flatminima.lab.study import State, Study
+from flatminima.tables import Table
 
 _LEADS = {
     "paper": "Networks, data and training are the paper's.",
     "small": "In small: CIFAR-10 images, fewer of them, and a smaller network.",
     "digits": "In miniature, on handwritten digits: it shows the machinery, and little about the claims.",
 }
-
 
 _MATCHED = (
     " The runs of a scenario end as soon as they fit their training images equally well, and not after as many epochs: "
@@ -72,7 +73,7 @@ class Reproduction(Study):
             raise FlatminimaError(f"the matched protocol is the scenarios': leave {others} out, or the protocol")
         if self.trials is not None and "search" not in self.names:
             raise FlatminimaError("trials are the search's: add search to the experiments, or leave the trials out")
-        self._preset.measuring.selection()
+        selection_of(self._preset.measuring)  # refuses what cannot be measured
         self.tuning("search")  # refused now, not after the experiments before it
 
     @property

@@ -1,17 +1,13 @@
-"""Files that are replaced as a whole, and tensors in them.
+"""Tensors and records in files.
 
-Every file is written beside, synced and renamed, so a process killed at any moment leaves either the old file or the
-new one. Tensors are stored as safetensors together with their digest; nothing is ever unpickled. Whatever is read back
+Tensors are stored as safetensors together with their digest; nothing is ever unpickled. Whatever is read back
 may be damaged, which is a :class:`~flatminima.lab.errors.DamagedFileError` that names the file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
+from flatminima.files import write_whole
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.schema import RECORD, parse
 
@@ -123,50 +120,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise damaged(path, f"it cannot be read: {one_line(error)}") from None
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` as a whole, and return once the disk has it.
-
-    Raises:
-        FlatminimaError: The disk is full, or the folder cannot be written to; ``path`` is as before.
-    """
-    temporary = beside(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk has better use for its space
-        raise unwritable(path, error) from None
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """:func:`write_whole`, in a folder that is made if there is none.
-
-    Raises:
-        FlatminimaError: The disk is full, or the folder cannot be written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(path, error) from None
-    write_whole(path, content)
-
-
-def beside(path: Path) -> Path:
-    """Where a process writes what will become ``path``; each of its threads elsewhere."""
-    thread = threading.current_thread()
-    writer = f"{os.getpid()}" if thread is threading.main_thread() else f"{os.getpid()}-{thread.ident}"
-    return path.with_name(f".{path.name}.{writer}.tmp")
-
-
-def unwritable(path: Path, error: OSError) -> FlatminimaError:
-    """What to raise where ``path`` could not be written."""
-    return FlatminimaError(f"cannot write {path}: {error.strerror}; free some space or choose another folder")
 
 
 def damaged(path: Path, what: str) -> DamagedFileError:

@@ -1,4 +1,4 @@
-"""Several minima measured on the same subsets of the same data, compared pair by pair."""
+"""Minima that were measured on the same subsets, compared pair by pair."""
 
 from __future__ import annotations
 
@@ -6,48 +6,95 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.table import Table
-from torch import Tensor, nn
+from rich.console import Group
 
 from flatminima.errors import (
     FlatminimaError,
     UnequalLossWarning,
     UnlikeModelsWarning,
     did_you_mean,
-    naming,
-    naming_errors,
+    needing,
     require,
     warn,
 )
-from flatminima.gramian import PathName
-from flatminima.losses import LOGIT_NORMALIZATION, Loss
-from flatminima.measures.characterization import characterize
-from flatminima.measures.fisher import Fisher
-from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
-from flatminima.measures.preparation import prepare, processes_together
+from flatminima.losses import LOGIT_NORMALIZATION
+from flatminima.measures.findings import caveats, decisive_measure, findings, unequal_losses, unequal_sizes
 from flatminima.measures.registry import CATALOGUE, in_table_order
-from flatminima.measures.results import Characterization, Estimate, jsonable
-from flatminima.measures.tables import comparison_table, rendered
-from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
-from flatminima.network import Data, samples_of, undone_if_interrupted
+from flatminima.measures.results import (
+    SCHEMA,
+    Characterization,
+    Estimate,
+    characterization_from,
+    jsonable,
+    values_in,
+)
+from flatminima.measures.tables import comparison_table, comparison_tables
+from flatminima.tables import rendered
 
-SIMILAR_LOSS_RATIO = 1.5
-"""Training losses further apart than this factor are not called similar: it moves γ̂ by about 2 N' ln 1.5."""
+if TYPE_CHECKING:  # extras
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several minima measured on the same subsets.
+    """Several minima measured on the same subsets. ``comparison["name"]`` is a minimum, and iteration gives the names.
 
     Attributes:
         characterizations: by name, in the order given.
     """
 
     characterizations: dict[str, Characterization]
+
+    def __getitem__(self, name: str) -> Characterization:
+        known = self.characterizations
+        if name not in known:
+            raise FlatminimaError(
+                f"no model named {name!r}{did_you_mean(str(name), known)}: choose from {', '.join(known)}"
+            )
+        return known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.characterizations)
+
+    def __len__(self) -> int:
+        return len(self.characterizations)
+
+    @property
+    def decisive(self) -> str | None:
+        """The measure that orders these minima: γ̂ at similar training losses, otherwise γ̂ at unit residuals.
+
+        None where neither does: between models of different sizes, with one that has not fitted its training data, and
+        with batch statistics at unequal losses.
+        """
+        return decisive_measure(self)
+
+    @property
+    def best(self) -> str | None:
+        """The lowest minimum by the :attr:`decisive` measure; None where there is no such measure."""
+        measure = self.decisive
+        return None if measure is None else next(iter(self.ranks(measure)), None)
+
+    @property
+    def reference(self) -> str:
+        """The minimum that tables and pictures take differences to: the best, or else the first."""
+        return self.best or next(iter(self))
+
+    def caveats(self) -> list[str]:
+        """Why γ̂ does not order these minima: a sentence for each reason, none where it does."""
+        return caveats(self)
+
+    def findings(self) -> list[str]:
+        """In sentences: which minimum is the best, by how much, is that sure, how much of it is training loss.
+
+        Raises:
+            FlatminimaError: without scipy, for the intervals.
+        """
+        return findings(self)
 
     def difference(self, first: str, second: str, measure: str = "log_det_fisher") -> Estimate:
         """``first`` − ``second``, paired by subset; negative: ``first`` is the better minimum by this measure.
@@ -60,9 +107,7 @@ class Comparison:
         """
         pair = []
         for name in (first, second):
-            if name not in self.characterizations:
-                raise FlatminimaError(f"no model named {name!r}: choose from {', '.join(self.characterizations)}")
-            estimates = self.characterizations[name].estimates()
+            estimates = self[name].estimates()
             if measure not in estimates:
                 raise FlatminimaError(f"{name!r} has no measure {measure!r}: choose from {', '.join(estimates)}")
             pair.append(estimates[measure].per_trial)
@@ -94,130 +139,131 @@ class Comparison:
         return list(in_table_order(name for c in self.characterizations.values() for name in c.estimates()))
 
     def to_json(self) -> str:
-        """One JSON object: the characterizations, and the paired differences of all pairs for every measure."""
+        """One JSON object: ``schema``, the characterizations, and paired differences of all pairs by every measure."""
         differences = {
             measure: {
                 f"{a} - {b}": dataclasses.asdict(self.difference(a, b, measure))
-                for a, b in itertools.combinations(self.characterizations, 2)
-                if measure in self.characterizations[a].estimates() and measure in self.characterizations[b].estimates()
+                for a, b in itertools.combinations(self, 2)
+                if measure in self[a].estimates() and measure in self[b].estimates()
             }
             for measure in self.measures()
         }
         body = {name: dataclasses.asdict(c) for name, c in self.characterizations.items()}
-        return json.dumps(jsonable({"characterizations": body, "differences": differences}), allow_nan=False)
+        values = jsonable({"characterizations": body, "differences": differences})
+        return json.dumps({"schema": SCHEMA, **values}, allow_nan=False)
 
-    def __rich__(self) -> Table:
-        return comparison_table(self)
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """The inverse of :meth:`to_json`; reads what ``flatminima compare --json`` prints, too.
+
+        Raises:
+            FlatminimaError: if ``text`` is not a comparison, or one of a later version.
+        """
+        values = values_in(text, "comparison").get("characterizations")
+        if not isinstance(values, dict) or not values or not all(isinstance(c, dict) for c in values.values()):
+            raise FlatminimaError("not a comparison: it has no characterizations by name")
+        return cls({name: characterization_from(c) for name, c in values.items()})
+
+    def to_metrics(self, prefix: str = "") -> dict[str, float]:
+        """Numbers as ``name/measure``, as loggers take them; see :meth:`Characterization.to_metrics`."""
+        return {
+            metric: value
+            for name, c in self.characterizations.items()
+            for metric, value in c.to_metrics(f"{prefix}{name}/").items()
+        }
+
+    def to_frame(self) -> DataFrame:
+        """A pandas frame with a row for every minimum and measure.
+
+        Returns:
+            Columns ``mean`` and ``standard_error``, ``rank``, and ``difference`` and ``difference_standard_error`` to
+            :attr:`reference`; rows by ``minimum`` and ``measure``. ``frame["mean"].unstack()`` has a row a minimum.
+
+        Raises:
+            FlatminimaError: without pandas.
+        """
+        with needing("protocols", "a data frame"):
+            import pandas as pd
+        frame = pd.concat({name: c.to_frame() for name, c in self.characterizations.items()}, names=["minimum"])
+        reference = self.reference
+        for measure in self.measures():
+            for name, rank in self.ranks(measure).items():
+                frame.loc[(name, measure), "rank"] = rank
+                if name != reference and measure in self[reference].estimates():
+                    found = self.difference(name, reference, measure)
+                    frame.loc[(name, measure), ["difference", "difference_standard_error"]] = (
+                        found.mean,
+                        found.standard_error,
+                    )
+        return frame
+
+    def to_markdown(self, measures: Sequence[str] | None = None, *, differences: bool = True) -> str:
+        """A table of values ± standard errors in Markdown, with how they were obtained.
+
+        Args:
+            measures: names of those wanted (None: all).
+            differences: with the paired differences to :attr:`reference`.
+
+        Raises:
+            FlatminimaError: for a name that is no measure's.
+        """
+        return comparison_table(self, measures, differences=differences).markdown()
+
+    def to_latex(
+        self, measures: Sequence[str] | None = None, *, differences: bool = True, label: str | None = None
+    ) -> str:
+        r"""The same in LaTeX, for ``\usepackage{booktabs}``.
+
+        Args:
+            measures: as for :meth:`to_markdown`.
+            differences: likewise.
+            label: for ``\ref``.
+
+        Raises:
+            FlatminimaError: as for :meth:`to_markdown`.
+        """
+        return comparison_table(self, measures, differences=differences).latex(label)
+
+    def plot(
+        self,
+        kind: Literal["parts", "trials", "spectrum", "shares", "differences"] = "parts",
+        *,
+        measure: str | None = None,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """A picture (matplotlib), made for the width of a column.
+
+        Args:
+            kind: as for :meth:`Characterization.plot`; or ``"differences"``: paired, to :attr:`reference`, with 95 %
+                intervals (scipy).
+            measure: of which the trials or differences are shown (None: γ̂, and of differences γ̂ at unit residuals
+                beside it).
+            ax: where to draw (None: a new figure).
+
+        Returns:
+            The axes; ``axes.figure.savefig(...)`` writes them.
+
+        Raises:
+            FlatminimaError: for an unknown kind or measure, for what was not measured, or without the packages.
+        """
+        with needing("plot", "a picture"):
+            from flatminima.measures.plots import plotted, plotted_differences
+        if kind == "differences":
+            return plotted_differences(self, measure, ax)
+        return plotted(self.characterizations, kind, measure or "log_det_fisher", ax)
+
+    def __rich__(self) -> Group:
+        return Group(*comparison_tables(self))
 
     def __str__(self) -> str:
         return rendered(self)
 
+    def __repr__(self) -> str:
+        minima = ", ".join(f"{name}: γ̂ = {c.log_det_fisher}" for name, c in self.characterizations.items())
+        return f"<Comparison of {len(self)} minima: {minima}>"
 
-@with_options_explained
-@undone_if_interrupted
-def compare(  # noqa: D417 (the options are explained in one place)
-    models: Mapping[str, nn.Module],
-    data: Data,
-    *,
-    loss: Loss = "cross_entropy",
-    subset_size: int = 100,
-    trials: int = 100,
-    seed: int = 0,
-    fisher: Fisher = "empirical",
-    batchnorm: Literal["eval"] | int = "eval",
-    logit_normalization: float | None = None,
-    scale_invariant: bool = False,
-    max_standard_error: float | None = None,
-    measures: Measures = ("paper",),
-    initial: Mapping[str, Tensor] | None = None,
-    robustness_samples: int | None = None,
-    on_singular: Literal["raise", "skip"] = "raise",
-    per_parameter: bool = False,
-    path: PathName = "rules",
-    memory_budget: int | None = None,
-    distributed: bool = False,
-    progress: bool = True,
-) -> Comparison:
-    """Measure several minima on the same subsets of the same data, so that they can be compared pair by pair.
-
-    Args:
-        models: name → trained model.
-        data: the training data all were trained on, as for :func:`measure`.
-        All others: see :class:`~flatminima.measures.MeasureOptions`.
-
-    Raises:
-        FlatminimaError: with fewer than two models; and whatever :func:`measure` raises, naming the model.
-
-    Warns:
-        UnequalLossWarning: if training losses differ by more than a factor of 1.5: γ̂ follows the loss then.
-        UnlikeModelsWarning: if they differ in their number of trainable parameters.
-        ImpreciseWarning: if ``max_standard_error`` is not reached by some pair.
-
-    Example:
-        >>> import torch, flatminima
-        >>> x, y = torch.randn(60, 20), torch.arange(60) % 3
-        >>> x = x + 20 * torch.nn.functional.one_hot(y, 20)
-        >>> models = {"small": torch.nn.Linear(20, 3), "large": torch.nn.Linear(20, 3)}
-        >>> for scale, model in zip((1.0, 1.01), models.values()):
-        ...     _ = model.weight.data.copy_(scale * torch.eye(3, 20)), model.bias.data.zero_()
-        >>> comparison = flatminima.compare(models, (x, y), subset_size=10, trials=5)
-        >>> comparison.ranks()
-        {'large': 1, 'small': 2}
-    """
-    require(
-        isinstance(models, Mapping), f"compare needs models by name, {{'a': model, ...}}, got {type(models).__name__}"
-    )
-    if len(models) < 2:
-        raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
-    options = MeasureOptions(
-        loss=loss,
-        subset_size=subset_size,
-        trials=trials,
-        seed=seed,
-        fisher=fisher,
-        batchnorm=batchnorm,
-        logit_normalization=logit_normalization,
-        scale_invariant=scale_invariant,
-        max_standard_error=max_standard_error,
-        measures=measures,
-        initial=initial,
-        robustness_samples=robustness_samples,
-        on_singular=on_singular,
-        per_parameter=per_parameter,
-        path=path,
-        memory_budget=memory_budget,
-        distributed=distributed,
-        progress=progress,
-    )
-    with processes_together(models.values(), options):
-        samples = samples_of(data)
-        prepared = {}
-        for name, model in models.items():
-            with naming(name):
-                prepared[name] = prepare(model, samples, options)
-
-        def perform(number: int) -> dict[str, TrialValues]:
-            performed = {}
-            for name in prepared:
-                with naming_errors(name):
-                    performed[name] = perform_trial(prepared[name], number)
-            return performed
-
-        def precise_enough(done: Sequence[dict[str, TrialValues]]) -> bool:
-            return all(
-                options.precise_enough([trial[a].log_det_fisher - trial[b].log_det_fisher for trial in done])
-                for a, b in itertools.combinations(models, 2)
-            )
-
-        done = perform_trials(perform, trials, precise_enough, distributed=distributed, progress=progress)
-        characterizations = {}
-        for name in prepared:
-            with naming(name):
-                characterizations[name] = characterize(prepared[name], [trial[name] for trial in done])
-    comparison = comparison_of(characterizations)
-    for a, b in itertools.combinations(models, 2):
-        warn_of_imprecision(options, comparison.difference(a, b).per_trial, f"γ̂'s difference between {a!r} and {b!r}")
-    return comparison
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in comparison_tables(self))
 
 
 def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:
@@ -235,22 +281,22 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
             "the minima were measured on different subsets or with different settings: measure all with the same data, "
             "subset_size, seed, loss, fisher, batchnorm, logit_normalization and scale_invariant"
         )
-    sizes = {name: c.num_parameters for name, c in characterizations.items()}
-    if len(set(sizes.values())) > 1:
-        small, large = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    comparison = Comparison(dict(characterizations))
+    sizes, losses = unequal_sizes(comparison), unequal_losses(comparison)
+    if sizes is not None:
+        small, large = sizes
         warn(
-            f"the models differ in kind ({small!r} has {sizes[small]:,} trainable parameters, {large!r} "
-            f"{sizes[large]:,}): γ̂ orders minima of one architecture, and between several it follows their scale",
+            f"the models differ in kind ({small!r} has {comparison[small].num_parameters:,} trainable parameters, "
+            f"{large!r} {comparison[large].num_parameters:,}): γ̂ orders minima of one architecture, and between "
+            "several it follows their scale",
             UnlikeModelsWarning,
         )
-    comparison = Comparison(dict(characterizations))
-    losses = {name: c.train_loss for name, c in characterizations.items()}
-    low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-    settings = characterizations[low].settings
-    if losses[high] > SIMILAR_LOSS_RATIO * losses[low] and settings.logit_normalization is None:
+    if losses is not None:
+        low, high = losses
         warn(
-            f"training losses differ ({low!r}: {losses[low]:.3g}, {high!r}: {losses[high]:.3g}), and γ̂ falls with its "
-            f"loss, whatever the minimum{_residual_share(comparison, high, low)}; compare at similar training loss, by "
+            f"training losses differ ({low!r}: {comparison[low].train_loss:.3g}, {high!r}: "
+            f"{comparison[high].train_loss:.3g}), and γ̂ falls with its loss, whatever the "
+            f"minimum{_residual_share(comparison, high, low)}; compare at similar training loss, by "
             f"log_det_unit_fisher, or with logit_normalization={LOGIT_NORMALIZATION}",
             UnequalLossWarning,
         )

@@ -14,19 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from flatminima.choices import Fisher
 from flatminima.errors import FlatminimaError
 from flatminima.losses import CrossEntropy, LogitGradient, Loss, label_entropy, off_target_log_probabilities
 from flatminima.network import Inputs, call_model_without_graph, evaluating, map_tensors, take
-
-Fisher = Literal["empirical", "labels", "model"]
-"""``"empirical"`` (Eq. 4): one gradient per sample, that of its loss. ``"labels"`` (Eq. 2): the gradients of all K
-classes, weighted by the loss's label distribution y, which label smoothing makes; of a loss without, the empirical one.
-``"model"``: weighted by the model's own probabilities, y = f_w(x), which is the true Fisher information."""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from flatminima.choices import Fisher
 from flatminima.gramian import PathName
 from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
-from flatminima.measures.fisher import Fisher
 from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, processes_together
 from flatminima.measures.results import Characterization

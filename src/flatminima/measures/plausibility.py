@@ -47,6 +47,11 @@ def warn_of_implausible(loss: Loss, inputs: Inputs, targets: Tensor, logits: Ten
         _warn_of_unshifted_labels(entropy, inputs, targets)
 
 
+def is_fitted(loss: float, accuracy: float | None) -> bool:
+    """Whether a network that classifies is near enough to a minimum; of others (accuracy None) it is not known."""
+    return accuracy is None or not (loss > MINIMUM_LOSS and accuracy < MINIMUM_ACCURACY)
+
+
 def constant_outputs(logits: Tensor) -> bool:
     """Whether a network returns the same for several samples, up to rounding."""
     spread = (logits - logits[:1]).abs().max()
@@ -69,7 +74,7 @@ def refuse_random(first: Tensor, second: Tensor) -> None:
 
 def _warn_unless_minimum(entropy: CrossEntropy | None, logits: Tensor, train: Evaluation) -> None:
     if train.correct is not None:
-        if train.loss > MINIMUM_LOSS and train.accuracy < MINIMUM_ACCURACY:
+        if not is_fitted(train.loss, train.accuracy):
             _warn_of_distance(f"training loss {train.loss:.3g} and accuracy {train.accuracy:.1%} are")
     elif entropy is not None:
         positions = logits[0].numel() // logits.shape[-1] if entropy.positions == "sum" else 1

@@ -9,15 +9,23 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.table import Table
+from rich.console import Group
 
-from flatminima.errors import FlatminimaError
-from flatminima.measures.fisher import Fisher
+from flatminima.choices import Fisher
+from flatminima.errors import FlatminimaError, needing, require
 from flatminima.measures.registry import in_table_order
-from flatminima.measures.tables import characterization_table, rendered
+from flatminima.measures.tables import characterization_table, characterization_tables, shares_by_module
+from flatminima.tables import rendered, rounded
+
+if TYPE_CHECKING:  # extras
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+SCHEMA = 1
+"""The form of our JSON; what was written before it was counted has no number."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,26 @@ class Estimate:
         error = statistics.stdev(kept) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
         return cls(mean, error, tuple(values))
 
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Student's interval of the mean over subsets (scipy); NaN for a single trial.
+
+        Raises:
+            FlatminimaError: without scipy, or for a confidence that is no fraction.
+        """
+        require(0 < confidence < 1, f"confidence must be between 0 and 1, got {confidence!r}")
+        with needing("plot", "an interval"):
+            from scipy.stats import t as student
+        trials = sum(not math.isnan(value) for value in self.per_trial)
+        if trials < 2:
+            return math.nan, math.nan
+        reach = float(student.ppf((1 + confidence) / 2, trials - 1)) * self.standard_error
+        return self.mean - reach, self.mean + reach
+
     def __str__(self) -> str:
-        return f"{self.mean:.6g} ± {self.standard_error:.2g}"
+        return rounded(self.mean, self.standard_error)
+
+    def __repr__(self) -> str:
+        return f"Estimate({self}, {len(self.per_trial)} trials)"
 
 
 @dataclass(frozen=True)
@@ -137,39 +163,125 @@ class Characterization:
         """mean_i ‖J_x[f_w(x_i)]‖₂² (Sokolić et al.); None where it is not defined, or was not asked for."""
         return self.others.get("robustness")
 
+    def shares_by_module(self, most: int | None = None) -> dict[str, float]:
+        """The fraction of the Fisher trace that lies in each module's own parameters, in the model's order.
+
+        Args:
+            most: join modules under their common parents until there are no more than so many.
+
+        Raises:
+            FlatminimaError: without ``shares``.
+        """
+        require(self.shares is not None, "there are no shares: measure with per_parameter=True")
+        return shares_by_module(self, most)
+
     def to_json(self) -> str:
-        """One JSON object; NaN and infinities become null."""
-        return json.dumps(jsonable(dataclasses.asdict(self)), allow_nan=False)
+        """One JSON object with its ``schema``; NaN and infinities become null."""
+        return json.dumps({"schema": SCHEMA, **jsonable(dataclasses.asdict(self))}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Characterization:
-        """The inverse of :meth:`to_json`.
+        """The inverse of :meth:`to_json`; reads what ``flatminima measure --json`` prints, too.
 
         Raises:
-            FlatminimaError: if ``text`` is not a characterization.
+            FlatminimaError: if ``text`` is not a characterization, or one of a later version.
         """
-        try:
-            values = json.loads(text)
-            if "others" not in values:
-                _bring_up_to_date(values)
-            for name in ATTRIBUTES:
-                if values[name] is not None:
-                    values[name] = _estimate_from(values[name])
-            values["others"] = {name: _estimate_from(value) for name, value in values["others"].items()}
-            values["settings"] = Settings(**values["settings"])
-            for name in ("spectrum", "singular_trials"):
-                values[name] = tuple(values[name])
-            if values["shares"] is not None:
-                values["shares"] = {name: _share_from(share) for name, share in values["shares"].items()}
-            return cls(**values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FlatminimaError(f"not a characterization ({error!r}): measure the model again") from error
+        return characterization_from(values_in(text, "characterization"))
 
-    def __rich__(self) -> Table:
-        return characterization_table(self)
+    def to_metrics(self, prefix: str = "") -> dict[str, float]:
+        """Numbers by name, as loggers take them: means, standard errors, training loss and accuracy.
+
+        Args:
+            prefix: put before every name, such as ``"flatness/"``.
+
+        Returns:
+            ``log_det_fisher``, ``log_det_fisher_standard_error``, ..., ``train_loss``, ``train_accuracy``; without
+            those that are not defined.
+        """
+        found: dict[str, float | None] = {}
+        for name, estimate in self.estimates().items():
+            found |= {name: estimate.mean, f"{name}_standard_error": estimate.standard_error}
+        found |= {"train_loss": self.train_loss, "train_accuracy": self.train_accuracy}
+        return {f"{prefix}{name}": value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+    def to_frame(self) -> DataFrame:
+        """A pandas frame: a row for every measure, columns ``mean`` and ``standard_error``.
+
+        Raises:
+            FlatminimaError: without pandas.
+        """
+        with needing("protocols", "a data frame"):
+            import pandas as pd
+        rows = {name: (value.mean, value.standard_error) for name, value in self.estimates().items()}
+        rows["train_loss"] = (self.train_loss, math.nan)
+        if self.train_accuracy is not None:
+            rows["train_accuracy"] = (self.train_accuracy, math.nan)
+        frame = pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "standard_error"])
+        return frame.rename_axis("measure")
+
+    def to_markdown(self, measures: Sequence[str] | None = None) -> str:
+        """A table of values ± standard errors in Markdown, with how they were obtained.
+
+        Args:
+            measures: names of those wanted (None: all).
+
+        Raises:
+            FlatminimaError: for a name that is no measure's.
+        """
+        return characterization_table(self, measures).markdown()
+
+    def to_latex(self, measures: Sequence[str] | None = None, *, label: str | None = None) -> str:
+        r"""The same in LaTeX, for ``\usepackage{booktabs}``.
+
+        Args:
+            measures: as for :meth:`to_markdown`.
+            label: for ``\ref``.
+
+        Raises:
+            FlatminimaError: as for :meth:`to_markdown`.
+        """
+        return characterization_table(self, measures).latex(label)
+
+    def plot(
+        self,
+        kind: Literal["parts", "trials", "spectrum", "shares"] = "parts",
+        *,
+        measure: str = "log_det_fisher",
+        ax: Axes | None = None,
+    ) -> Axes:
+        """A picture (matplotlib), made for the width of a column.
+
+        Args:
+            kind: ``"parts"``: γ̂ and what it is made of; ``"trials"``: a measure's values and their mean;
+                ``"spectrum"``: the eigenvalues of ξ; ``"shares"``: of the Fisher trace by module, with
+                ``per_parameter=True``.
+            measure: of which the trials are shown.
+            ax: where to draw (None: a new figure).
+
+        Returns:
+            The axes; ``axes.figure.savefig(...)`` writes them.
+
+        Raises:
+            FlatminimaError: for an unknown kind or measure, for what was not measured, or without matplotlib.
+        """
+        with needing("plot", "a picture"):
+            from flatminima.measures.plots import plotted
+        return plotted({"": self}, kind, measure, ax)
+
+    def __rich__(self) -> Group:
+        return Group(*characterization_tables(self))
 
     def __str__(self) -> str:
         return rendered(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Characterization: γ̂ = {self.log_det_fisher}, training loss {self.train_loss:.4g}, "
+            f"{len(self.estimates())} measures in {self.settings.trials} trials of {self.settings.subset_size}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return "".join(table.html() for table in characterization_tables(self))
 
 
 @dataclass(frozen=True)
@@ -211,6 +323,52 @@ class Settings:
     flatminima_version: str = field(default_factory=lambda: version("flatminima"))
     left_out: dict[str, str] = field(default_factory=dict)
     larger_is_better: list[str] = field(default_factory=list)
+
+
+def values_in(text: str, kind: str) -> dict[str, Any]:
+    """What JSON of ours holds.
+
+    Args:
+        text: anything.
+        kind: of what it should be.
+
+    Raises:
+        FlatminimaError: if it is no JSON object, or that of a later version.
+    """
+    try:
+        values = json.loads(text)
+        schema = values.pop("schema", 0)
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise FlatminimaError(f"not a {kind} ({error!r}): measure the model again") from error
+    require(
+        isinstance(schema, int) and schema <= SCHEMA,
+        f"a {kind} of schema {schema!r}, and this version of flatminima reads up to {SCHEMA}: install a newer one",
+    )
+    return dict(values)
+
+
+def characterization_from(values: dict[str, Any]) -> Characterization:
+    """What :meth:`Characterization.to_json` has written, read by ``json``.
+
+    Raises:
+        FlatminimaError: if it is something else.
+    """
+    try:
+        values = dict(values)
+        if "others" not in values:
+            _bring_up_to_date(values)
+        for name in ATTRIBUTES:
+            if values[name] is not None:
+                values[name] = _estimate_from(values[name])
+        values["others"] = {name: _estimate_from(value) for name, value in values["others"].items()}
+        values["settings"] = Settings(**values["settings"])
+        for name in ("spectrum", "singular_trials"):
+            values[name] = tuple(values[name])
+        if values["shares"] is not None:
+            values["shares"] = {name: _share_from(share) for name, share in values["shares"].items()}
+        return Characterization(**{entry.name: values[entry.name] for entry in dataclasses.fields(Characterization)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FlatminimaError(f"not a characterization ({error!r}): measure the model again") from error
 
 
 def _bring_up_to_date(values: dict[str, Any]) -> None:

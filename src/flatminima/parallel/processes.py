@@ -6,7 +6,6 @@ group's store, where a process that failed has left word instead of coming.
 
 from __future__ import annotations
 
-import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError
+from flatminima.launch import rank_and_size
 from flatminima.torch_compat import FSDP_GATHERING_FUNCTIONS, process_group_store
 
 Result = TypeVar("Result")
@@ -52,9 +52,7 @@ class Processes:
     @classmethod
     def launched(cls) -> Processes:
         """Those that ``torchrun`` started, whether they have joined yet or not; without it, this process alone."""
-        if not (dist.is_available() and dist.is_torchelastic_launched()):
-            return cls()
-        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return cls(*rank_and_size()) if dist.is_available() else cls()
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Training towards minima with a smaller Fisher trace (Jia & Su, Sec. 6, Algorithm 1)."""
 
-from flatminima.regularizer.passes import Estimator
+from flatminima.choices import Estimator, MainGradient
 from flatminima.regularizer.penalty import Penalty
-from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction, MainGradient, RegularizerStep
+from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction, RegularizerStep
 from flatminima.regularizer.sub_batches import SeveralBatches, Weights, scalar_loss
 
 __all__ = [

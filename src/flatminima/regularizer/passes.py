@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from flatminima.choices import Estimator
 from flatminima.errors import require
 from flatminima.network import Buffers
 from flatminima.parallel import fsdp_modules
@@ -23,8 +24,6 @@ from flatminima.regularizer.together import (
     losses_together,
 )
 from flatminima.torch_compat import uncompiled
-
-Estimator = Literal["finite-difference", "hvp"]
 
 PassesName = Literal["one-by-one", "together", "compiled"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatminima.choices import Estimator
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.network import (
     BatchStatistics,
@@ -23,7 +24,7 @@ from flatminima.network import (
 from flatminima.regularizer.checks import rounding_unit, warn_of_coarse_rounding, warn_of_unrepeatable_passes
 from flatminima.regularizer.distributed import this_process_alone
 from flatminima.regularizer.gradients import norm_of
-from flatminima.regularizer.passes import Estimator, Passes
+from flatminima.regularizer.passes import Passes
 from flatminima.regularizer.sub_batches import (
     Closure,
     Indices,

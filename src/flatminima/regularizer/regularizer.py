@@ -13,23 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from flatminima.choices import Estimator, MainGradient
 from flatminima.errors import require, require_number, require_positive
 from flatminima.network import BatchStatistics, Before, Inputs, device_of, require_usable, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
-from flatminima.regularizer.passes import Estimator, PassesName, passes_for
+from flatminima.regularizer.passes import PassesName, passes_for
 from flatminima.regularizer.penalty import Penalty, PenaltySettings, require_finite
 from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss, size_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
-
-MainGradient = Literal["whole-batch", "sub-batches"]
 
 _GRADIENT_ERROR = 5  # the relative rounding error of a gradient, in ε: benchmarks/finite_differences.py
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -24,7 +23,7 @@ from flatminima.lab.experiments.search import Case, Tuning, perform_search_trial
 from flatminima.lab.jobs import Failure, Local, WorkerPool, run_all
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs.folder import RunFolder
-from support.commands import environment
+from support.commands import Command
 
 pytestmark = pytest.mark.xdist_group("search")  # they share one whole search
 
@@ -32,7 +31,7 @@ TINY = replace(
     presets.PRESETS["digits"],
     networks={"MLP, digits": replace(presets.PRESETS["digits"].scenario, train_size=200, epochs=4)},
     betas=(10, 1000),
-    sub_batches=(5,),
+    sub_batches=(2,),
     clipping=(0.01, 1, 5, 10),  # with the first hardly anything is learned
     validation=200,
 )
@@ -62,6 +61,12 @@ def run(folder: Path, trials: int) -> list[dict[str, Any]]:
     return ended(folder, trials)
 
 
+def run_tiny(folder: Path, trials: int) -> None:
+    """In another process, where the presets are the real ones."""
+    presets.PRESETS["digits"] = TINY
+    run(folder, trials)
+
+
 def ended(folder: Path, trials: int) -> list[dict[str, Any]]:
     return [asdict(trial.summary()) for trial in search(folder, trials).statuses({})]
 
@@ -77,6 +82,24 @@ def _case(folder: Path) -> Case:
 def folder_of(folder: Path, arm: str) -> RunFolder:
     (task,) = (task for task in grid().tasks(folder / "runs") if task.setting.arm == arm)
     return task.folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def revisions() -> Iterator[None]:
+    """Optuna declares all tables that a database ever had whenever it opens one: here once."""
+    from alembic.script import ScriptDirectory
+
+    found: dict[str | None, Any] = {}
+    read = ScriptDirectory.from_config
+
+    def once(config: Any) -> Any:
+        location = config.get_main_option("script_location")
+        found[location] = found.get(location) or read(config)
+        return found[location]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "from_config", once)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +230,7 @@ def _die_at(monkeypatch: pytest.MonkeyPatch, moment: str, number: int, after: bo
 
 def test_a_search_is_killed_and_goes_on(whole: Path, tmp_path: Path) -> None:
     trials = 4
-    script = f"import test_search; from pathlib import Path; test_search.run(Path({str(tmp_path)!r}), {trials})"
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment(Path(__file__).parent))
+    process = Command(tmp_path.parent, run_tiny, tmp_path, trials)
     while not list((tmp_path / "runs").glob("*/result.json")):
         assert process.poll() is None
         time.sleep(0.02)

@@ -10,7 +10,7 @@ from torch import nn
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data.images import ImageSet
 from flatminima.lab.data.sources import load_data
-from flatminima.lab.networks.foreign import load_model, resolve_device
+from flatminima.lab.networks.foreign import open_network, resolve_device
 from flatminima.lab.networks.paper import build_model
 
 NETWORKS = """
@@ -66,6 +66,10 @@ def leaves():
 def interrupted():
     raise KeyboardInterrupt
 """
+
+
+def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Module:
+    return open_network(source, checkpoint, data).model
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
+from flatminima.lab.names import OWN_NETWORKS
 from flatminima.lab.networks.paper import BUILDERS, MODEL_NAMES, DenseNetBC, PreActResNet, build_model, network
 from flatminima.lab.runs.spec import RunSpec
 
@@ -97,7 +98,7 @@ CLOSED_FORMS = {
 
 
 def test_every_model_has_a_count() -> None:
-    assert tuple(COUNTS) == tuple(MODEL_NAMES)
+    assert tuple(COUNTS) == tuple(MODEL_NAMES) == OWN_NETWORKS
 
 
 @pytest.mark.parametrize(("name", "classes"), [(name, k) for name, counts in COUNTS.items() for k in counts])

@@ -16,9 +16,9 @@ from flatminima.cli.commands import COMMANDS
 from flatminima.cli.output import Report
 from flatminima.lab.demo import DemoStudy
 from flatminima.lab.jobs import Local
-from flatminima.lab.reports.figures import Table, markdown_text
 from flatminima.lab.reports.pages import write_reports
 from flatminima.lab.study import table
+from flatminima.tables import Table, markdown_text
 
 NAMES = ["net[v2]", "[/]", "[bold]b[/bold]", "a|b", "`rm`", "<b>&amp;", ":smile:", "x$y$", "_x_", "a_b", "\\[", "**"]
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_ctrl_c_in_a_process_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    spec = replace(PLAIN, epochs=250, iterations=1000)
+    spec = replace(PLAIN, epochs=100, iterations=400)
     train(spec, tmp_path / "uninterrupted")
     folder = RunFolder.of(tmp_path / "stopped", spec)
     process = start(spec, tmp_path / "stopped")
@@ -31,7 +31,7 @@ def test_ctrl_c_in_a_process_saves_and_the_same_command_goes_on(tmp_path: Path) 
     message = process.communicate()[1].strip()
     assert process.returncode == 1
     assert message.startswith("TrainingInterrupted: stopped after ")
-    assert "of 1000 updates; the same command goes on from there" in message
+    assert "of 400 updates; the same command goes on from there" in message
     assert "\n" not in message
     train(spec, tmp_path / "stopped")
     assert bits(tmp_path / "stopped", spec) == bits(tmp_path / "uninterrupted", spec)

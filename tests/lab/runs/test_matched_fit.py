@@ -9,7 +9,7 @@ import pytest
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import TrainingStopped, UnreachedLossError
-from flatminima.lab.runs import MultiStep, RunSpec, train
+from flatminima.lab.runs import Approach, MultiStep, RunSpec, train
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.sets import load_run
 from flatminima.measures import evaluate
@@ -41,6 +41,15 @@ def test_a_run_ends_with_the_first_epoch_that_fits(tmp_path: Path) -> None:
     _, model, clean, _ = load_run(result.folder)  # un-augmented, in evaluation mode
     assert evaluate(model, clean).loss == pytest.approx(fits[-1], rel=1e-6)
     assert result.test_error == history[-1].test_error
+
+
+def test_the_learning_rate_falls_from_the_epoch_on_that_follows_a_near_fit(tmp_path: Path) -> None:
+    spec = replace(SPEC, schedule=Approach(near=2.0, factor=0.1))
+    history = RunFolder(train(spec, tmp_path, progress=False).folder).read_history()
+    near = [record.fit is not None and record.fit <= 0.4 for record in history]
+    falls = near.index(True) + 1
+    assert 0 < falls < len(history)
+    assert [record.lr for record in history] == pytest.approx([0.05] * falls + [0.005] * (len(history) - falls))
 
 
 def test_it_is_the_run_without_a_target_cut_off(tmp_path: Path) -> None:

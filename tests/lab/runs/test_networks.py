@@ -16,8 +16,9 @@ from flatminima import cli
 from flatminima.errors import FlatminimaError, NotAMinimumWarning
 from flatminima.lab.data import ImageSet, Normalization, load_data
 from flatminima.lab.errors import GuessedNormalizationWarning
-from flatminima.lab.runs.measuring import Measuring, compare_networks
-from flatminima.lab.runs.networks import load_network, load_networks
+from flatminima.lab.reading import Reading
+from flatminima.lab.runs.measuring import Measuring, compare_networks, measure_images
+from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_networks
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
 from support.command_line import MEASURE, error_of
@@ -58,6 +59,10 @@ def fitted(inputs: Tensor, labels: Tensor) -> nn.Module:
         nn.functional.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
     return model
+
+
+def name_of(network: LoadedNetwork) -> str:
+    return network.preparation.name
 
 
 @pytest.fixture
@@ -106,8 +111,10 @@ def test_a_guess_is_the_one_of_the_training_and_is_said(
 ) -> None:
     with pytest.warns(GuessedNormalizationWarning, match=rf"taken is {expected} .*; give normalize to be sure"):
         guessed = load_network("strangers_networks:build", here / f"{checkpoint}.safetensors", digits)
-    given = load_network("strangers_networks:build", here / f"{checkpoint}.safetensors", digits, expected)
-    assert guessed.normalization.name == f"{expected}, a guess"
+    given = load_network(
+        "strangers_networks:build", here / f"{checkpoint}.safetensors", digits, Reading(normalize=expected)
+    )
+    assert name_of(guessed) == f"{expected}, a guess"
     assert torch.equal(guessed.data.tensors()[0], given.data.tensors()[0])
 
 
@@ -116,7 +123,7 @@ def test_a_network_that_fits_nothing_is_left_to_who_measures_it(here: Path, digi
     weights["1.bias"][0] = float("nan")
     save_file(weights, here / "nan.safetensors")
     network = load_network("strangers_networks:build", here / "nan.safetensors", digits)
-    assert network.normalization.name == "data"
+    assert name_of(network) == "data"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +135,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_of_ours_knows_what_it_was_trained_on(run: Path, digits: ImageSet) -> None:
     inverted = replace(digits, images=255 - digits.images)
     found = load_network("mlp", run / "checkpoint.safetensors", inverted)
-    assert found.normalization.is_that_of(Normalization.of(digits))
+    assert found.preparation.is_that_of(Normalization.of(digits))
 
 
 @pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
@@ -136,18 +143,18 @@ def test_networks_are_compared_each_on_its_own_inputs(here: Path, run: Path, dig
     paths = {"plain": here / "plain.safetensors", "centred": here / "centred.safetensors"}
     both = compare_networks(paths, "digits", "strangers_networks:build", HOW, device="cpu", progress=False)
     for name, normalization in {"plain": "none", "centred": "0.5/0.5"}.items():
-        network = load_network("strangers_networks:build", paths[name], digits, normalization)
-        alone = HOW.of(network.model, network.data, device="cpu", progress=False)
+        network = load_network("strangers_networks:build", paths[name], digits, Reading(normalize=normalization))
+        alone = measure_images(network.model, network.data, HOW, device="cpu", progress=False)
         assert both.characterizations[name].log_det_fisher == alone.log_det_fisher
-    networks = load_networks({**paths, "ours": run}, "digits", "strangers_networks:build", "none")
-    assert [network.normalization.name for network in networks.values()] == ["none", "none", "as trained"]
+    networks = load_networks({**paths, "ours": run}, digits, "strangers_networks:build", Reading(normalize="none"))
+    assert [name_of(network) for network in networks.values()] == ["none", "none", "as trained"]
     with pytest.raises(FlatminimaError, match="differently normalized images"):
         compare_networks(
             {"ours": run, "plain": paths["plain"]},
             "digits",
             "strangers_networks:build",
             replace(HOW, max_standard_error=1.0),
-            normalize="none",
+            reading=Reading(normalize="none"),
             device="cpu",
             progress=False,
         )
@@ -180,8 +187,8 @@ def test_the_command_line_says_what_was_applied(here: Path, capsys: pytest.Captu
 
 
 def test_a_minimum_is_one_on_its_own_inputs_alone(here: Path, digits: ImageSet) -> None:
-    plain = load_network("strangers_networks:build", here / "plain.safetensors", digits, "none")
-    HOW.of(plain.model, plain.data, device="cpu", progress=False)
-    wrong = load_network("strangers_networks:build", here / "plain.safetensors", digits, "data")
+    plain = load_network("strangers_networks:build", here / "plain.safetensors", digits, Reading(normalize="none"))
+    measure_images(plain.model, plain.data, HOW, device="cpu", progress=False)
+    wrong = load_network("strangers_networks:build", here / "plain.safetensors", digits, Reading(normalize="data"))
     with pytest.warns(NotAMinimumWarning):
-        HOW.of(wrong.model, wrong.data, device="cpu", progress=False)
+        measure_images(wrong.model, wrong.data, HOW, device="cpu", progress=False)

@@ -15,7 +15,14 @@ from flatminima.errors import FlatminimaError, FlatminimaWarning, NotAMinimumWar
 from flatminima.lab.errors import DamagedRunWarning
 from flatminima.lab.runs import measuring
 from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.measuring import Measuring, compare_networks, compare_runs, measure_run
+from flatminima.lab.runs.measuring import (
+    Measuring,
+    compare_images,
+    compare_networks,
+    compare_runs,
+    measure_images,
+    measure_run,
+)
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_run, load_sets
 from flatminima.lab.runs.spec import RunSpec
@@ -193,8 +200,8 @@ def test_networks_of_two_types_compare_in_float64_alone(paths: dict[str, Path]) 
     _, model, clean, _ = load_run(paths["plain"])
     models = {"single": model, "double": copy.deepcopy(model).double()}
     with pytest.raises(FlatminimaError, match=r"single: torch.float32, double: torch.float64.*in float64"):
-        HOW.compare(models, clean, device="cpu", progress=False)
-    comparison = replace(HOW, double=True).compare(models, clean, device="cpu", progress=False)
+        compare_images(models, clean, HOW, device="cpu", progress=False)
+    comparison = compare_images(models, clean, replace(HOW, double=True), device="cpu", progress=False)
     assert comparison.difference("single", "double").mean == 0
 
 
@@ -225,19 +232,22 @@ def test_runs_of_different_images_compare_on_named_data(paths: dict[str, Path]) 
 def test_a_budget_of_memory_is_kept_to(paths: dict[str, Path]) -> None:
     _, model, clean, _ = load_run(paths["plain"])
     with pytest.raises(FlatminimaError, match=r"(?i)memory"):
-        replace(HOW, memory_gib=1e-6).of(model, clean, progress=False)
+        measure_images(model, clean, replace(HOW, memory_gib=1e-6), progress=False)
 
 
 def test_float64_is_refused_on_a_device_without_it(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, clean, _ = load_run(paths["plain"])
     monkeypatch.setattr("flatminima.network.precision.WITHOUT_FLOAT64", {"meta"})
     with pytest.raises(FlatminimaError, match="'meta' has no float64"):
-        replace(HOW, double=True).of(model, clean, device="meta", progress=False)
+        measure_images(model, clean, replace(HOW, double=True), device="meta", progress=False)
 
 
 def test_measuring_in_float64_converts_the_images_batch_by_batch(paths: dict[str, Path]) -> None:
     _, model, clean, _ = load_run(paths["plain"])
-    assert replace(HOW, double=True).of(model, clean, device="cpu", progress=False).settings.dtype == "float64"
+    assert (
+        measure_images(model, clean, replace(HOW, double=True), device="cpu", progress=False).settings.dtype
+        == "float64"
+    )
     assert next(model.parameters()).dtype == torch.float64
 
 

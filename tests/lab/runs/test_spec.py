@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from flatminima.errors import FlatminimaError
 from flatminima.lab.runs.spec import (
     RECIPES,
+    Approach,
     FisherPenaltySpec,
     GradientNormSpec,
     MultiStep,
@@ -30,7 +31,7 @@ def learning_rates(spec: RunSpec, num_samples: int = CIFAR_SIZE) -> dict[int, fl
     total = spec.total_iterations(num_samples)
     changes, last = {}, 0.0
     for iteration in range(total):
-        rate = spec.lr * spec.schedule.multiplier(iteration, total, [])
+        rate = spec.lr * spec.schedule.multiplier(iteration, total, [], [])
         if rate != last:
             changes[iteration] = last = rate
     return changes
@@ -110,7 +111,7 @@ def test_multi_step_agrees_with_torch() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
     oracle = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20, 36], gamma=0.3)
     for iteration in range(total):
-        assert 0.2 * schedule.multiplier(iteration, total, []) == pytest.approx(oracle.get_last_lr()[0], rel=1e-12)
+        assert 0.2 * schedule.multiplier(iteration, total, [], []) == pytest.approx(oracle.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         oracle.step()
 
@@ -128,7 +129,7 @@ def test_plateau_agrees_with_torch(losses: list[float], patience: int, threshold
     )
     for epoch in range(len(losses)):
         oracle.step(losses[epoch])
-        assert schedule.multiplier(0, 1, losses[: epoch + 1]) == oracle.get_last_lr()[0]
+        assert schedule.multiplier(0, 1, losses[: epoch + 1], []) == oracle.get_last_lr()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +144,12 @@ SPECS = [
     RunSpec(regularizer=FisherPenaltySpec(weight=0.5, start_epoch=3)),
     RunSpec(regularizer=UnitResidualSpec(beta=2.0, num_sub_batches=4, max_grad_norm=5.0)),
 ]
+
+
+def test_near_the_loss_to_stop_at_the_learning_rate_falls_for_good() -> None:
+    schedule = Approach(near=3.0, factor=0.2)
+    fits = [50.0, 3.1, 2.9, 3.5]
+    assert [schedule.multiplier(0, 1, [], fits[:epoch]) for epoch in range(5)] == [1.0, 1.0, 1.0, 0.2, 0.2]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.key)
@@ -307,6 +314,8 @@ def test_a_bad_field_is_named_in_one_line(changes: dict[str, Any], message: str)
         (lambda: Plateau(factor=-0.1), "schedule.factor must be positive"),
         (lambda: Plateau(patience=-1), "schedule.patience must not be negative"),
         (lambda: Plateau(threshold=1.0), "schedule.threshold must be in [0, 1)"),
+        (lambda: Approach(near=1.0), "schedule.near must be > 1"),
+        (lambda: RunSpec(schedule=Approach()), "set stop_at_loss"),
         (lambda: RegularizerSpec(alpha=0.0), "regularizer.alpha must be positive"),
         (lambda: RegularizerSpec(beta=-1.0), "regularizer.beta must not be negative"),
         (lambda: RegularizerSpec(num_sub_batches=0), "regularizer.num_sub_batches must be >= 1"),

@@ -123,7 +123,7 @@ def test_history_and_result_say_what_happened(uninterrupted: Path) -> None:
     assert all(record.fisher_trace is None for record in history)
     losses = [record.train_loss for record in history]
     assert [record.lr for record in history] == [
-        PLAIN.lr * PLAIN.schedule.multiplier(0, 1, losses[:epoch]) for epoch in range(3)
+        PLAIN.lr * PLAIN.schedule.multiplier(0, 1, losses[:epoch], []) for epoch in range(3)
     ]
 
 

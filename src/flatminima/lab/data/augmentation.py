@@ -10,9 +10,7 @@ from torch import Tensor
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data.images import ImageSet, check_images
-
-AUGMENTATIONS: tuple[str, ...] = ("no-aug", "flip-only", "1-crop-f", "4-crop-f")
-"""The schemes of Scenario II, from none to the standard one."""
+from flatminima.lab.names import AUGMENTATIONS
 
 _HELD_OUT_SEED = -1  # no run's: those are not negative
 

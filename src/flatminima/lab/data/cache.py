@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
-from flatminima.lab.storage import write_whole
+from flatminima.files import write_whole
 
 SPLITS = ("train", "test")
 

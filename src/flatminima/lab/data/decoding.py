@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor
 from flatminima.errors import FlatminimaError, first_line
 from flatminima.lab.data.cache import SPLITS, Decoded
 from flatminima.lab.data.images import check_labels
+from flatminima.lab.data.labels import classes_of
 from flatminima.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label", "labels")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """What is decoded: Pillow knows more, and starts other programs for some (Ghostscript for EPS)."""
-_SPARSE = 1000
-"""The highest label may be this, or ten times the number of different ones, where the column declares no classes."""
 
 
 def decode(splits: Any, source: str) -> Decoded:
@@ -31,7 +34,8 @@ def decode(splits: Any, source: str) -> Decoded:
     tensors: dict[str, Tensor] = {}
     for split in SPLITS:
         tensors[f"{split}_labels"] = _decode_labels(splits[split], f"{source}, {split} split")
-    num_classes = _num_classes(splits["train"], tensors["train_labels"], f"{source}, train split")
+    declared = splits["train"].features[_find_column(splits["train"], _LABEL_COLUMNS, source)]
+    num_classes = classes_of(tensors["train_labels"], getattr(declared, "num_classes", None), f"{source}, train split")
     for split in SPLITS:
         check_labels(tensors[f"{split}_labels"], num_classes, f"{source}, {split} split: ")
         tensors[f"{split}_images"] = _decode_images(splits[split], f"{source}, {split} split")
@@ -65,41 +69,43 @@ def _decode_labels(rows: Any, where: str) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def _num_classes(rows: Any, labels: Tensor, where: str) -> int:
-    """What the label column declares (``datasets.ClassLabel``), else one more than the highest training label."""
-    feature = rows.features[_find_column(rows, _LABEL_COLUMNS, where)]
-    declared = getattr(feature, "num_classes", None)
-    if declared is not None:
-        return int(declared)
-    highest, different = int(labels.max()), len(set(labels.tolist()))
-    if highest > max(_SPARSE, 10 * different):  # one wrong label would make a network of gigabytes
+def decode_image(encoded: bytes | Path, name: str, where: str, formats: Sequence[str] = IMAGE_FORMATS) -> Image.Image:
+    """One image, in the mode that it is stored in.
+
+    Args:
+        encoded: A file, or what is in one.
+        name: What an error calls it.
+        where: What an error calls the set that it is in.
+        formats: Those of :data:`IMAGE_FORMATS`, in the order in which Pillow is to try them.
+
+    Raises:
+        FlatminimaError: It cannot be read, or is in no format that is decoded.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()
+    try:
+        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=list(formats)) as image:
+            image.load()
+            return image
+    # Pillow raises OSError, SyntaxError, ValueError and more, by format.
+    except Exception as error:
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else root_cause(error)
         raise FlatminimaError(
-            f"{where}: label {highest} in row {int(labels.argmax())} is far above the number of different labels, "
-            f"{different}; correct it, number the classes from 0, or declare them (datasets.ClassLabel)"
-        )
-    return highest + 1
+            f"{where}: cannot decode {name} ({reason}); replace or drop it, or store it in one of "
+            f"{', '.join(IMAGE_FORMATS)}"
+        ) from error
 
 
 def _decode_images(rows: Any, where: str) -> Tensor:
     """The images of a split, ``(N, C, H, W)`` uint8."""
-    from PIL import Image, UnidentifiedImageError
-
-    Image.init()
-    formats = list(_FORMATS)
+    formats = list(IMAGE_FORMATS)
     images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     for i, encoded in enumerate(_encoded_images(rows, where)):
-        try:
-            image = Image.open(io.BytesIO(encoded), formats=formats)
-            pixels = np.atleast_3d(np.asarray(image))
-        # Pillow raises OSError, SyntaxError, ValueError and more, by format.
-        except Exception as error:
-            reason = "no known format" if isinstance(error, UnidentifiedImageError) else root_cause(error)
-            raise FlatminimaError(
-                f"{where}: cannot decode image {i} ({reason}); replace or drop it, or store it in one of "
-                f"{', '.join(_FORMATS)}"
-            ) from error
+        image = decode_image(encoded, f"image {i}", where, formats)
         if image.mode not in ("L", "RGB"):
             raise FlatminimaError(f"{where}: image {i} has mode {image.mode}; convert all images to RGB or L (grey)")
+        pixels = np.atleast_3d(np.asarray(image))
         if not images:
             # Pillow tries its formats in this order: with the right one first, decoding takes two thirds of the time.
             formats.sort(key=lambda known: known != image.format)

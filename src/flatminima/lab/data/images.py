@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
     num_classes: int
     mean: Tensor
     std: Tensor
+    loss: ClassVar[Literal["cross_entropy"]] = "cross_entropy"
 
     def __post_init__(self) -> None:
         check_images(self.images)
@@ -60,6 +62,19 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.images.shape[1]
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, as given: of the whole training split."""
+        return self.mean, self.std
+
+    def normalized(self, mean: Tensor, std: Tensor) -> ImageSet:
+        """The same images, handed out with another mean subtracted, and divided by another deviation."""
+        return dataclasses.replace(self, mean=mean, std=std)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """The normalized image ``(C, H, W)`` and its label, a scalar tensor."""
@@ -98,6 +113,26 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
             mean=self.mean.to(device),
             std=self.std.to(device),
         )
+
+
+def channel_statistics(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and (population) standard deviation of each channel, from exact counts of the 256 values.
+
+    Args:
+        parts: Images ``(B, C, H, W)`` uint8, some at a time.
+
+    Returns:
+        ``(C,)`` float32 each, in units where white is 1.
+    """
+    counts = sum(
+        torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in part.unbind(1)]) for part in parts
+    )
+    assert isinstance(counts, Tensor)
+    weights = counts.double() / counts.sum(1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = weights @ values
+    variance = (weights * (values - mean[:, None]) ** 2).sum(1)
+    return mean.float(), variance.sqrt().float()
 
 
 def check_images(images: Tensor) -> None:

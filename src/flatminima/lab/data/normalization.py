@@ -6,11 +6,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from flatminima.errors import FlatminimaError, did_you_mean
 from flatminima.lab.data.images import ImageSet
+from flatminima.lab.data.pictures import Pictures
+
+ImageData = ImageSet | Pictures
 
 FROM_DATA = "data"
 """The name of what these images themselves have: mean 0 and standard deviation 1 in the training set."""
@@ -37,12 +41,13 @@ class Normalization:
     """By channel."""
 
     @classmethod
-    def of(cls, images: ImageSet, name: str = FROM_DATA) -> Normalization:
+    def of(cls, images: ImageData, name: str = FROM_DATA) -> Normalization:
         """The one that a set of images has."""
-        return cls(name, tuple(images.mean.tolist()), tuple(images.std.tolist()))
+        mean, std = images.statistics()
+        return cls(name, tuple(mean.tolist()), tuple(std.tolist()))
 
     @classmethod
-    def named(cls, name: str, images: ImageSet) -> Normalization:
+    def named(cls, name: str, images: ImageData) -> Normalization:
         """A normalization by its name, or as MEAN/STD (``0.5/0.5``, ``0.49,0.48,0.45/0.25,0.24,0.26``).
 
         Raises:
@@ -50,7 +55,7 @@ class Normalization:
         """
         if name == FROM_DATA:
             return cls.of(images)
-        channels = images.images.shape[1]
+        channels = images.channels
         mean, std = _KNOWN[name] if name in _KNOWN else _numbers(name)
         if not {len(mean), len(std)} <= {1, channels}:
             raise FlatminimaError(
@@ -59,13 +64,17 @@ class Normalization:
             )
         return cls(name, _by_channel(mean, channels), _by_channel(std, channels))
 
-    def apply(self, images: ImageSet) -> ImageSet:
+    def apply(self, images: ImageData) -> ImageData:
         """The same images, normalized in this way."""
-        return dataclasses.replace(images, mean=torch.tensor(self.mean), std=torch.tensor(self.std))
+        return images.normalized(torch.tensor(self.mean), torch.tensor(self.std))
 
-    def is_that_of(self, other: Normalization) -> bool:
+    def is_that_of(self, other: object) -> bool:
         """Whether both make the same inputs, whatever they are called."""
-        return (self.mean, self.std) == (other.mean, other.std)
+        return isinstance(other, Normalization) and (self.mean, self.std) == (other.mean, other.std)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a report."""
+        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))

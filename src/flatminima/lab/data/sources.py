@@ -27,7 +27,7 @@ from torch import Tensor
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data.cache import CACHE_VERSION, SPLITS, Decoded, default_cache_dir, read_cache, write_cache
 from flatminima.lab.data.decoding import decode, root_cause
-from flatminima.lab.data.images import ImageSet
+from flatminima.lab.data.images import ImageSet, channel_statistics
 from flatminima.lab.storage import digest_of
 from flatminima.progress import terminal
 
@@ -68,7 +68,7 @@ def load_data(source: str, *, cache_dir: Path | None = None) -> tuple[ImageSet, 
 
 
 def _image_sets(decoded: Decoded) -> tuple[ImageSet, ImageSet]:
-    mean, std = _channel_statistics(decoded.tensors["train_images"])
+    mean, std = channel_statistics([decoded.tensors["train_images"]])
     train, test = (
         ImageSet(
             images=decoded.tensors[f"{split}_images"],
@@ -80,16 +80,6 @@ def _image_sets(decoded: Decoded) -> tuple[ImageSet, ImageSet]:
         for split in SPLITS
     )
     return train, test
-
-
-def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (population) standard deviation of each channel, from exact counts of the 256 values."""
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
-    weights = counts.double() / counts.sum(1, keepdim=True)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = weights @ values
-    variance = (weights * (values - mean[:, None]) ** 2).sum(1)
-    return mean.float(), variance.sqrt().float()
 
 
 def _cached(cache: Path, key: str, read: Callable[[], Any], source: str) -> Decoded:
@@ -141,7 +131,7 @@ def hub_data_set(name: str, repository: str) -> Loader:
         import datasets
 
         try:
-            with _bars_like_ours():
+            with bars_like_ours():
                 return datasets.load_dataset(repository)
         # What an unreachable hub raises depends on the versions of three packages below this call.
         except Exception as error:
@@ -154,7 +144,7 @@ def hub_data_set(name: str, repository: str) -> Loader:
 
 
 @contextlib.contextmanager
-def _bars_like_ours() -> Iterator[None]:
+def bars_like_ours() -> Iterator[None]:
     """The bars of ``datasets`` and of the hub, only where ours are: they write to files and pipes, too."""
     import datasets.utils
     import huggingface_hub.utils
@@ -203,7 +193,7 @@ def _read_parquet(files: dict[str, list[Path]], source: str) -> Any:
 
     # The Arrow copy that `datasets` makes is needed until the images are decoded, and no longer: they are read into
     # memory so that it can go.
-    with tempfile.TemporaryDirectory() as arrow, _bars_like_ours():
+    with tempfile.TemporaryDirectory() as arrow, bars_like_ours():
         try:
             return datasets.load_dataset(
                 "parquet",

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flatminima.errors import FlatminimaError, one_line
+from flatminima.files import write_file
 from flatminima.lab.experiments.experiment import Experiment
 from flatminima.lab.experiments.paper import Winners
 from flatminima.lab.experiments.summary import Summary
 from flatminima.lab.runs import RegularizerSpec
 from flatminima.lab.schema import parse
-from flatminima.lab.storage import write_file
 from flatminima.measures import jsonable
 
 _WINNERS = "chosen.json"

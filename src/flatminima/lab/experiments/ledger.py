@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flatminima.errors import recorded_warnings
+from flatminima.files import write_file
 from flatminima.lab.experiments.experiment import Record
 from flatminima.lab.experiments.summary import Summary
-from flatminima.lab.storage import write_file
 from flatminima.protocols import Evaluation, Ledger, evaluate
 
 if TYPE_CHECKING:  # imported where it is needed: every worker imports this file

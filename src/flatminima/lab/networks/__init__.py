@@ -1,16 +1,23 @@
 """The paper's networks, other people's, and checkpoints of both."""
 
+from flatminima.lab.networks import hugging_face, timm_networks
 from flatminima.lab.networks.checkpoints import assign_weights, load_weights
-from flatminima.lab.networks.foreign import imported, load_model, resolve_device
+from flatminima.lab.networks.foreign import OpenedNetwork, is_model_source, open_network, resolve_device
+from flatminima.lab.networks.kinds import MODEL_KINDS, ModelKind
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model, network
 
 __all__ = [
+    "MODEL_KINDS",
     "MODEL_NAMES",
+    "ModelKind",
+    "OpenedNetwork",
     "assign_weights",
     "build_model",
-    "imported",
-    "load_model",
+    "hugging_face",
+    "is_model_source",
     "load_weights",
     "network",
+    "open_network",
     "resolve_device",
+    "timm_networks",
 ]

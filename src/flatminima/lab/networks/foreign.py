@@ -1,71 +1,76 @@
-"""Networks that are not ours: from ``package.module:factory`` and a checkpoint."""
+"""Networks that are not ours: by a factory, by name from timm or Transformers, with or without a checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError, described, first_line
-from flatminima.lab.data import ImageSet
+from flatminima.errors import FlatminimaError, did_you_mean, first_line, warn
+from flatminima.lab.data import ImageSet, OwnData, Pictures, Preparation, ReadySamples, Texts
+from flatminima.lab.errors import UnlikeClassesWarning
 from flatminima.lab.networks.checkpoints import load_weights
+from flatminima.lab.networks.kinds import MODEL_KINDS
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model
-from flatminima.network import call_model, evaluating
+from flatminima.lab.reading import Reading
+from flatminima.lab.user_code import made_by_factory, others_errors
+from flatminima.network import Inputs, call_model, evaluating, map_tensors, tensors_of
 
 
-def load_model(source: str, checkpoint: Path | None, data: ImageSet) -> nn.Module:
-    """A network from one of our names or from ``package.module:factory``, with a checkpoint's weights.
+@dataclass(frozen=True)
+class OpenedNetwork:
+    """A network, and the data that it is measured on."""
 
-    The factory is called with ``num_classes`` and ``in_channels`` as far as it takes them, and without arguments
+    model: nn.Module
+    data: ImageSet | Pictures | ReadySamples
+    """Its inputs; of images that it does not prepare itself, not yet normalized as in its training."""
+    preparation: Preparation | None
+    """How they became its inputs; None for such images."""
+
+
+def is_model_source(source: str) -> bool:
+    """Whether a text is a factory, or a network by a prefix, and no path."""
+    return ":" in source and not Path(source).exists()
+
+
+def open_network(source: str, checkpoint: Path | None, data: OwnData, reading: Reading | None = None) -> OpenedNetwork:
+    """A network by its name, with a checkpoint's weights, and the data as its own transforms prepare them.
+
+    A factory is called with ``num_classes`` and ``in_channels`` as far as it takes them, and without arguments
     otherwise. The current directory is importable.
 
     Args:
-        source: ``resnet20``, or ``package.module:factory``.
-        checkpoint: a file that :func:`~flatminima.lab.networks.checkpoints.load_weights` takes; None if the factory
-            loads its weights itself.
-        data: the data the network is for.
+        source: ``resnet20``, ``package.module:factory``, ``timm:NAME``, ``hf:NAME`` or ``hf:FOLDER``.
+        checkpoint: A file that :func:`~flatminima.lab.networks.checkpoints.load_weights` takes; None if the network
+            comes with its weights.
+        data: The data that it is for.
+        reading: How the user wants them prepared, in place of the network's own transforms.
 
     Raises:
-        FlatminimaError: for a name, module or factory that is not there, a factory that fails or returns no module,
-            a network that does not take the data's images, and whatever
+        FlatminimaError: For a name, module or factory that is not there, a factory that fails or returns no module,
+            a network that does not take the data or has too few outputs for their classes, and whatever
             :func:`~flatminima.lab.networks.checkpoints.load_weights` refuses.
+
+    Warns:
+        UnlikeClassesWarning: The network has more outputs than the data have classes.
     """
-    arguments = {"num_classes": data.num_classes, "in_channels": data.images.shape[1]}
-    if ":" in source:
-        model = _from_factory(source, arguments)
-    elif source in MODEL_NAMES:
-        if checkpoint is None:
-            raise FlatminimaError(f"model {source} has random weights without a checkpoint: name the checkpoint too")
-        model = build_model(source, **arguments)
-    else:
-        raise FlatminimaError(
-            f"unknown model {source!r}: give one of {', '.join(MODEL_NAMES)}, or package.module:factory"
-        )
+    prefix, _, name = source.partition(":")
+    kind = MODEL_KINDS.get(prefix) if ":" in source else None
+    model = _built(source, checkpoint, data) if kind is None else kind.build(name, data, checkpoint is None)
+    if not isinstance(model, nn.Module):
+        raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
     if checkpoint is not None:
-        with _theirs(f"model {source}: loading its checkpoint failed"):
+        with others_errors(f"model {source}: loading its checkpoint failed"):
             load_weights(model, checkpoint)
-    _check_takes(model, data, source)
-    with _theirs(f"model {source}: its eval() failed"):
+    own = None if kind is None else kind.prepare(name, model, data, reading or Reading())
+    inputs, preparation = own if own is not None else _as_they_are(source, data)
+    _check_takes(model, inputs, source)
+    with others_errors(f"model {source}: its eval() failed"):
         model.eval()
-    return model
-
-
-@contextlib.contextmanager
-def _theirs(what: str) -> Iterator[None]:
-    """Whatever somebody else's code raises becomes an error of ours, ``SystemExit`` too; not so Ctrl-C."""
-    try:
-        yield
-    except (FlatminimaError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise FlatminimaError(f"{what} ({described(error)})") from error
+    return OpenedNetwork(model, inputs, preparation)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -85,57 +90,90 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _from_factory(source: str, arguments: dict[str, int]) -> nn.Module:
-    factory = imported(source, "model")
-    with _theirs(f"model {source}: calling it failed"):
-        model = factory(**_accepted(factory, arguments))
-    if not isinstance(model, nn.Module):
-        raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
-    return model
+def _built(source: str, checkpoint: Path | None, data: OwnData) -> Any:
+    """One of ours, or a factory's."""
+    given = {"num_classes": data.num_classes, "in_channels": None if isinstance(data, Texts) else data.channels}
+    arguments = {name: value for name, value in given.items() if value is not None}
+    if ":" in source:
+        return _of_factory(source, arguments)
+    if source not in MODEL_NAMES:
+        kinds = ", ".join(kind.described for kind in MODEL_KINDS.values())
+        raise FlatminimaError(
+            f"unknown model {source!r}{did_you_mean(source, MODEL_NAMES)}: give one of {', '.join(MODEL_NAMES)}, "
+            f"package.module:factory, {kinds}"
+        )
+    if checkpoint is None:
+        raise FlatminimaError(f"model {source} has random weights without a checkpoint: name the checkpoint too")
+    if len(arguments) < len(given):
+        raise FlatminimaError(
+            f"model {source} is for images, and these data do not say their {' and '.join(given.keys() - arguments)}: "
+            "build it by package.module:factory"
+        )
+    return build_model(source, **arguments)
 
 
-def imported(source: str, what: str) -> Callable[..., Any]:
-    """The function or class that ``package.module:name`` names; the current directory is importable.
-
-    Args:
-        source: the name.
-        what: it is, in messages.
-
-    Raises:
-        FlatminimaError: the module cannot be imported, or has nothing of that name to be called.
-    """
-    module_name, _, name = source.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    with _theirs(f"{what} {source}: cannot import {module_name!r}"):
-        module = importlib.import_module(module_name)
-        found: Callable[..., Any] | None = getattr(module, name, None)
-    if not callable(found):
-        raise FlatminimaError(f"{what} {source}: {module_name} has no function or class {name!r}")
-    return found
-
-
-def _accepted(factory: Callable[..., Any], arguments: dict[str, int]) -> dict[str, int]:
-    """The arguments that ``factory`` names; and ``num_classes`` if it hands on any (as torchvision's factories do)."""
+def _of_factory(source: str, arguments: dict[str, int]) -> Any:
     try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # written in C: it does not say
-        return {}
-    hands_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    return {name: n for name, n in arguments.items() if name in parameters or (hands_on and name == "num_classes")}
+        return made_by_factory(source, "model", arguments)
+    except FlatminimaError as error:
+        wanted = next((name for name in ("num_classes", "in_channels") if f"'{name}'" in str(error)), None)
+        if wanted is None or wanted in arguments:
+            raise
+        raise FlatminimaError(f"{error}: these data do not say it; give the factory a default of it") from error
 
 
-def _check_takes(model: nn.Module, data: ImageSet, source: str) -> None:
-    """Try one image, so that a wrong network is named as such and not found out in the middle of measuring."""
+def _as_they_are(source: str, data: OwnData) -> tuple[ImageSet | Pictures | ReadySamples, Preparation | None]:
+    if isinstance(data, Texts):
+        raise FlatminimaError(
+            f"model {source} has no tokenizer for the texts of {data.where}: give it as hf:FOLDER, or pass data as "
+            "package.module:factory that gives tokens"
+        )
+    return data, Preparation("as the data give them", repr(data.loss)) if isinstance(data, ReadySamples) else None
+
+
+def _check_takes(model: nn.Module, data: ImageSet | Pictures | ReadySamples, source: str) -> None:
+    """Try one sample, so that a wrong network is named as such and not found out in the middle of measuring."""
     parameter = next(model.parameters(), None)
-    image, _ = data.fetch([0])
+    inputs, targets = data.fetch([0])
+
+    def placed(tensor: Tensor) -> Tensor:
+        if parameter is None:
+            return tensor
+        return tensor.to(parameter) if tensor.is_floating_point() else tensor.to(parameter.device)
+
     try:
         with evaluating(model), torch.no_grad():
-            call_model(model, image if parameter is None else image.to(parameter))
+            logits = call_model(model, map_tensors(placed, inputs))
     except (FlatminimaError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too: it is somebody else's code
         raise FlatminimaError(
-            f"model {source} does not take images of shape {tuple(image.shape[1:])} ({first_line(error)}): "
-            "name the network and the data that belong together"
+            f"model {source} does not take {_described(data, inputs)} ({first_line(error)}): "
+            f"name the network and the data that belong together{_remedy(data)}"
         ) from error
+    if targets.dim() == 1 and logits.dim() == 2 and data.num_classes is not None:
+        _check_classes(logits.shape[1], data.num_classes, source)
+
+
+def _check_classes(outputs: int, classes: int, source: str) -> None:
+    if outputs < classes:
+        raise FlatminimaError(
+            f"model {source} has {outputs} outputs, but the data have {classes} classes: name the network and the data "
+            "that belong together"
+        )
+    if outputs > classes:
+        warn(
+            f"model {source} has {outputs} outputs, but the data have {classes} classes: see that they are numbered as "
+            "in its training",
+            UnlikeClassesWarning,
+        )
+
+
+def _described(data: ImageSet | Pictures | ReadySamples, inputs: Inputs) -> str:
+    shapes = [tuple(tensor.shape[1:]) for tensor in tensors_of(inputs)]
+    what = "inputs" if isinstance(data, ReadySamples) else "images"
+    return f"{what} of shape {', '.join(map(str, shapes))}"
+
+
+def _remedy(data: ImageSet | Pictures | ReadySamples) -> str:
+    return "; or see what in_channels, resize and crop do to images" if isinstance(data, Pictures) else ""

@@ -1,12 +1,10 @@
 """What experiments show, as tables, figures, pages and a live view."""
 
 from flatminima.lab.reports.evidence import evidence_table, write_evaluation
-from flatminima.lab.reports.figures import Table
 from flatminima.lab.reports.live import watch
 from flatminima.lab.reports.pages import counted, duration, failure_lines, line_of, progress_line, tables, write_reports
 
 __all__ = [
-    "Table",
     "counted",
     "duration",
     "evidence_table",

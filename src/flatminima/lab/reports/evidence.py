@@ -10,8 +10,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from flatminima.lab.experiments import number
-from flatminima.lab.reports.figures import Picture, Table, intervals, picture, write_page
+from flatminima.lab.reports.figures import Picture, intervals, picture, write_page
 from flatminima.protocols import RESAMPLES, Evaluation, Evidence, Finding
+from flatminima.tables import Table
 
 _DRAWN = 30
 """Measures in a figure; the rest are in the table."""

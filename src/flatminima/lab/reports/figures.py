@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import rich.table
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from rich.text import Text
 
-from flatminima.lab.storage import write_file
+from flatminima.files import write_file
 
 INK, MUTED, LINE = "#010101", "#010102", "#010103"
 """Colours that stand for the page's own, light or dark: of text, of frames and of grids."""
@@ -41,39 +38,6 @@ class Picture:
     title: str
     description: str
     svg: Markup
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells of text, with a heading for every column and every row; shown on a terminal, in Markdown and on a page.
-
-    A cell may have several lines; they are lines on the terminal alone.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def __rich__(self) -> rich.table.Table:
-        # Cells may be names, and a name is text: neither markup nor an emoji.
-        shown = rich.table.Table(title=Text(self.title, "table.title"), title_justify="left")
-        for number, heading in enumerate(self.header):
-            shown.add_column(Text(heading), justify="left" if number == 0 else "right")
-        for row in self.rows:
-            shown.add_row(*map(Text, row))
-        return shown
-
-    def markdown(self) -> str:
-        """The table with its title above it."""
-        rule = ("---", *("---:" for _ in self.header[1:]))
-        lines = [[markdown_text(cell) for cell in line] for line in (self.header, *self.rows)]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
-        return f"**{markdown_text(self.title)}**\n\n{body}\n"
-
-
-def markdown_text(text: str) -> str:
-    """Markdown that shows ``text`` as it is, in one line: names may have anything in them."""
-    return re.sub(r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
 def picture(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from flatminima.files import write_file
 from flatminima.lab.experiments import (
     INDICATORS,
     SHORT_NAMES,
@@ -31,8 +32,8 @@ from flatminima.lab.experiments import (
     write_ledger,
 )
 from flatminima.lab.reports.evidence import evidence_table
-from flatminima.lab.reports.figures import Picture, Table, band, lines, markdown_text, picture, write_page
-from flatminima.lab.storage import write_file
+from flatminima.lab.reports.figures import Picture, band, lines, picture, write_page
+from flatminima.tables import Table, markdown_text
 
 _SHOWN_OF_A_SEARCH = 10
 

@@ -1,33 +1,76 @@
 """One training run: its description, its folder, its training and its measures."""
 
-from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.measuring import (
-    Measuring,
-    compare_loaded,
-    compare_networks,
-    compare_runs,
-    kept_measures,
-    measure_run,
-)
-from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_networks
-from flatminima.lab.runs.records import RunProgress, RunResult
-from flatminima.lab.runs.session import Session
-from flatminima.lab.runs.sets import TrainingSets
-from flatminima.lab.runs.spec import (
-    RECIPES,
-    FisherPenaltySpec,
-    GradientNormSpec,
-    MultiStep,
-    Regularizer,
-    RegularizerSpec,
-    RunSpec,
-    SharpnessAwareSpec,
-    UnitResidualSpec,
-)
-from flatminima.lab.runs.training import Stop, launch, train
+from typing import TYPE_CHECKING
+
+from flatminima.faces import on_demand
+
+if TYPE_CHECKING:
+    from flatminima.lab.runs.folder import RunFolder
+    from flatminima.lab.runs.measuring import (
+        compare_loaded,
+        compare_networks,
+        compare_runs,
+        kept_measures,
+        measure_images,
+        measure_run,
+    )
+    from flatminima.lab.runs.measuring_options import Measuring
+    from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_networks
+    from flatminima.lab.runs.own_measures import selection_of
+    from flatminima.lab.runs.records import RunProgress, RunResult
+    from flatminima.lab.runs.session import Session
+    from flatminima.lab.runs.sets import TrainingSets
+    from flatminima.lab.runs.spec import (
+        RECIPES,
+        Approach,
+        FisherPenaltySpec,
+        GradientNormSpec,
+        MultiStep,
+        Regularizer,
+        RegularizerSpec,
+        RunSpec,
+        SharpnessAwareSpec,
+        UnitResidualSpec,
+    )
+    from flatminima.lab.runs.training import Stop, launch, train
+else:  # the command line reads descriptions without torch
+    __getattr__, __dir__ = on_demand(
+        __name__,
+        {
+            "folder": ("RunFolder",),
+            "measuring": (
+                "compare_loaded",
+                "compare_networks",
+                "compare_runs",
+                "kept_measures",
+                "measure_images",
+                "measure_run",
+            ),
+            "measuring_options": ("Measuring",),
+            "networks": ("LoadedNetwork", "load_network", "load_networks"),
+            "own_measures": ("selection_of",),
+            "records": ("RunProgress", "RunResult"),
+            "session": ("Session",),
+            "sets": ("TrainingSets",),
+            "spec": (
+                "RECIPES",
+                "Approach",
+                "FisherPenaltySpec",
+                "GradientNormSpec",
+                "MultiStep",
+                "Regularizer",
+                "RegularizerSpec",
+                "RunSpec",
+                "SharpnessAwareSpec",
+                "UnitResidualSpec",
+            ),
+            "training": ("Stop", "launch", "train"),
+        },
+    )
 
 __all__ = [
     "RECIPES",
+    "Approach",
     "FisherPenaltySpec",
     "GradientNormSpec",
     "LoadedNetwork",
@@ -51,6 +94,8 @@ __all__ = [
     "launch",
     "load_network",
     "load_networks",
+    "measure_images",
     "measure_run",
+    "selection_of",
     "train",
 ]

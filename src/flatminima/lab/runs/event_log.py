@@ -13,10 +13,10 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from flatminima.files import unwritable
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import EpochRecord
 from flatminima.lab.runs.session import Session
-from flatminima.lab.storage import unwritable
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import filelock
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
+from flatminima.files import beside, write_whole
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.runs.records import (
     CheckpointNote,
@@ -28,7 +29,7 @@ from flatminima.lab.runs.records import (
 )
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.schema import parse, plain
-from flatminima.lab.storage import beside, damaged, read_record, read_tensors, read_text, write_tensors, write_whole
+from flatminima.lab.storage import damaged, read_record, read_tensors, read_text, write_tensors
 
 _FILES = (
     "spec.json",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import inspect
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass as plain_dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -18,110 +16,65 @@ from torch import Tensor, nn
 
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
-from flatminima.lab.data import ImageSet
+from flatminima.lab.data import TrainingData, open_data
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
-from flatminima.lab.networks import imported, resolve_device
+from flatminima.lab.networks import resolve_device
+from flatminima.lab.reading import Reading
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
+from flatminima.lab.runs.own_measures import options_of, selection_of, sources_of
 from flatminima.lab.runs.records import RunProgress
 from flatminima.lab.runs.sets import digest_of_images, initial_network, load_run
 from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import digest_of
-from flatminima.measures import (
-    Characterization,
-    Comparison,
-    PlainOptions,
-    Selection,
-    compare,
-    comparison_of,
-    measure,
-    selected,
-)
+from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
 from flatminima.network import float64_device
 from flatminima.progress import track
 
 _FROM_INITIAL = "distance_from_initialization"
 
 
-@plain_dataclass(frozen=True)
-class Measuring(PlainOptions):
-    """How minima are measured."""
+def measure_images(
+    model: nn.Module,
+    data: TrainingData,
+    how: Measuring,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Characterization:
+    """Measure ``model``, trained from ``initial``, on ``data``; it stays on ``device``, in float64 if ``how.double``.
 
-    fisher: Literal["empirical", "model"] = "empirical"
-    """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
-    measures: tuple[str, ...] = ("paper",)
-    """Beside γ̂, its parts and what else the paper has of ξ: names of measures, or groups: paper, free, cheap, weights,
-    all; or your own, as package.module:function."""
-    memory_gib: float | None = None
-    """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
-    double: bool = False
-    """Measure in float64."""
+    Raises and warns as :func:`flatminima.measure` does.
+    """
+    _place(model, how, device)
+    inputs = NetworkInputs.of(data, model)
+    return measure(model, inputs, loss=data.loss, initial=initial, progress=progress, **options_of(how))
 
-    def of(
-        self,
-        model: nn.Module,
-        data: ImageSet,
-        *,
-        initial: Mapping[str, Tensor] | None = None,
-        device: str = "auto",
-        progress: bool = True,
-    ) -> Characterization:
-        """Measure ``model``, trained from ``initial``, on ``data``; it stays on ``device``, in float64 if ``double``.
 
-        Raises and warns as :func:`flatminima.measure` does.
-        """
-        self._place(model, device)
-        return measure(model, NetworkInputs.of(data, model), initial=initial, progress=progress, **self._options())
+def compare_images(
+    models: Mapping[str, nn.Module], data: TrainingData, how: Measuring, *, device: str = "auto", progress: bool = True
+) -> Comparison:
+    """Compare ``models`` on ``data``, trial by trial; they stay on ``device``, in float64 if ``how.double``.
 
-    def compare(
-        self, models: Mapping[str, nn.Module], data: ImageSet, *, device: str = "auto", progress: bool = True
-    ) -> Comparison:
-        """Compare ``models`` on ``data``, trial by trial; they stay on ``device``, in float64 if ``double``.
+    Raises and warns as :func:`flatminima.compare` does; networks of several floating-point types it refuses.
+    """
+    for model in models.values():
+        _place(model, how, device)
+    types = {name: type_of(model) for name, model in models.items()}
+    if len(set(types.values())) > 1:
+        found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
+        raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
+    inputs = NetworkInputs.of(data, next(iter(models.values())))
+    return compare(models, inputs, loss=data.loss, progress=progress, **options_of(how))
 
-        Raises and warns as :func:`flatminima.compare` does; networks of several floating-point types it refuses.
-        """
-        for model in models.values():
-            self._place(model, device)
-        types = {name: type_of(model) for name, model in models.items()}
-        if len(set(types.values())) > 1:
-            found = ", ".join(f"{name}: {dtype}" for name, dtype in types.items())
-            raise FlatminimaError(f"the networks are of several types ({found}): compare them in float64 (double)")
-        inputs = NetworkInputs.of(data, next(iter(models.values())))
-        return compare(models, inputs, progress=progress, **self._options())
 
-    def selection(self) -> Selection:
-        """The measures that are taken.
-
-        Raises:
-            FlatminimaError: for an unknown measure, or one that cannot be imported.
-        """
-        return selected(self._named())
-
-    def sources(self) -> dict[str, str]:
-        """Digests of the modules that measures of the user's own are in, by the measures' names."""
-        return {name: _digest_of_module(own) for name, own in self._own().items()}
-
-    def _own(self) -> dict[str, Callable[..., Any]]:
-        return {name: imported(name, "measure") for name in self.measures if ":" in name}
-
-    def _named(self) -> list[Any]:
-        """As :func:`flatminima.measure` takes them."""
-        own = self._own()
-        return [own.get(name, name) for name in self.measures]
-
-    def _place(self, model: nn.Module, device: str) -> None:
-        where = resolve_device(device)
-        if self.double and float64_device(where) != where:
-            raise FlatminimaError(f"device {device!r} has no float64: measure on the CPU, or in float32")
-        model.to(where, torch.float64 if self.double else None)
-
-    def _options(self) -> dict[str, Any]:
-        """Those of :func:`flatminima.measure`."""
-        options = dataclasses.asdict(self)
-        del options["double"]
-        gib = options.pop("memory_gib")
-        budget = None if gib is None else int(gib * 2**30)
-        return {**options, "measures": self._named(), "memory_budget": budget}
+def _place(model: nn.Module, how: Measuring, device: str) -> None:
+    where = resolve_device(device)
+    if how.double and float64_device(where) != where:
+        raise FlatminimaError(f"device {device!r} has no float64: measure on the CPU, or in float32")
+    model.to(where, torch.float64 if how.double else None)
 
 
 @dataclass(frozen=True, config=RECORD)
@@ -173,7 +126,7 @@ def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device
         initial = initial_network(spec, clean).state_dict()
     with folder.watched() as note, recorded_warnings() as recorded:
         note(RunProgress("measuring"))
-        characterization = how.of(model, clean, initial=initial, device=device, progress=progress)
+        characterization = measure_images(model, clean, how, initial=initial, device=device, progress=progress)
     messages = [(type(warning).__name__, str(warning)) for warning in recorded]
     entry = KeptMeasures(asked, messages, json.loads(characterization.to_json()))
     folder.write_measures(json.dumps([plain(kept) for kept in (*others, entry)]) + "\n")
@@ -213,7 +166,7 @@ def compare_runs(
             )
     if how.max_standard_error is not None:
         models = {name: load_run(path)[1] for name, path in runs.items()}
-        return how.compare(models, load_run(runs[first])[2], device=device, progress=progress)
+        return compare_images(models, load_run(runs[first])[2], how, device=device, progress=progress)
     measured = {}
     for name, path in runs.items():
         with naming(name):
@@ -227,7 +180,7 @@ def compare_networks(
     model: str | None,
     how: Measuring,
     *,
-    normalize: str | None = None,
+    reading: Reading | None = None,
     device: str = "auto",
     progress: bool = True,
 ) -> Comparison:
@@ -235,10 +188,10 @@ def compare_networks(
 
     Args:
         paths: run folder or checkpoint by name.
-        source: the training set, as for :func:`~flatminima.lab.data.sources.load_data`.
-        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.foreign.load_model`.
+        source: the training set, as for :func:`~flatminima.lab.data.open_data`.
+        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.open_network`.
         how: how they are measured.
-        normalize: of the checkpoints, as for :func:`~flatminima.lab.runs.networks.load_network`.
+        reading: how data are read, and images prepared, as for :func:`~flatminima.lab.runs.networks.load_network`.
         device: where.
         progress: show a bar with the time left on a terminal.
 
@@ -249,7 +202,8 @@ def compare_networks(
         UnequalLossWarning: as :func:`flatminima.compare` does.
     """
     _require_two(paths)
-    return compare_loaded(load_networks(paths, source, model, normalize), how, device=device, progress=progress)
+    networks = load_networks(paths, open_data(source, reading).data, model, reading)
+    return compare_loaded(networks, how, device=device, progress=progress)
 
 
 def compare_loaded(
@@ -261,18 +215,18 @@ def compare_loaded(
     """
     _require_two(networks)
     first = next(iter(networks.values()))
-    if all(network.normalization.is_that_of(first.normalization) for network in networks.values()):
+    if all(network.preparation.is_that_of(first.preparation) for network in networks.values()):
         models = {name: network.model for name, network in networks.items()}
-        return how.compare(models, first.data, device=device, progress=progress)
+        return compare_images(models, first.data, how, device=device, progress=progress)
     if how.max_standard_error is not None:
         raise FlatminimaError(
-            "the networks were trained on differently normalized images, so they cannot be measured together until "
-            "their differences are precise: leave max_standard_error out"
+            "the networks were trained on differently normalized images, or inputs prepared in another way, so they "
+            "cannot be measured together until their differences are precise: leave max_standard_error out"
         )
     measured = {}
     for name, network in networks.items():
         with naming(name):
-            measured[name] = how.of(network.model, network.data, device=device, progress=progress)
+            measured[name] = measure_images(network.model, network.data, how, device=device, progress=progress)
     return comparison_of(measured)
 
 
@@ -280,9 +234,9 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer."""
     options = dataclasses.asdict(how)
     del options["memory_gib"]
-    if _FROM_INITIAL in {measure.name for measure in how.selection().measures}:
+    if _FROM_INITIAL in {measure.name for measure in selection_of(how).measures}:
         options["initial"] = True  # what was measured before runs knew their initial weights is no answer
-    if sources := how.sources():
+    if sources := sources_of(how):
         options["sources"] = sources
     return {
         **options,
@@ -329,15 +283,6 @@ def _with_warnings(found: KeptMeasures) -> Characterization:
             category = FlatminimaWarning
         warn(message, category)
     return _characterization(found)
-
-
-def _digest_of_module(function: Callable[..., Any]) -> str:
-    """Of the text of the module that a function is from; of nothing, where it has none."""
-    module = inspect.getmodule(function)
-    try:
-        return digest_of(b"" if module is None else inspect.getsource(module).encode())
-    except OSError:
-        return digest_of(b"")
 
 
 def _clean_digest(path: Path) -> str:

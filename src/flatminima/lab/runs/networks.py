@@ -9,40 +9,46 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError, NonFiniteError, naming, warn
-from flatminima.lab.data import ImageSet, Normalization, load_data
+from flatminima.errors import FlatminimaError, NonFiniteError, naming, require, warn
+from flatminima.lab.data import ImageSet, Normalization, OwnData, Pictures, Preparation, TrainingData
 from flatminima.lab.errors import GuessedNormalizationWarning
-from flatminima.lab.networks import load_model
+from flatminima.lab.networks import is_model_source, open_network
+from flatminima.lab.reading import Reading
 from flatminima.lab.runs.records import CheckpointNote
 from flatminima.lab.runs.sets import load_run
 from flatminima.lab.schema import parse
 from flatminima.lab.storage import read_tensors
 from flatminima.measures import evaluate
+from flatminima.network import Inputs, map_tensors
 
 CANDIDATES = ("data", "none", "0.5/0.5", "imagenet")
 """What a network may have been trained with that does not say."""
 _LOOKED_AT = 250  # images that candidates are tried on
+_BATCH = 50  # of them at once: they may be large
+_FITS = 0.1  # nats: with a smaller loss a candidate may be the right one
 
 
 @dataclass(frozen=True)
 class NetworkInputs:
-    """A data set whose images come in the floating-point type of the network's parameters."""
+    """A data set whose floating-point inputs come in the type of the network's parameters."""
 
-    data: ImageSet
+    data: TrainingData
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, data: ImageSet, model: nn.Module) -> NetworkInputs:
+    def of(cls, data: TrainingData, model: nn.Module) -> NetworkInputs:
         """Those of one network."""
         return cls(data, type_of(model))
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The images at ``indices`` as one batch, and their labels."""
-        images, labels = self.data.fetch(indices)
-        return images.to(self.dtype), labels
+    def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
+        """The inputs at ``indices`` as one batch, and their labels."""
+        inputs, labels = self.data.fetch(indices)
+        return map_tensors(
+            lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor, inputs
+        ), labels
 
 
 def type_of(model: nn.Module) -> torch.dtype:
@@ -52,67 +58,86 @@ def type_of(model: nn.Module) -> torch.dtype:
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network, and the images it is measured on."""
+    """A network, and the data it is measured on."""
 
     model: nn.Module
-    data: ImageSet
-    """Normalized as in its training."""
-    normalization: Normalization
+    data: TrainingData
+    """Its inputs, prepared as in its training."""
+    preparation: Normalization | Preparation
 
 
-def load_network(source: str, checkpoint: Path | None, data: ImageSet, normalize: str | None = None) -> LoadedNetwork:
-    """A network from a factory or by one of our names, and the data as it was trained to see them.
+def load_network(source: str, checkpoint: Path | None, data: OwnData, reading: Reading | None = None) -> LoadedNetwork:
+    """A network from a factory or by name, and the data as it was trained to see them.
 
     Args:
-        source: as for :func:`~flatminima.lab.networks.foreign.load_model`.
+        source: as for :func:`~flatminima.lab.networks.open_network`.
         checkpoint: likewise.
-        data: the training images.
-        normalize: how its training normalized them, as :meth:`Normalization.named` reads it. None: as its checkpoint
-            says, if one of our runs wrote it; else that of :data:`CANDIDATES` with the smallest training loss.
+        data: the training data.
+        reading: how its training prepared images: ``normalize`` as :meth:`Normalization.named` reads it. None: by the
+            network's own transforms if it has some; as its checkpoint says, if one of our runs wrote it; else that of
+            :data:`CANDIDATES` with the smallest training loss.
 
     Raises:
-        FlatminimaError: as :func:`~flatminima.lab.networks.foreign.load_model`, or there is no such normalization.
+        FlatminimaError: as :func:`~flatminima.lab.networks.open_network`, or there is no such normalization.
 
     Warns:
         GuessedNormalizationWarning: the normalization is a guess.
         AdaptedCheckpointWarning: the checkpoint was not loaded as it is.
     """
-    given = None if normalize is None else Normalization.named(normalize, data)
-    model = load_model(source, checkpoint, data)
-    normalization = given or _as_trained(checkpoint, data) or _guessed(model, data, source)
-    return LoadedNetwork(model, normalization.apply(data), normalization)
+    reading = reading or Reading()
+    given = None
+    if reading.normalize is not None:
+        if not isinstance(data, (ImageSet, Pictures)):
+            raise FlatminimaError("normalize is for images of 8 bits, and these data are none: leave it out")
+        given = Normalization.named(reading.normalize, data)
+    opened = open_network(source, checkpoint, data, reading)
+    if not isinstance(opened.data, (ImageSet, Pictures)):
+        return LoadedNetwork(opened.model, opened.data, opened.preparation or Preparation("as the data give them"))
+    normalization = given or _as_trained(checkpoint, opened.data) or _guessed(opened.model, opened.data, source)
+    return LoadedNetwork(opened.model, normalization.apply(opened.data), normalization)
 
 
 def load_networks(
-    paths: Mapping[str, Path], source: str, model: str | None, normalize: str | None = None
+    paths: Mapping[str, Path], data: OwnData, model: str | None, reading: Reading | None = None
 ) -> dict[str, LoadedNetwork]:
-    """Run folders, and checkpoints of one ``model``, with the images of one training set.
+    """Run folders, checkpoints of one ``model``, and other networks, with one training set.
 
     Args:
-        paths: run folder or checkpoint by name.
-        source: the training set, as for :func:`~flatminima.lab.data.sources.load_data`.
-        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.foreign.load_model`.
-        normalize: of the checkpoints, as for :func:`load_network`; a run folder has its own.
+        paths: run folder, checkpoint, or ``hf:FOLDER`` and the like, by name.
+        data: the training set.
+        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.open_network`.
+        reading: of all but run folders, as for :func:`load_network`; a run folder knows how it normalizes.
 
     Raises:
         FlatminimaError: whatever loading raises, naming the network.
     """
-    data, _ = load_data(source)
     networks: dict[str, LoadedNetwork] = {}
     for name, path in paths.items():
         with naming(name):
-            if path.is_dir():
-                _, network, trained_on, _ = load_run(path)
-                normalization = Normalization.of(trained_on, "as trained")
-                networks[name] = LoadedNetwork(network, normalization.apply(data), normalization)
+            if is_model_source(str(path)):
+                networks[name] = load_network(str(path), None, data, reading)
+            elif path.is_dir():
+                networks[name] = _of_run(path, data)
             elif model is not None:
-                networks[name] = load_network(model, path, data, normalize)
+                networks[name] = load_network(model, path, data, reading)
             else:
                 raise FlatminimaError(f"{path} is not a run folder; for a checkpoint name its model too")
     return networks
 
 
-def _as_trained(checkpoint: Path | None, data: ImageSet) -> Normalization | None:
+def _of_run(path: Path, data: OwnData) -> LoadedNetwork:
+    _, network, trained_on, _ = load_run(path)
+    if not isinstance(data, (ImageSet, Pictures)):
+        raise FlatminimaError(f"{path} is a run folder, whose network takes images of 8 bits; these data are none")
+    normalization = Normalization.of(trained_on, "as trained")
+    require(
+        data.channels == trained_on.channels,
+        f"{path} was trained on images of {trained_on.channels} channels, these have {data.channels}: give in_channels",
+    )
+    return LoadedNetwork(network, normalization.apply(data), normalization)
+
+
+def _as_trained(checkpoint: Path | None, data: ImageSet | Pictures) -> Normalization | None:
     """What a checkpoint says that one of our runs wrote; one of an earlier version had that of its data."""
     if checkpoint is None or checkpoint.suffix != ".safetensors":
         return None
@@ -122,29 +147,31 @@ def _as_trained(checkpoint: Path | None, data: ImageSet) -> Normalization | None
     except FlatminimaError:
         return None
     normalization = Normalization("as trained", note.mean, note.std) if note.mean else Normalization.of(data)
-    return normalization if len(normalization.mean) == data.images.shape[1] else None
+    return normalization if len(normalization.mean) == data.channels else None
 
 
-def _guessed(model: nn.Module, data: ImageSet, name: str) -> Normalization:
+def _guessed(model: nn.Module, data: ImageSet | Pictures, name: str) -> Normalization:
     """That of the candidates at which the network fits best: at a minimum, only the right one fits well."""
-    channels = data.images.shape[1]
     some = data.subset(torch.linspace(0, len(data) - 1, min(len(data), _LOOKED_AT)).long())
     losses: dict[Normalization, float] = {}
     for candidate in CANDIDATES:
-        if candidate == "imagenet" and channels != 3:
+        if candidate == "imagenet" and data.channels != 3:
             continue
         normalization = Normalization.named(candidate, data)
         try:
-            losses[normalization] = evaluate(model, NetworkInputs.of(normalization.apply(some), model)).loss
+            inputs = NetworkInputs.of(normalization.apply(some), model)
+            losses[normalization] = evaluate(model, inputs, batch=_BATCH).loss
         except NonFiniteError:  # a network with NaN fits nothing: who measures it says so
             continue
     if not losses:
         return Normalization.of(data)
     best = min(losses, key=losses.__getitem__)
     said = ", ".join(f"{normalization.name} {loss:.3g}" for normalization, loss in losses.items())
+    others = [each.name for each, loss in losses.items() if each is not best and loss < _FITS]
+    doubt = f", but with {' and '.join(others)} it fits as a minimum does, too" if others else ""
     warn(
         f"{name} does not say how its images were normalized: taken is {best}, where its training loss is the smallest "
-        f"({said}); give normalize to be sure",
+        f"({said}){doubt}; give normalize to be sure",
         GuessedNormalizationWarning,
     )
     return replace(best, name=f"{best.name}, a guess")

@@ -312,8 +312,9 @@ class Session:
         return "update" if self.processes.rank == 0 else f"update, process {self.processes.rank}"
 
     def _learning_rate(self) -> float:
-        losses = [record.train_loss for record in self.history]
-        return self.spec.lr * self.spec.schedule.multiplier(self.iteration, self.total_iterations, losses)
+        losses, target = [record.train_loss for record in self.history], self.spec.stop_at_loss
+        fits = [record.fit / target for record in self.history if target is not None and record.fit is not None]
+        return self.spec.lr * self.spec.schedule.multiplier(self.iteration, self.total_iterations, losses, fits)
 
     def backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Set the gradients; return the loss, the number of images classified rightly, and the trace if penalized."""

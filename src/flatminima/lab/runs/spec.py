@@ -12,17 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
+from flatminima.choices import Estimator, MainGradient
 from flatminima.errors import FlatminimaError, require, require_one_of
-from flatminima.lab.data import AUGMENTATIONS
-from flatminima.lab.networks import MODEL_NAMES
+from flatminima.lab.names import AUGMENTATIONS, OWN_NETWORKS
 from flatminima.lab.schema import STRICT, Count, Kinded, below, kind_of, parse, plain, refusing
-from flatminima.lab.storage import digest_of
-from flatminima.regularizer import Estimator, MainGradient
 
 Precision = Literal["32-true", "bf16-mixed", "tf32"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, below(1)]
+Above1 = Annotated[float, Field(gt=1)]
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
 
@@ -50,9 +49,9 @@ class MultiStep(Kinded):
         increasing = all(a < b for a, b in zip((0.0, *self.milestones), (*self.milestones, 1.0), strict=True))
         require(increasing, f"schedule.milestones must increase between 0 and 1, got {self.milestones}")
 
-    def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
-        """The learning rate at ``iteration`` (counted from 0) relative to the initial one."""
-        passed = sum(iteration >= round(milestone * total_iterations) for milestone in self.milestones)
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
+        """The learning rate at ``iteration`` of ``total`` (counted from 0) relative to the initial one."""
+        passed = sum(iteration >= round(milestone * total) for milestone in self.milestones)
         return self.factor**passed
 
 
@@ -71,10 +70,10 @@ class Plateau(Kinded):
     threshold: Fraction = 1e-4
     """Relative decrease of the training loss below its best that counts as an improvement."""
 
-    def multiplier(self, iteration: int, total_iterations: int, epoch_losses: Sequence[float]) -> float:
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
         """The learning rate after epochs with these training losses, relative to the initial one."""
         best, stale, passed = math.inf, 0, 0
-        for loss in epoch_losses:
+        for loss in losses:
             if loss < best * (1 - self.threshold):
                 best, stale = loss, 0
             else:
@@ -82,6 +81,24 @@ class Plateau(Kinded):
             if stale > self.patience:
                 passed, stale = passed + 1, 0
         return self.factor**passed
+
+
+@refusing("schedule")
+@dataclass(frozen=True, config=STRICT)
+class Approach(Kinded):
+    """Multiply the learning rate once the loss that the run stops at is near, so that an epoch does not leap past it.
+
+    Near is what the un-augmented training set's loss says, which ``stop_at_loss`` has computed after every epoch.
+    """
+
+    near: Above1 = 10.0
+    """At how many times ``stop_at_loss`` the learning rate changes, for good."""
+    factor: Positive = 0.2
+    """What it is multiplied by."""
+
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
+        """The learning rate after these ``fits`` (in units of ``stop_at_loss``), relative to the initial one."""
+        return self.factor if any(fit <= self.near for fit in fits) else 1.0
 
 
 @refusing("regularizer")
@@ -168,7 +185,8 @@ class UnitResidualSpec(Kinded):
 
 
 Schedule = Annotated[
-    Annotated[MultiStep, Tag("MultiStep")] | Annotated[Plateau, Tag("Plateau")], Discriminator(kind_of)
+    Annotated[MultiStep, Tag("MultiStep")] | Annotated[Plateau, Tag("Plateau")] | Annotated[Approach, Tag("Approach")],
+    Discriminator(kind_of),
 ]
 Regularizer = Annotated[
     Annotated[RegularizerSpec, Tag("RegularizerSpec")]
@@ -223,7 +241,8 @@ class RunSpec:
     lr: Positive = 0.1
     """Initial learning rate."""
     schedule: Schedule = field(default_factory=MultiStep)
-    """How the learning rate decreases: at fixed fractions of the run, or on a plateau of the training loss."""
+    """How the learning rate decreases: at fixed fractions of the run, on a plateau of the training loss, or near
+    stop_at_loss."""
     momentum: Fraction = 0.9
     """Momentum of stochastic gradient descent."""
     nesterov: bool = False
@@ -244,18 +263,27 @@ class RunSpec:
     """Where the parquet files of `data` lie (None: where its name says); no part of what makes two runs the same."""
 
     def __post_init__(self) -> None:
-        require_one_of("model", self.model, MODEL_NAMES)
+        if self.model not in OWN_NETWORKS:  # whose check needs no torch
+            from flatminima.lab.networks import MODEL_NAMES
+
+            require_one_of("model", self.model, MODEL_NAMES)
         require_one_of("augmentation", self.augmentation, AUGMENTATIONS)
         require(self.data != "", "data must name a data set or a folder, got an empty string")
         require(
             self.epochs is not None or self.iterations is not None,
             "epochs and iterations are both None: give at least one, or the run would never end",
         )
+        require(
+            self.stop_at_loss is not None or not isinstance(self.schedule, Approach),
+            "schedule Approach needs a loss to stop at: set stop_at_loss",
+        )
         require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")
 
     @property
     def key(self) -> str:
         """The run's name: the first 12 hexadecimal digits of the SHA-256 of what makes it equal to another."""
+        from flatminima.lab.storage import digest_of
+
         return digest_of(_canonical(self.identity()).encode())[:_KEY_LENGTH]
 
     def identity(self) -> dict[str, Any]:
@@ -311,6 +339,8 @@ class RunSpec:
 
 def derived_seed(seed: int, purpose: str, index: int) -> int:
     """An independent seed for each purpose and each epoch or iteration."""
+    from flatminima.lab.storage import digest_of
+
     return int(digest_of(f"{seed} {purpose} {index}".encode())[:16], base=16) >> 1
 
 

@@ -1,0 +1,32 @@
+"""A package's face that imports what it shows when that is first looked at (PEP 562), not before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The package's ``__getattr__`` and ``__dir__``.
+
+    Args:
+        package: its name.
+        homes: names to show by the module of the package that defines them; these modules are attributes too.
+    """
+    home_of = {name: module for module, names in homes.items() for name in names}
+
+    def attribute(name: str) -> Any:
+        if name in homes:
+            return import_module(f"{package}.{name}")
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
+        value = getattr(import_module(f"{package}.{home_of[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes, *home_of})
+
+    return attribute, names

@@ -1,7 +1,12 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
 from flatminima.choices import PlainOptions
-from flatminima.measures.catalogue import input_jacobian_norms, robustness_sample_count
+from flatminima.measures.catalogue import (
+    SpectralDensity,
+    input_jacobian_norms,
+    robustness_sample_count,
+    spectral_density,
+)
 from flatminima.measures.comparing import compare
 from flatminima.measures.comparison import Comparison, comparison_of
 from flatminima.measures.evaluation import evaluate
@@ -22,6 +27,7 @@ __all__ = [
     "Selection",
     "Settings",
     "Share",
+    "SpectralDensity",
     "Trial",
     "catalogued",
     "compare",
@@ -32,4 +38,5 @@ __all__ = [
     "measure",
     "robustness_sample_count",
     "selected",
+    "spectral_density",
 ]

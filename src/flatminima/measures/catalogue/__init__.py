@@ -19,14 +19,17 @@ from flatminima.measures.catalogue import robustness
 from flatminima.measures.catalogue import sharpness
 from flatminima.measures.catalogue import pac_bayes
 from flatminima.measures.catalogue import hessian
+from flatminima.measures.catalogue import hessian_density
 from flatminima.measures.catalogue import parameter_norm
 from flatminima.measures.catalogue import initial_distance
 from flatminima.measures.catalogue import spectral_norms
 from flatminima.measures.catalogue import path_norm
 from flatminima.measures.catalogue import heavy_tail
+from flatminima.measures.catalogue.hessian_density import SpectralDensity, spectral_density
 from flatminima.measures.catalogue.robustness import input_jacobian_norms, robustness_sample_count
 
 __all__ = [
+    "SpectralDensity",
     "average_sharpness",
     "coherence",
     "effective_dimension",
@@ -38,6 +41,7 @@ __all__ = [
     "gradient_noise",
     "heavy_tail",
     "hessian",
+    "hessian_density",
     "initial_distance",
     "input_jacobian_norms",
     "margin",
@@ -49,6 +53,7 @@ __all__ = [
     "robustness",
     "robustness_sample_count",
     "sharpness",
+    "spectral_density",
     "spectral_norms",
     "spectral_radius",
     "weight_alignment",

@@ -1,37 +1,19 @@
-"""The Hessian of the loss itself, for networks of any size (the extra ``curvature``).
-
-Products with it are formed by differentiating the gradient once more. curvlinops' own operator differentiates forward
-over PyTorch's ``jacrev``, which with PyTorch 2.13 gives a wrong Hessian where there is a layer normalization. The other
-way, too, some of PyTorch's second derivatives are wrong (weight normalization's); such a matrix is not symmetric, which
-is looked at first.
-"""
+"""The Hessian of the loss itself, for networks of any size (the extra ``curvature``)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import UndefinedMeasureError, first_line
-from flatminima.measures.loss_surface import gradients_with_graph
+from flatminima.measures.hessian_products import hessian_of
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
-from flatminima.torch_compat import eager_stance, graph_of, has_no_derivative, raises_when_differentiated
 
 PRODUCTS = 30
 """Hessian-vector products for the trace; up to so many parameters the whole matrix is formed."""
-
-_PASSES_AT_ONCE = 3
-"""A product takes the memory of so many forward and backward passes, as it goes back through both."""
-
-
-_SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-7}
-"""How far uᵀHv may be from vᵀHu, relative to ‖Hu‖ + ‖Hv‖; rounding makes some 1e-5 and 1e-14 of it."""
 
 
 @catalogued("top eigenvalue of the Hessian", cost="costly", source="Keskar et al. 2017; ARPACK's Lanczos iterations")
@@ -42,7 +24,7 @@ def hessian_top_eigenvalue(trial: Trial) -> float:
         UndefinedMeasureError: without the extra, for networks without a right second derivative, or if the
             iterations fail.
     """
-    with _hessian_of(trial) as hessian:
+    with hessian_of(trial) as hessian:
         if len(hessian) <= PRODUCTS:
             return float(torch.linalg.eigvalsh(hessian.dense())[-1])
         with _extra():
@@ -68,7 +50,7 @@ def hessian_trace(trial: Trial) -> float:
     Raises:
         UndefinedMeasureError: without the extra, or for networks without a right second derivative.
     """
-    with _hessian_of(trial) as hessian:
+    with hessian_of(trial) as hessian:
         if len(hessian) <= PRODUCTS:
             return float(hessian.dense().trace())
         with _extra():
@@ -79,93 +61,9 @@ def hessian_trace(trial: Trial) -> float:
             return float(hutchpp_trace(hessian, PRODUCTS))
 
 
-class _Hessian:
-    """The Hessian of the mean loss of a trial's subset over the trainable parameters, a matrix for vectors on the CPU.
-
-    Where memory holds the whole subset, its gradient is formed once for all products.
-    """
-
-    def __init__(self, trial: Trial) -> None:
-        at_once = max(1, trial.samples_at_once // _PASSES_AT_ONCE)
-        self._trial = dataclasses.replace(trial, samples_at_once=at_once)
-        self._parameters = list(trial.parameters.values())
-        self._sizes = [parameter.numel() for parameter in self._parameters]
-        self._gradient = next(self._gradients()) if at_once >= len(trial.targets) else None
-        self.shape = len(self), len(self)
-        self.dtype, self.device = self._parameters[0].dtype, torch.device("cpu")
-
-    def __len__(self) -> int:
-        return sum(self._sizes)
-
-    def __matmul__(self, vectors: Tensor) -> Tensor:
-        return torch.stack([self.times(vector) for vector in vectors.unbind(1)], 1)
-
-    def require_symmetry(self, generator: torch.Generator) -> None:
-        """Compare uᵀHv with vᵀHu for random u and v, which costs two products.
-
-        Raises:
-            UndefinedMeasureError: if they differ by more than rounding.
-        """
-        u, v = torch.randn(2, len(self), generator=generator, dtype=torch.float64).to(self.dtype)
-        Hu, Hv = self.times(u), self.times(v)
-        difference, size = float(u @ Hv - v @ Hu), float(Hu.norm() + Hv.norm())
-        if abs(difference) > _SYMMETRY[self.dtype] * size:
-            raise UndefinedMeasureError(
-                f"the Hessian that PyTorch gives is not symmetric (by {abs(difference) / size:.1e}), so that some "
-                "layer's second derivative must be wrong; weight normalization's is known to be"
-            )
-
-    def dense(self) -> Tensor:
-        return self @ torch.eye(len(self), dtype=self.dtype)
-
-    def times_array(self, vector: Any) -> Any:
-        return self.times(torch.as_tensor(vector).flatten()).numpy()
-
-    def times(self, vector: Tensor) -> Tensor:
-        """(W,) → (W,)."""
-        parts = torch.split(vector.to(self._parameters[0].device), self._sizes)
-        direction = [part.view_as(parameter) for part, parameter in zip(parts, self._parameters, strict=True)]
-        product = torch.zeros_like(vector)
-        for gradient in self._gradients() if self._gradient is None else [self._gradient]:
-            product += self._derivative(gradient, direction).to(product.device)
-        return product
-
-    def _gradients(self) -> Iterator[tuple[Tensor, ...]]:
-        for gradient in gradients_with_graph(self._trial, self._parameters):
-            if any(raises_when_differentiated(node) for node in graph_of(gradient)):
-                raise _no_second_derivative("a function is marked once_differentiable")
-            yield gradient
-
-    def _derivative(self, gradient: tuple[Tensor, ...], direction: list[Tensor]) -> Tensor:
-        """Of a gradient along a direction."""
-        used = [(part, along) for part, along in zip(gradient, direction, strict=True) if part.requires_grad]
-        outputs, along = [part for part, _ in used], [part for _, part in used]
-        try:
-            products = torch.autograd.grad(
-                outputs, self._parameters, along, retain_graph=self._gradient is not None, materialize_grads=True
-            )
-        except RuntimeError as error:
-            if not has_no_derivative(error):
-                raise
-            raise _no_second_derivative(first_line(error)) from error
-        return torch.cat([product.flatten() for product in products])
-
-
-@contextmanager
-def _hessian_of(trial: Trial) -> Iterator[_Hessian]:
-    with eager_stance(), sdpa_kernel(SDPBackend.MATH):  # compiled calls and fused attention have no second derivative
-        hessian = _Hessian(trial)
-        hessian.require_symmetry(trial.generator())
-        yield hessian
-
-
 @contextmanager
 def _extra() -> Iterator[None]:
     try:
         yield
     except ImportError:
         raise UndefinedMeasureError("it needs curvlinops: pip install 'flatminima[curvature]'") from None
-
-
-def _no_second_derivative(reason: str) -> UndefinedMeasureError:
-    return UndefinedMeasureError(f"an operation of the model has no second derivative: {reason}")

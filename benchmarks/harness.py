@@ -15,12 +15,15 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from flatminima.errors import FlatminimaWarning
 
 RESULTS = Path(__file__).parent / "results"
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # the peers, shared with the tests that check them
@@ -53,6 +56,25 @@ def limits(options: argparse.Namespace) -> dict[str, Any]:
     return {"threads": options.threads, "memory_limit": options.memory_limit, "timeout": options.timeout}
 
 
+def clock_of(clock: str, device: str = "cpu") -> Callable[[], float]:
+    """The time in seconds, once ``device`` has done what it was given."""
+
+    def now() -> float:
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        return CLOCKS[clock]()
+
+    return now
+
+
+@contextlib.contextmanager
+def warnings_ignored() -> Iterator[None]:
+    """Of ours: a network with random weights is no minimum, which matters to no time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FlatminimaWarning)
+        yield
+
+
 def interleaved(
     functions: Mapping[str, Callable[[], object]], repetitions: int, clock: str, device: str = "cpu"
 ) -> dict[str, list[float]]:
@@ -60,12 +82,7 @@ def interleaved(
 
     Every other round runs in reverse order. The functions should have run once before. The clock waits for ``device``.
     """
-
-    def now() -> float:
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        return CLOCKS[clock]()
-
+    now = clock_of(clock, device)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for repetition in range(repetitions):

@@ -350,6 +350,46 @@ def test_compare_pairs_the_same_subsets() -> None:
         comparison.difference("a", "b", "sharpness")
 
 
+class Counted:
+    """Samples, and what was fetched of them."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.fetched = x, y, []
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def fetch(self, indices: list[int] | range) -> tuple[Tensor, Tensor]:
+        self.fetched.append(list(indices))
+        return self.x[list(indices)], self.y[list(indices)]
+
+
+class Overwriting(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.mul_(1.01))
+
+
+def test_compared_models_share_what_is_fetched_and_none_sees_what_another_does_to_it() -> None:
+    model, x, y = minimum()
+    models = {"a": model, "writes": Overwriting(copy.deepcopy(model)), "b": copy.deepcopy(model)}
+    options = {"subset_size": 10, "trials": 3, "progress": False}
+    alone, together = Counted(x, y), Counted(x, y)
+
+    def spoil(trial: Any) -> float:
+        trial.inputs.zero_()
+        return 0.0
+
+    expected = fm.measure(model, alone, **options)
+    found = fm.compare(models, together, measures=("paper", spoil), **options).characterizations
+    assert together.fetched == alone.fetched
+    assert found["a"].log_det_fisher == found["b"].log_det_fisher == expected.log_det_fisher
+    assert found["b"].train_loss == expected.train_loss != found["writes"].train_loss
+
+
 def test_compare_warns_of_unequal_losses_and_names_the_model_that_fails() -> None:
     model, x, y = minimum()
     sharper = copy.deepcopy(model)

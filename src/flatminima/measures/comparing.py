@@ -97,11 +97,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
         progress=progress,
     )
     with processes_together(models.values(), options):
-        samples = samples_of(data)
-        prepared = {}
-        for name, model in models.items():
-            with naming(name):
-                prepared[name] = prepare(model, samples, options)
+        prepared = prepare(models, samples_of(data), options)
 
         def perform(number: int) -> dict[str, TrialValues]:
             performed = {}

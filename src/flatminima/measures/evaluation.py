@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +22,7 @@ from flatminima.network import (
     to_device,
     true_precision,
 )
-from flatminima.parallel import shared
+from flatminima.parallel import Processes, shared
 from flatminima.progress import track
 
 EVALUATION_BATCH = 500
@@ -72,21 +74,48 @@ def evaluate(
         NonFiniteError: if a logit or a loss is NaN or infinite.
         FlatminimaError: for targets or a loss of the wrong kind.
     """
-    losses = torch.empty(len(samples), dtype=torch.float64, device="cpu")
-    correct, classified = 0, False
-    device = device_of(model)
-    with shared(model) as processes, evaluating(model), torch.no_grad(), true_precision():
-        for start in track(range(0, len(samples), batch), "training loss", progress):
-            indices = range(start, min(start + batch, len(samples)))
-            inputs, targets = to_device(processes.attempt(partial(samples.fetch, indices)), device)
-            logits = call_model_without_graph(model, inputs)
-            refuse_non_finite("logits", logits, first=start, why=_why_not_finite(inputs))
-            losses[indices.start : indices.stop] = per_sample_loss(loss, logits, targets)
-            classified = is_single_label(loss, logits)
-            if classified:
-                correct += int((logits.argmax(1) == targets).sum())
-    mean = losses.sum().item() / len(samples)  # summed at the end: the same for batches of any size
-    return Evaluation(mean, correct if classified else None, len(samples))
+    evaluated = Evaluating(model, samples, loss)
+    with evaluated.running():
+        for indices in track(batches(len(samples), batch), "training loss", progress):
+            evaluated.add(indices)
+    return evaluated.result()
+
+
+def batches(samples: int, batch: int) -> list[range]:
+    """All samples by index, ``batch`` at a time."""
+    return [range(start, min(start + batch, samples)) for start in range(0, samples, batch)]
+
+
+class Evaluating:
+    """The evaluation of one model as it grows, batch by batch; arguments and errors as of :func:`evaluate`."""
+
+    def __init__(self, model: nn.Module, samples: Samples, loss: Loss) -> None:
+        self._model, self._samples, self._loss = model, samples, loss
+        self._losses = torch.empty(len(samples), dtype=torch.float64, device="cpu")
+        self._correct, self._classified = 0, False
+        self._processes = Processes()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Batches are added in this block, the model in eval mode."""
+        with shared(self._model) as self._processes, evaluating(self._model), torch.no_grad(), true_precision():
+            yield
+
+    def add(self, indices: range) -> None:
+        """Evaluate the samples at ``indices``."""
+        batch = self._processes.attempt(partial(self._samples.fetch, indices))
+        inputs, targets = to_device(batch, device_of(self._model))
+        logits = call_model_without_graph(self._model, inputs)
+        refuse_non_finite("logits", logits, first=indices.start, why=_why_not_finite(inputs))
+        self._losses[indices.start : indices.stop] = per_sample_loss(self._loss, logits, targets)
+        self._classified = is_single_label(self._loss, logits)
+        if self._classified:
+            self._correct += int((logits.argmax(1) == targets).sum())
+
+    def result(self) -> Evaluation:
+        """Once all samples are added."""
+        mean = self._losses.sum().item() / len(self._losses)  # summed at the end: the same for batches of any size
+        return Evaluation(mean, self._correct if self._classified else None, len(self._losses))
 
 
 def _why_not_finite(inputs: Inputs) -> str:

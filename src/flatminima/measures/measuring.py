@@ -99,7 +99,7 @@ def measure(  # noqa: D417 (the options are explained in one place)
         progress=progress,
     )
     with processes_together([model], options):
-        prepared = prepare(model, samples_of(data), options)
+        (prepared,) = prepare({"": model}, samples_of(data), options).values()
         done = perform_trials(
             partial(perform_trial, prepared),
             trials,

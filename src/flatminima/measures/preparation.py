@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from torch import Tensor, nn
 
-from flatminima.errors import require
+from flatminima.errors import naming, naming_errors, require
 from flatminima.gramian import Checks, Plan, plan_for, trainable_parts, unwrapped
-from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluation, evaluate
+from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluating, Evaluation, batches
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
 from flatminima.measures.plausibility import SAMPLES_LOOKED_AT, constant_outputs, refuse_random, warn_of_implausible
@@ -23,6 +23,7 @@ from flatminima.network import (
     device_of,
     evaluating,
     explained_errors,
+    map_tensors,
     model_inputs,
     take,
     to_device,
@@ -30,6 +31,7 @@ from flatminima.network import (
     undisturbed,
 )
 from flatminima.parallel import Processes, processes_of, shared
+from flatminima.progress import track
 from flatminima.sampling import draw_subsets
 from flatminima.torch_compat import without_checkpoints
 
@@ -73,11 +75,41 @@ class PreparedModel:
         return _fetched(self.model, self.samples, self.subsets[number], self.processes)
 
 
-def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> PreparedModel:
-    """Check a model and its data, evaluate the training loss, and plan how ξ is formed.
+def prepare(models: Mapping[str, nn.Module], samples: Samples, options: MeasureOptions) -> dict[str, PreparedModel]:
+    """Check models and their data, evaluate the training losses in one pass of the data, and plan how ξ is formed.
 
-    Raises and warns of what :func:`~flatminima.measure` does before its first trial.
+    Raises and warns of what :func:`~flatminima.measure` does before its first trial; of several models it names them.
     """
+    if len(models) > 1:
+        samples = SharedSamples(samples)
+    named = naming if len(models) > 1 else nullcontext
+    planned, prepared = {}, {}
+    for name, model in models.items():
+        with named(name):
+            planned[name] = _planned(model, samples, options)
+    train = _training_losses(planned, options)
+    for name, plan in planned.items():
+        with named(name):
+            prepared[name] = _prepared(plan, train[name], options)
+    return prepared
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is known of a model before its training loss is; attributes as of :class:`PreparedModel`."""
+
+    model: nn.Module
+    samples: Samples
+    processes: Processes
+    num_parameters: int
+    subsets: list[list[int]]
+    rows: FisherRows
+    plan: Plan
+    first: tuple[Inputs, Tensor]
+    """The samples of the first trial."""
+
+
+def _planned(model: nn.Module, samples: Samples, options: MeasureOptions) -> _Planned:
     processes = processes_of(unwrapped(model))
     require(
         processes.size == 1 or not options.distributed,
@@ -92,28 +124,67 @@ def prepare(model: nn.Module, samples: Samples, options: MeasureOptions) -> Prep
     rows = FisherRows.of(options.fisher, options.loss, model, inputs)
     _refuse_more_rows_than_parameters(rows, num_parameters, options)
     plan = plan_for(model, rows.of_batch(inputs, targets)[0], memory_budget=options.memory_budget)
-    batch = min(EVALUATION_BATCH, plan.affordable_samples)
-    train = processes.gather(lambda: evaluate(model, samples, options.loss, batch=batch, progress=options.progress))[0]
-    several = min(SAMPLES_LOOKED_AT, plan.chunk, options.subset_size)
+    return _Planned(model, samples, processes, num_parameters, subsets, rows, plan, (inputs, targets))
+
+
+def _training_losses(planned: Mapping[str, _Planned], options: MeasureOptions) -> dict[str, Evaluation]:
+    """Of all models, batch by batch, so that a batch is fetched once."""
+    batch = min(EVALUATION_BATCH, *(of_model.plan.affordable_samples for of_model in planned.values()))
+    named = naming_errors if len(planned) > 1 else nullcontext
+    evaluated = {name: Evaluating(one.model, one.samples, options.loss) for name, one in planned.items()}
+    with ExitStack() as stack:
+        for one in evaluated.values():
+            stack.enter_context(one.running())
+        size = len(next(iter(planned.values())).samples)
+        for indices in track(batches(size, batch), "training loss", options.progress):
+            for name, one in evaluated.items():
+                with named(name):
+                    one.add(indices)
+    return {name: planned[name].processes.gather(one.result)[0] for name, one in evaluated.items()}
+
+
+def _prepared(planned: _Planned, train: Evaluation, options: MeasureOptions) -> PreparedModel:
+    model, (inputs, targets) = planned.model, planned.first
+    several = min(SAMPLES_LOOKED_AT, planned.plan.chunk, options.subset_size)
     logits = _logits(model, inputs, several)
     refuse_random(logits, _logits(model, inputs, several))
     warn_of_implausible(options.loss, take(inputs, slice(several)), targets[:several], logits, train)
-    if options.progress and len(plan.passes) > 1:
-        Console(stderr=True).print(f"plan: {plan}", highlight=False)
+    if options.progress and len(planned.plan.passes) > 1:
+        Console(stderr=True).print(f"plan: {planned.plan}", highlight=False)
     return PreparedModel(
         model,
-        samples,
+        planned.samples,
         options,
-        processes,
-        num_parameters,
-        subsets,
-        rows,
+        planned.processes,
+        planned.num_parameters,
+        planned.subsets,
+        planned.rows,
         train,
-        plan,
+        planned.plan,
         selected(options.measures),
         constant_outputs(logits),
         Checks(),
     )
+
+
+class SharedSamples:
+    """Samples that several models look at in turn: the same ones again are fetched once, and each model has its own."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self._indices: Sequence[int] | None = None
+        self._batch: tuple[Inputs, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
+        """As of the samples."""
+        if self._batch is None or indices != self._indices:
+            self._batch = None  # before there is another, lest memory hold both
+            self._batch, self._indices = self._samples.fetch(indices), indices
+        inputs, targets = self._batch
+        return map_tensors(Tensor.clone, inputs), targets.clone()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
 from flatminima.gramian import gram
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
 from flatminima.measures import Characterization, Comparison, Estimate, compare, comparison_of, measure
+from flatminima.pages.comparison import report
 from flatminima.regularizer import FisherTraceRegularizer
 from flatminima.theory import (
     fia_criterion,
@@ -32,4 +33,5 @@ __all__ = [
     "measure",
     "pac_bayes_bound",
     "pac_bayes_bound_of",
+    "report",
 ]

@@ -16,8 +16,8 @@ PACKAGES = sorted(
     key=len,
     reverse=True,
 )
-OPEN = ("flatminima.lab", "flatminima.integrations")
-"""Packages whose files are their face: what they hold has little in common."""
+OPEN = ("flatminima.lab", "flatminima.integrations", "flatminima.pages")
+"""Packages whose files are their face: what they hold, or need, has little in common."""
 FILES = [path for folder in ("src", "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
 
 OTHERS_PRIVATE_NAMES = {

@@ -14,7 +14,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from flatminima.lab.experiments import SHORT_NAMES, RankCorrelation, Summary, read_summaries
-from flatminima.lab.reports import Picture, failure_lines, figures, progress_line, tables
+from flatminima.lab.reports import failure_lines, figures, progress_line, tables
+from flatminima.pages.drawing import Picture
 from flatminima.tables import Table, markdown_text
 
 ROOT = Path(__file__).parents[2]

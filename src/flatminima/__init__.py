@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from flatminima.gramian import gram
     from flatminima.losses import BinaryCrossEntropy, CrossEntropy
     from flatminima.measures import Characterization, Comparison, Estimate, compare, comparison_of, measure
+    from flatminima.pages.comparison import report
     from flatminima.regularizer import FisherTraceRegularizer
     from flatminima.theory import (
         fia_criterion,
@@ -28,6 +29,9 @@ else:  # the command line answers `--help` without torch
             "losses": ("BinaryCrossEntropy", "CrossEntropy"),
             "measures": ("Characterization", "Comparison", "Estimate", "compare", "comparison_of", "measure"),
             "network": (),
+            "pages": (),
+            "pages.comparison": ("report",),
+            "palette": (),
             "parallel": (),
             "progress": (),
             "regularizer": ("FisherTraceRegularizer",),
@@ -63,4 +67,5 @@ __all__ = [
     "measure",
     "pac_bayes_bound",
     "pac_bayes_bound_of",
+    "report",
 ]

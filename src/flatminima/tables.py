@@ -87,7 +87,7 @@ class Table:
     Attributes:
         title: stands above it.
         header: as long as a row; the first heading is that of the rows' names.
-        rows: a name and its cells. A cell may have several lines; they are lines on the terminal alone.
+        rows: a name and its cells. A cell may have several lines, on the terminal and on pages.
         caption: stands below it: how the numbers were obtained.
         rules: numbers of the rows above which there is a line.
     """

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError
-from flatminima.measures.plots import PRINT
+from flatminima.palette import PARTS, SERIES, VARIABLES
 from support.results import TRIALS, characterization, comparison
 
 ODD = "a$b$ [/] _x^2"
@@ -69,7 +69,7 @@ def test_differences_are_to_the_reference_with_their_intervals() -> None:
     both = three()
     axes = both.plot("differences", measure="log_det_fisher")
     assert both.reference == ODD
-    assert axes.get_xlabel() == f"difference to {ODD}, 95 % interval"
+    assert axes.get_xlabel() == f"difference to {ODD}\n(95 % intervals)"
     assert rows_of(axes) == ["plain", "third"]
     difference = both.difference("plain", ODD)
     bars = axes.collections[0].get_segments()
@@ -121,9 +121,10 @@ def test_shades_differ_in_grey() -> None:
     def grey(colour: str) -> float:
         return float(np.dot(mpl.colors.to_rgb(colour), (0.299, 0.587, 0.114)))
 
-    for colours in (PRINT.parts, PRINT.series):
+    for colours in (PARTS, SERIES):
         shades = sorted(map(grey, colours))
         assert min(np.diff(shades)) > 0.06
+    assert len(VARIABLES) == 10
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from flatminima.measures.results import (
     values_in,
 )
 from flatminima.measures.tables import comparison_table, comparison_tables
-from flatminima.tables import rendered
+from flatminima.tables import Table, rendered
 
 if TYPE_CHECKING:  # extras
     from matplotlib.axes import Axes
@@ -252,8 +252,12 @@ class Comparison:
             return plotted_differences(self, measure, ax)
         return plotted(self.characterizations, kind, measure or "log_det_fisher", ax)
 
+    def tables(self) -> list[Table]:
+        """What is printed, as tables with ``markdown()``, ``latex()`` and ``html()``."""
+        return comparison_tables(self)
+
     def __rich__(self) -> Group:
-        return Group(*comparison_tables(self))
+        return Group(*self.tables())
 
     def __str__(self) -> str:
         return rendered(self)
@@ -263,7 +267,7 @@ class Comparison:
         return f"<Comparison of {len(self)} minima: {minima}>"
 
     def _repr_html_(self) -> str:
-        return "".join(table.html() for table in comparison_tables(self))
+        return "".join(table.html() for table in self.tables())
 
 
 def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparison:

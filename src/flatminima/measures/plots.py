@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from flatminima.errors import FlatminimaError, did_you_mean, require_one_of
 from flatminima.measures.registry import label_of
 from flatminima.measures.results import Characterization, Estimate
+from flatminima.palette import INK, PAPER, PARTS, SERIES
 
 if TYPE_CHECKING:  # comparisons draw themselves by these functions
     from flatminima.measures.comparison import Comparison
@@ -27,26 +27,6 @@ MODULES = 16
 """Rows of a picture of shares, at most: modules are joined under their parents until they are no more."""
 
 
-@dataclass(frozen=True)
-class Colours:
-    """What is drawn in which colour.
-
-    Attributes:
-        ink: of what is to be seen first.
-        muted: of zero lines and frames.
-        parts: of residual, sensitivity and diversity, from light to dark.
-        series: of minima, one after the other; markers differ too.
-    """
-
-    ink: str = "#1a1a1a"
-    muted: str = "#8a8a8a"
-    parts: tuple[str, str, str] = ("#d5dbe3", "#5b9bd5", "#1f3b63")
-    series: tuple[str, ...] = ("#1f3b63", "#d9822b", "#2e8b70")
-
-
-PRINT = Colours()
-"""On white paper."""
-
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", ":", "-.")
 HATCHES = ("////", "", "")
@@ -54,6 +34,8 @@ HATCHES = ("////", "", "")
 
 _STYLE: Any = {
     "font.size": 8,
+    "text.color": INK,
+    "axes.labelcolor": INK,
     "axes.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -101,48 +83,46 @@ def _drawn(draw: Callable[[Axes], None], rows: float, ax: Axes | None) -> Axes:
     return axes
 
 
-def draw_parts(axes: Axes, minima: Minima, colours: Colours = PRINT) -> None:
+def draw_parts(axes: Axes, minima: Minima) -> None:
     """γ̂ as a bar for every minimum: what lowers it to the left of zero, what raises it to the right, and their sum."""
     names = [name for name, c in minima.items() if c.residual is not None]
     if not names:
         raise FlatminimaError("with batch statistics γ̂ has no parts: measure with batchnorm='eval'")
     left, right = np.zeros(len(names)), np.zeros(len(names))
-    for part, colour, hatch in zip(("residual", "sensitivity", "diversity"), colours.parts, HATCHES, strict=True):
+    for part, colour, hatch in zip(("residual", "sensitivity", "diversity"), PARTS, HATCHES, strict=True):
         values = np.array([getattr(minima[name], part).mean for name in names])
         start = np.where(values < 0, left, right)
-        axes.barh(
-            range(len(names)), values, 0.55, start, color=colour, hatch=hatch, edgecolor=colours.ink, lw=0.5, label=part
-        )
+        axes.barh(range(len(names)), values, 0.55, start, color=colour, hatch=hatch, edgecolor=INK, lw=0.5, label=part)
         left, right = left + np.minimum(values, 0), right + np.maximum(values, 0)
     gammas = [minima[name].log_det_fisher for name in names]
     axes.errorbar(
         [gamma.mean for gamma in gammas],
         range(len(names)),
         xerr=[_or_zero(gamma.standard_error) for gamma in gammas],
-        **_mark("D", colours.ink),
+        **_mark("D", INK),
         label="sum",
     )
-    axes.axvline(0, color=colours.ink, lw=0.6)
+    axes.axvline(0, color=INK, lw=0.6)
     _name_rows(axes, [_with_value(name, gamma) for name, gamma in zip(names, gammas, strict=True)])
     axes.set_xlabel(r"$\hat{\gamma}$ and its parts (nats)", parse_math=True)
     _legend(axes, {3: r"their sum, $\hat{\gamma}$"})
 
 
-def draw_trials(axes: Axes, minima: Minima, measure: str, colours: Colours = PRINT) -> None:
+def draw_trials(axes: Axes, minima: Minima, measure: str) -> None:
     """Every trial's value as a point, and the mean with its standard error."""
     estimates = {name: _estimate_of(c, measure) for name, c in minima.items()}
     jitter = np.random.default_rng(0)
     for row, estimate in enumerate(estimates.values()):
         heights = row + jitter.uniform(-0.22, 0.22, len(estimate.per_trial))
-        axes.plot(estimate.per_trial, heights, ".", color=colours.series[0], alpha=0.35, ms=4, mew=0)
-        axes.errorbar(estimate.mean, row, xerr=_or_zero(estimate.standard_error), **_mark("D", colours.ink))
+        axes.plot(estimate.per_trial, heights, ".", color=SERIES[0], alpha=0.35, ms=4, mew=0)
+        axes.errorbar(estimate.mean, row, xerr=_or_zero(estimate.standard_error), **_mark("D", INK))
     _name_rows(axes, [_with_value(name, estimate) for name, estimate in estimates.items()])
     axes.set_xlabel(_label(measure), parse_math=True)
 
 
-def draw_spectrum(axes: Axes, minima: Minima, colours: Colours = PRINT) -> None:
+def draw_spectrum(axes: Axes, minima: Minima) -> None:
     """The eigenvalues of ξ, the largest first."""
-    for (name, c), style in zip(minima.items(), _series_styles(colours), strict=False):
+    for (name, c), style in zip(minima.items(), _series_styles(), strict=False):
         ranks = np.arange(1, len(c.spectrum) + 1)
         positive = np.array(c.spectrum) > 0
         axes.semilogy(
@@ -162,12 +142,12 @@ def draw_spectrum(axes: Axes, minima: Minima, colours: Colours = PRINT) -> None:
         _legend(axes)
 
 
-def draw_shares(axes: Axes, minima: Minima, colours: Colours = PRINT) -> None:
+def draw_shares(axes: Axes, minima: Minima) -> None:
     """How much of the Fisher trace lies in which module, in the model's order from top to bottom."""
     shares = {name: c.shares_by_module(MODULES) for name, c in minima.items()}
     modules = list(dict.fromkeys(module for found in shares.values() for module in found))
     offsets = np.linspace(-0.18, 0.18, len(shares)) if len(shares) > 1 else [0.0]
-    for (name, found), style, offset in zip(shares.items(), _series_styles(colours), offsets, strict=False):
+    for (name, found), style, offset in zip(shares.items(), _series_styles(), offsets, strict=False):
         rows = np.array([row for row, module in enumerate(modules) if module in found])
         values = 100 * np.array(list(found.values()))
         axes.hlines(rows + offset, 0, values, color=style["colour"], lw=1.2)
@@ -179,24 +159,22 @@ def draw_shares(axes: Axes, minima: Minima, colours: Colours = PRINT) -> None:
         _legend(axes)
 
 
-def draw_differences(
-    axes: Axes, comparison: Comparison, measures: Sequence[str] | None = None, colours: Colours = PRINT
-) -> None:
+def draw_differences(axes: Axes, comparison: Comparison, measures: Sequence[str] | None = None) -> None:
     """Paired differences to the reference with 95 % intervals, by one or two measures."""
     reference = comparison.reference
     names = [name for name in comparison if name != reference]
     unit = all(comparison[name].log_det_unit_fisher is not None for name in comparison)
     chosen = measures or ["log_det_fisher", *(["log_det_unit_fisher"] if unit else [])]
     offsets = [0.0] if len(chosen) == 1 else [-0.15, 0.15]
-    for measure, offset, colour, marker in zip(chosen, offsets, colours.series, MARKERS, strict=False):
+    for measure, offset, colour, marker in zip(chosen, offsets, SERIES, MARKERS, strict=False):
         found = [comparison.difference(name, reference, measure) for name in names]
         means = np.array([estimate.mean for estimate in found])
         ends = np.array([_interval(estimate) for estimate in found]).T
         rows = np.arange(len(names)) + offset
         axes.errorbar(means, rows, xerr=np.abs(ends - means), **_mark(marker, colour), label=_label(measure))
-    axes.axvline(0, color=colours.ink, lw=0.8)
+    axes.axvline(0, color=INK, lw=0.8)
     _name_rows(axes, names)
-    axes.set_xlabel(f"difference to {reference}, 95 % interval", parse_math=False)
+    axes.set_xlabel(f"difference to {reference}\n(95 % intervals)", parse_math=False, loc="right")
     if len(chosen) > 1:
         _legend(axes, {number: _label(measure) for number, measure in enumerate(chosen)})
     else:
@@ -225,13 +203,13 @@ def _estimate_of(c: Characterization, measure: str) -> Estimate:
 
 def _mark(marker: str, colour: str) -> dict[str, Any]:
     """A filled marker with its bar."""
-    return {"fmt": marker, "ms": 4, "color": colour, "mec": "white", "mew": 0.5, "elinewidth": 1, "capsize": 2}
+    return {"fmt": marker, "ms": 4, "color": colour, "mec": PAPER, "mew": 0.5, "elinewidth": 1, "capsize": 2}
 
 
-def _series_styles(colours: Colours) -> Iterator[dict[str, str]]:
+def _series_styles() -> Iterator[dict[str, str]]:
     for number in itertools.count():
         yield {
-            "colour": colours.series[number % len(colours.series)],
+            "colour": SERIES[number % len(SERIES)],
             "marker": MARKERS[number % len(MARKERS)],
             "line": LINES[number % len(LINES)],
         }

@@ -18,7 +18,7 @@ from flatminima.choices import Fisher
 from flatminima.errors import FlatminimaError, needing, require
 from flatminima.measures.registry import in_table_order
 from flatminima.measures.tables import characterization_table, characterization_tables, shares_by_module
-from flatminima.tables import rendered, rounded
+from flatminima.tables import Table, rendered, rounded
 
 if TYPE_CHECKING:  # extras
     from matplotlib.axes import Axes
@@ -268,8 +268,12 @@ class Characterization:
             from flatminima.measures.plots import plotted
         return plotted({"": self}, kind, measure, ax)
 
+    def tables(self) -> list[Table]:
+        """What is printed, as tables with ``markdown()``, ``latex()`` and ``html()``."""
+        return characterization_tables(self)
+
     def __rich__(self) -> Group:
-        return Group(*characterization_tables(self))
+        return Group(*self.tables())
 
     def __str__(self) -> str:
         return rendered(self)
@@ -281,7 +285,7 @@ class Characterization:
         )
 
     def _repr_html_(self) -> str:
-        return "".join(table.html() for table in characterization_tables(self))
+        return "".join(table.html() for table in self.tables())
 
 
 @dataclass(frozen=True)

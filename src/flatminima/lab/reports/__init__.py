@@ -1,7 +1,6 @@
 """What experiments show, as tables, figures, pages and a live view."""
 
 from flatminima.lab.reports.evidence import evidence_table, write_evaluation
-from flatminima.lab.reports.figures import Picture
 from flatminima.lab.reports.live import watch
 from flatminima.lab.reports.pages import (
     counted,
@@ -15,7 +14,6 @@ from flatminima.lab.reports.pages import (
 )
 
 __all__ = [
-    "Picture",
     "counted",
     "duration",
     "evidence_table",

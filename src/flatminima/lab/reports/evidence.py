@@ -10,7 +10,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from flatminima.lab.experiments import number
-from flatminima.lab.reports.figures import Picture, intervals, picture, write_page
+from flatminima.lab.reports.figures import intervals
+from flatminima.pages.drawing import Picture, picture
+from flatminima.pages.writing import write_page
 from flatminima.protocols import RESAMPLES, Evaluation, Evidence, Finding
 from flatminima.tables import Table
 
@@ -68,6 +70,7 @@ def write_evaluation(evaluation: Evaluation, path: Path, *, source: str) -> None
     write_page(
         path,
         "evaluation.html.j2",
+        package="flatminima.lab.reports",
         evaluation=evaluation,
         source=source,
         conclusions=evaluation.conclusions(),

@@ -32,7 +32,9 @@ from flatminima.lab.experiments import (
     write_ledger,
 )
 from flatminima.lab.reports.evidence import evidence_table
-from flatminima.lab.reports.figures import Picture, band, lines, picture, write_page
+from flatminima.lab.reports.figures import band, lines
+from flatminima.pages.drawing import Picture, picture
+from flatminima.pages.writing import write_page
 from flatminima.tables import Table, markdown_text
 
 _SHOWN_OF_A_SEARCH = 10
@@ -116,6 +118,7 @@ def write_reports(summaries: Sequence[Summary], stem: Path, *, heading: str, lea
     write_page(
         stem.with_suffix(".html"),
         "experiments.html.j2",
+        package="flatminima.lab.reports",
         sections=sections,
         heading=heading,
         lead=lead,

@@ -29,7 +29,7 @@ extensions = [
     "extensions.public_names",
     "extensions.records",
 ]
-exclude_patterns = ["_build", "extensions", "sg_execution_times.rst", "gallery/sg_execution_times.rst"]
+exclude_patterns = ["_build", "extensions"]
 
 html_theme = "furo"
 html_title = f"flatminima {release}"
@@ -78,7 +78,7 @@ sphinx_gallery_conf = {
     "capture_repr": (),
     "download_all_examples": False,
     "show_memory": False,
-    "min_reported_time": 10_000,
+    "write_computation_times": False,
     "remove_config_comments": True,
     "reset_modules": ("matplotlib",),
     "matplotlib_animations": False,

@@ -2,8 +2,9 @@
 
 from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
 from flatminima.gramian import gram
+from flatminima.loss_landscape import Landscape, landscape
 from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-from flatminima.measures import Characterization, Comparison, Estimate, compare, measure
+from flatminima.measures import Characterization, Comparison, Estimate, MeasureOptions, compare, measure
 from flatminima.regularizer import FisherTraceRegularizer
 from flatminima.theory import (
     fia_criterion,
@@ -12,6 +13,7 @@ from flatminima.theory import (
     pac_bayes_bound,
     pac_bayes_bound_of,
 )
+from flatminima.tracking import Tracker
 
 __all__ = [
     "BinaryCrossEntropy",
@@ -20,6 +22,9 @@ __all__ = [
     "CrossEntropy",
     "Estimate",
     "FisherTraceRegularizer",
+    "Landscape",
+    "MeasureOptions",
+    "Tracker",
     "compare",
     "exact_fisher",
     "exact_gamma",
@@ -28,6 +33,7 @@ __all__ = [
     "fia_criterion_of",
     "gamma_from_subsets",
     "gram",
+    "landscape",
     "measure",
     "pac_bayes_bound",
     "pac_bayes_bound_of",

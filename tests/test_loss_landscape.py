@@ -17,7 +17,6 @@ from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.measures import evaluate
 from flatminima.network import samples_of
 
-
 STEPS = 5
 
 

@@ -77,7 +77,7 @@ class FisherTraceMixin:
 
 
 class MeasureCallback(TrainerCallback):  # type: ignore[misc]
-    """Measures the network at the ends of epochs: ``trainer.add_callback(MeasureCallback(trainer, Tracker(train_set)))``.
+    """Measures the network after epochs: ``trainer.add_callback(MeasureCallback(trainer, Tracker(train_set)))``.
 
     Logged as ``flatminima/...`` by ``trainer.log``. With several processes all measure, and get the same.
 

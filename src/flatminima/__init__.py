@@ -7,8 +7,17 @@ from flatminima.faces import on_demand
 if TYPE_CHECKING:
     from flatminima.exact import exact_fisher, exact_gamma, exact_hessian
     from flatminima.gramian import gram
+    from flatminima.loss_landscape import Landscape, landscape
     from flatminima.losses import BinaryCrossEntropy, CrossEntropy
-    from flatminima.measures import Characterization, Comparison, Estimate, compare, comparison_of, measure
+    from flatminima.measures import (
+        Characterization,
+        Comparison,
+        Estimate,
+        MeasureOptions,
+        compare,
+        comparison_of,
+        measure,
+    )
     from flatminima.pages.comparison import report
     from flatminima.regularizer import FisherTraceRegularizer
     from flatminima.theory import (
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
         pac_bayes_bound,
         pac_bayes_bound_of,
     )
+    from flatminima.tracking import Tracker
 else:  # the command line answers `--help` without torch
     __getattr__, __dir__ = on_demand(
         __name__,
@@ -26,8 +36,17 @@ else:  # the command line answers `--help` without torch
             "exact": ("exact_fisher", "exact_gamma", "exact_hessian"),
             "files": (),
             "gramian": ("gram",),
+            "loss_landscape": ("Landscape", "landscape"),
             "losses": ("BinaryCrossEntropy", "CrossEntropy"),
-            "measures": ("Characterization", "Comparison", "Estimate", "compare", "comparison_of", "measure"),
+            "measures": (
+                "Characterization",
+                "Comparison",
+                "Estimate",
+                "MeasureOptions",
+                "compare",
+                "comparison_of",
+                "measure",
+            ),
             "network": (),
             "pages": (),
             "pages.comparison": ("report",),
@@ -45,6 +64,7 @@ else:  # the command line answers `--help` without torch
                 "pac_bayes_bound_of",
             ),
             "torch_compat": (),
+            "tracking": ("Tracker",),
         },
     )
 
@@ -55,6 +75,9 @@ __all__ = [
     "CrossEntropy",
     "Estimate",
     "FisherTraceRegularizer",
+    "Landscape",
+    "MeasureOptions",
+    "Tracker",
     "compare",
     "comparison_of",
     "exact_fisher",
@@ -64,6 +87,7 @@ __all__ = [
     "fia_criterion_of",
     "gamma_from_subsets",
     "gram",
+    "landscape",
     "measure",
     "pac_bayes_bound",
     "pac_bayes_bound_of",

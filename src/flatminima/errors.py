@@ -76,6 +76,10 @@ class SingularTrialWarning(FlatminimaWarning):
     """Trials with a singular ξ were left out of ln det ξ, as asked for."""
 
 
+class UntrackedEpochWarning(FlatminimaWarning):
+    """A network could not be measured as it was at the end of an epoch; training goes on."""
+
+
 class ShuffledLoaderWarning(FlatminimaWarning):
     """A loader's own order or sampler was ignored; subsets are drawn by index from its data set."""
 

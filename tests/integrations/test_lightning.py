@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from flatminima import MeasureOptions, Tracker, measure
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from support.lazily import Lazily, needs
@@ -231,3 +232,79 @@ def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "flatminima.integrations.lightning", raising=False)
     with pytest.raises(FlatminimaError, match=r"pip install 'flatminima\[integrations\]'"):
         import flatminima.integrations.lightning  # noqa: F401
+
+
+@functools.cache
+def logging_module_type() -> Any:
+    class Logging(lightning.LightningModule):
+        """Validates, and has a forward of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(SEED)
+            self.network = mlp()
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.network(inputs)
+
+        def training_step(self, batch: Any) -> torch.Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any) -> None:
+            self.log("validation_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Logging
+
+
+@functools.cache
+def logger_type() -> Any:
+    class Logger(lightning.loggers.logger.DummyLogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: dict[str, float] = {}
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.seen |= metrics
+
+    return Logger
+
+
+def tracked_run(callback: Any, module: Any, **arguments: Any) -> Any:
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=4, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[] if callback is None else [callback], **arguments,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data(), batch_size=8), DataLoader(data(), batch_size=48))
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")  # `measure` itself gives it
+def test_measures_are_tracked_and_logged_and_change_nothing() -> None:
+    options = MeasureOptions(subset_size=12, trials=2, progress=False)
+    callback, logger = integration.MeasureCallback(Tracker(data(), options, every=2)), logger_type()()
+    module, untracked = logging_module_type()(), logging_module_type()()
+    tracked_run(callback, module, logger=logger)
+    tracked_run(None, untracked, logger=False)
+    first, last = callback.tracker.epochs
+    assert (first.epoch, last.epoch) == (2, 4)
+    expected = measure(untracked, data(), subset_size=12, trials=2, progress=False).to_metrics()
+    assert last.measures == expected
+    assert logger.seen["flatminima/sensitivity"] == pytest.approx(expected["sensitivity"], rel=1e-6)
+    assert last.others["validation_loss"] < first.others["validation_loss"]
+    assert logger.seen["validation_loss"] == pytest.approx(last.others["validation_loss"])
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")  # `measure` itself gives it
+def test_a_part_of_the_module_can_be_tracked() -> None:
+    callback = integration.MeasureCallback(
+        Tracker(data(), MeasureOptions(subset_size=12, trials=2, progress=False), every=4),
+        network=lambda module: module.network,
+        log=False,
+    )
+    module = logging_module_type()()
+    tracked_run(callback, module, logger=False)
+    expected = measure(module.network, data(), subset_size=12, trials=2, progress=False).to_metrics()
+    assert callback.tracker.epochs[0].measures == expected

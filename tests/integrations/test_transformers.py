@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from flatminima import CrossEntropy, MeasureOptions, Tracker, measure
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from support.lazily import Lazily, needs
@@ -151,3 +152,33 @@ def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "flatminima.integrations.transformers", raising=False)
     with pytest.raises(FlatminimaError, match=r"pip install 'flatminima\[integrations\]'"):
         import flatminima.integrations.transformers  # noqa: F401
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")  # `measure` itself gives it
+def test_measures_are_tracked_and_logged_and_change_nothing(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    sentences = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(16, (24, 12), generator=generator)]
+    options = MeasureOptions(loss=CrossEntropy(next_token=True), subset_size=4, trials=2, progress=False)
+    arguments = {
+        "use_cpu": True, "report_to": [], "disable_tqdm": True, "num_train_epochs": 2, "save_strategy": "no",
+        "per_device_train_batch_size": 8,
+    }  # fmt: skip
+
+    def trained(tracker: Tracker | None) -> Any:
+        trainer = transformers.Trainer(
+            tiny_model(), transformers.TrainingArguments(str(tmp_path), **arguments), train_dataset=sentences
+        )
+        if tracker is not None:
+            trainer.add_callback(integration.MeasureCallback(trainer, tracker))
+        trainer.train()
+        return trainer
+
+    tracker = Tracker(sentences, options)
+    log = trained(tracker).state.log_history
+    expected = measure(
+        trained(None).model, sentences, loss=options.loss, subset_size=4, trials=2, progress=False
+    ).to_metrics()
+    assert [tracked.epoch for tracked in tracker.epochs] == [1, 2]
+    assert tracker.epochs[-1].measures == expected
+    logged = [entry["flatminima/sensitivity"] for entry in log if "flatminima/sensitivity" in entry]
+    assert logged == [tracked.measures["sensitivity"] for tracked in tracker.epochs]

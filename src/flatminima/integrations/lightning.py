@@ -1,18 +1,19 @@
-"""The regularizer in Lightning's Trainer, as a callback."""
+"""The regularizer and the tracker in Lightning's Trainer, as callbacks."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.network import tensors_of
 from flatminima.regularizer import FisherTraceRegularizer, Penalty, SeveralBatches
+from flatminima.tracking import Tracker
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -92,6 +93,36 @@ class FisherTraceCallback(Callback):
         if self._log and self.regularizer is not None and trainer.global_step % every == 0:
             found = self.regularizer.diagnostics()
             pl_module.log_dict({f"fisher_trace/{name}": value for name, value in found.items()})
+
+
+class MeasureCallback(Callback):
+    """Measures the network while it trains: ``Trainer(callbacks=[MeasureCallback(Tracker(train_set, every=5))])``.
+
+    At the end of a training epoch, after its validation. Logged as ``flatminima/...``; the Trainer's own metrics of the
+    epoch are kept beside the measures. With several processes all measure, and get the same.
+
+    Args:
+        tracker: what it measures on, how, and how often: a :class:`flatminima.Tracker`.
+        network: what of the module is measured, from inputs to logits (None: the module itself, by its ``forward``).
+        log: log the measures, to whatever logger the Trainer has.
+
+    Raises:
+        FlatminimaError: as the tracker does, at the end of the first epoch that is due.
+    """
+
+    def __init__(
+        self, tracker: Tracker, *, network: Callable[[LightningModule], nn.Module] | None = None, log: bool = True
+    ) -> None:
+        self.tracker = tracker
+        self._network, self._log = network, log
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, if it is time."""
+        network = pl_module if self._network is None else self._network(pl_module)
+        known = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        measured = self.tracker(network, trainer.current_epoch + 1, **known)
+        if measured is not None and self._log:
+            pl_module.log_dict({f"flatminima/{name}": measured[name] for name in measured.keys() - known.keys()})
 
 
 def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The regularizer in the Trainer of Hugging Face Transformers."""
+"""The regularizer and the tracker in the Trainer of Hugging Face Transformers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer import FisherTraceRegularizer
+from flatminima.tracking import Tracker
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 except ImportError as error:
     raise FlatminimaError(
         "flatminima.integrations.transformers needs Transformers and Accelerate: pip install 'flatminima[integrations]'"
@@ -73,6 +74,30 @@ class FisherTraceMixin:
         if "loss" in logs:
             logs = {**logs, **self.regularizer.diagnostics()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+class MeasureCallback(TrainerCallback):
+    """Measures the network after epochs: ``trainer.add_callback(MeasureCallback(trainer, Tracker(train_set)))``.
+
+    Logged as ``flatminima/...`` by ``trainer.log``. With several processes all measure, and get the same.
+
+    Args:
+        trainer: which logs.
+        tracker: what it measures on, how, and how often: a :class:`flatminima.Tracker`.
+
+    Raises:
+        FlatminimaError: as the tracker does, at the end of the first epoch that is due.
+    """
+
+    def __init__(self, trainer: Trainer, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self._trainer = trainer
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, if it is time."""
+        measured = self.tracker(kwargs["model"], round(state.epoch))
+        if measured is not None:
+            self._trainer.log({f"flatminima/{name}": value for name, value in measured.items()})
 
 
 def _items(trainer: Any, batch: Any) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""The measures of a network while it trains: the same subsets every time, within a share of the time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import torch.distributed as dist
+from torch import nn
+
+from flatminima.errors import (
+    FlatminimaError,
+    NonFiniteError,
+    NotAMinimumWarning,
+    RankDeficientError,
+    UntrackedEpochWarning,
+    one_line,
+    require,
+    require_integer,
+    require_number,
+    warn,
+)
+from flatminima.files import write_file
+from flatminima.measures import Characterization, MeasureOptions, measure
+from flatminima.network import Data
+from flatminima.parallel import Processes
+
+
+@dataclass(frozen=True)
+class TrackedEpoch:
+    """What was measured at the end of an epoch.
+
+    Attributes:
+        epoch: counted from 1; 0 is before training.
+        seconds: that measuring took.
+        measures: as :meth:`flatminima.Characterization.to_metrics` names them.
+        others: numbers that the caller added, such as a validation error.
+    """
+
+    epoch: int
+    seconds: float
+    measures: dict[str, float]
+    others: dict[str, float] = field(default_factory=dict)
+
+
+class Tracker:
+    """Measures a network at the end of epochs: a line in a training loop.
+
+    Every measurement takes the same subsets, so that epochs can be compared. A network that still trains is no minimum:
+    :class:`~flatminima.errors.NotAMinimumWarning` is not given, and the training loss stands beside the measures. Where
+    a network cannot be measured (NaN, a singular ξ) the epoch is left out with a warning, and training goes on.
+
+    Args:
+        data: as for :func:`flatminima.measure`: the un-augmented training set.
+        options: how to measure; by default 10 trials.
+        every: measure after every so many epochs.
+        time_share: measure only as long as all measuring takes at most this share of the time since the tracker was
+            made, judged by what the last measurement took; epochs that would cost more are left out. The first due
+            epoch is always measured. None: no limit.
+        path: a file that holds every epoch as a line of JSON, so that nothing is lost. If it exists the tracker goes on
+            from it: an epoch that is measured again takes the place of the former.
+
+    Attributes:
+        epochs: a :class:`TrackedEpoch` for every epoch that was measured, in order.
+        left_out: the epochs that were due and not measured, to keep to ``time_share``.
+
+    Raises:
+        FlatminimaError: for arguments out of range, or a file that no tracker wrote.
+
+    Example:
+        >>> import torch, flatminima
+        >>> inputs, targets = torch.randn(60, 5), torch.arange(60) % 3
+        >>> model = torch.nn.Linear(5, 3)
+        >>> tracker = flatminima.Tracker((inputs, targets), flatminima.MeasureOptions(trials=2, subset_size=10))
+        >>> metrics = tracker(model, epoch=1, validation_error=0.5)
+        >>> metrics["validation_error"], "sensitivity" in metrics, len(tracker.epochs)
+        (0.5, True, 1)
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        options: MeasureOptions | None = None,
+        *,
+        every: int = 1,
+        time_share: float | None = None,
+        path: str | Path | None = None,
+    ) -> None:
+        require_integer("every", every)
+        require(every >= 1, f"every must be at least 1, got {every}")
+        if time_share is not None:
+            require_number("time_share", time_share)
+            require(0 < time_share < 1, f"time_share must lie between 0 and 1, got {time_share}")
+        self._data = data
+        self._options = MeasureOptions(trials=10, progress=False) if options is None else options
+        self._every, self._time_share = every, time_share
+        self._path = None if path is None else Path(path)
+        self.epochs = read_epochs(self._path) if self._path is not None and self._path.exists() else []
+        self.left_out: list[int] = []
+        self._start, self._measuring, self._last = perf_counter(), 0.0, 0.0
+
+    def __call__(self, model: nn.Module, epoch: int, **others: float) -> dict[str, float] | None:
+        """Measure ``model`` at the end of ``epoch`` if it is due and the time allows; the model is left as it was.
+
+        Of several processes (DDP, FSDP2) all call, and the first one's clock decides for all.
+
+        Args:
+            model: as for :func:`flatminima.measure`.
+            epoch: how many have been trained.
+            **others: numbers to keep beside the measures, such as a validation error.
+
+        Returns:
+            The measures with ``others``, for any logger, or None if nothing was measured.
+
+        Raises:
+            FlatminimaError: for data, options or a model that :func:`flatminima.measure` refuses.
+
+        Warns:
+            UntrackedEpochWarning: if the network as it is now cannot be measured.
+        """
+        require_integer("epoch", epoch)
+        if epoch % self._every:
+            return None
+        processes = Processes.all() if dist.is_available() and dist.is_initialized() else Processes()
+        if not processes.first(self._affordable):
+            self.left_out.append(epoch)
+            return None
+        before = perf_counter()
+        try:
+            found = self._measured(model)
+        except (NonFiniteError, RankDeficientError) as error:
+            warn(f"epoch {epoch} is not tracked: {error}", UntrackedEpochWarning)
+            return None
+        finally:
+            self._last = perf_counter() - before
+            self._measuring += self._last
+        tracked = TrackedEpoch(epoch, self._last, found.to_metrics(), {name: float(x) for name, x in others.items()})
+        self.epochs = _by_epoch([*self.epochs, tracked])
+        if self._path is not None and processes.rank == 0:
+            lines = (json.dumps(dataclasses.asdict(tracked)) for tracked in self.epochs)
+            write_file(self._path, "".join(f"{line}\n" for line in lines))
+        return tracked.measures | tracked.others
+
+    def _affordable(self) -> bool:
+        if self._time_share is None or not self._measuring:
+            return True
+        return self._measuring + self._last <= self._time_share * (perf_counter() - self._start)
+
+    def _measured(self, model: nn.Module) -> Characterization:
+        options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(self._options)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotAMinimumWarning)
+            return measure(model, self._data, **options)
+
+
+def read_epochs(path: str | Path) -> list[TrackedEpoch]:
+    """What a tracker wrote, in the order of epochs.
+
+    Raises:
+        FlatminimaError: if the file is missing or no tracker wrote it.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return _by_epoch([TrackedEpoch(**json.loads(line)) for line in lines])
+    except (OSError, ValueError, TypeError) as error:
+        raise FlatminimaError(f"{path} is not what a tracker wrote: {one_line(error)}") from None
+
+
+def _by_epoch(epochs: list[TrackedEpoch]) -> list[TrackedEpoch]:
+    """In their order; of an epoch that is there twice, the later."""
+    found = {tracked.epoch: tracked for tracked in epochs}
+    return [found[epoch] for epoch in sorted(found)]

@@ -1,0 +1,194 @@
+"""The loss around a minimum, against evaluations of copies whose weights are moved by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flatminima import Landscape, landscape
+from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima.measures import evaluate
+from flatminima.network import samples_of
+
+STEPS = 5
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(24, 2, 4, 4, generator=generator, dtype=torch.float64), torch.arange(24) % 3
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    model(torch.randn(50, 2, 4, 4, dtype=torch.float64))  # running statistics of its own
+    return model.eval()
+
+
+def moved_by_hand(model: nn.Module, direction: dict[str, Tensor], step: float) -> nn.Module:
+    other = copy.deepcopy(model)
+    other.load_state_dict({name: t + step * direction.get(name, 0) for name, t in model.state_dict().items()})
+    return other
+
+
+def mean_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    with torch.no_grad():
+        return F.cross_entropy(model(data[0]), data[1]).item()
+
+
+def direction_of(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) -> dict[str, Tensor]:
+    """What a landscape moves the weights by at 1, seen from inside the network."""
+    seen: list[dict[str, Tensor]] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, _: seen.append({name: t.clone() for name, t in module.state_dict().items()})
+    )
+    landscape(model, data, steps=3, progress=False, **options)
+    handle.remove()
+    return {name: seen[3][name] - seen[0][name] for name in seen[0]}  # the minimum, -1, 0, 1
+
+
+def test_random_directions_have_the_filters_norms_and_leave_biases_and_normalization(
+    data: tuple[Tensor, Tensor],
+) -> None:
+    model = network()
+    direction = direction_of(model, data)
+    for name in ("0.weight", "4.weight"):
+        own, drawn = model.state_dict()[name].flatten(1), direction[name].flatten(1)
+        torch.testing.assert_close(drawn.norm(dim=1), own.norm(dim=1))
+        assert not torch.allclose(drawn, own)
+    assert all(not direction[name].any() for name in direction if name not in ("0.weight", "4.weight"))
+
+
+def test_losses_along_a_line_are_those_of_moved_copies(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    direction = direction_of(model, data, seed=3)
+    found = landscape(model, data, steps=STEPS, extent=2.0, seed=3, progress=False)
+    assert found.coordinates == ((-2.0, -1.0, 0.0, 1.0, 2.0),)
+    expected = [mean_loss(moved_by_hand(model, direction, step), data) for step in found.coordinates[0]]
+    assert found.losses == pytest.approx(expected, rel=1e-12)
+    assert found.losses[2] == mean_loss(model, data)
+
+
+def test_a_plane_holds_both_lines(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    plane = landscape(model, data, dimensions=2, steps=3, progress=False).to_tensor()
+    first, second = (landscape(model, data, steps=3, seed=seed, progress=False).to_tensor() for seed in (0, 1))
+    torch.testing.assert_close(plane[:, 1], first)
+    torch.testing.assert_close(plane[1, :], second)
+
+
+def test_between_ends_at_the_others(data: tuple[Tensor, Tensor]) -> None:
+    model, first, second = network(0), network(1), network(2)
+    line = landscape(model, data, directions="between", to=first, steps=STEPS, progress=False)
+    assert line.coordinates == ((-0.5, 0.0, 0.5, 1.0, 1.5),)
+    halfway = {name: (t + first.state_dict()[name]) / 2 for name, t in model.state_dict().items()}
+    middle = network()
+    middle.load_state_dict(halfway)
+    expected = [mean_loss(m, data) for m in (model, middle, first)]
+    assert line.losses[1:4] == pytest.approx(expected, rel=1e-10)
+    plane = landscape(
+        model, data, directions="between", to=[first.state_dict(), second], steps=STEPS, progress=False
+    ).to_tensor()
+    corners = [plane[1, 1], plane[3, 1], plane[1, 3]]
+    assert [corner.item() for corner in corners] == pytest.approx(
+        [mean_loss(m, data) for m in (model, first, second)], rel=1e-10
+    )
+
+
+def test_accuracies_stand_beside_the_losses(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    found = landscape(model, data, steps=3, progress=False)
+    assert found.accuracies[1] == evaluate(model, samples_of(data)).accuracy
+    assert (
+        landscape(model, (data[0], data[1].double()), loss=lambda z, y: (z.sum(1) - y) ** 2, steps=3).accuracies == ()
+    )
+
+
+def test_the_model_is_left_to_the_bit(data: tuple[Tensor, Tensor]) -> None:
+    model = network().train()
+    before = copy.deepcopy(model.state_dict())
+    landscape(model, data, steps=3, progress=False)
+    landscape(model, data, directions="between", to=network(1), steps=3, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+
+
+def test_where_the_loss_is_not_finite_it_is_nan(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    found = landscape(model, data, steps=3, extent=1e200, progress=False)
+    assert [math.isnan(loss) for loss in found.losses] == [True, False, True]
+    again = Landscape.from_json(found.to_json())
+    assert again.losses[1] == found.losses[1]
+    assert math.isnan(again.losses[0])
+
+
+def test_an_interrupted_landscape_goes_on(
+    data: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = network(), tmp_path / "landscape.json"
+    whole = landscape(model, data, steps=STEPS, progress=False)
+    calls = 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr("flatminima.loss_landscape.evaluate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        landscape(model, data, steps=STEPS, path=path, progress=False)
+    assert landscape(model, data, steps=STEPS, path=path, progress=False) == whole
+    assert calls == 4 + 1 + 3  # the minimum again, and three of five points
+
+
+@pytest.mark.parametrize("change", ["weights", "grid", "seed", "data"])
+def test_a_file_of_another_landscape_is_refused(data: tuple[Tensor, Tensor], tmp_path: Path, change: str) -> None:
+    path = tmp_path / "landscape.json"
+    landscape(network(), data, steps=3, path=path, progress=False)
+    changed: dict[str, Any] = {"grid": {"extent": 2.0}, "seed": {"seed": 1}}.get(change, {})
+    model = network(1 if change == "weights" else 0)
+    data = (data[0] + 1, data[1]) if change == "data" else data
+    with pytest.raises(FlatminimaError, match="holds another landscape"):
+        landscape(model, data, path=path, progress=False, **({"steps": 3} | changed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"directions": "hills"}, "directions"),
+        ({"directions": "between"}, "needs to="),
+        ({"to": nn.Linear(2, 3)}, "'between' alone"),
+        ({"directions": "between", "to": nn.Linear(2, 3)}, r"do not fit the model: 0.weight"),
+        ({"dimensions": 3}, "dimensions must be 1 or 2"),
+        ({"steps": 4}, "steps must be odd"),
+        ({"steps": 1}, "steps must be odd"),
+        ({"extent": 0.0}, "extent must be a positive number"),
+    ],
+)
+def test_wrong_arguments_are_refused(data: tuple[Tensor, Tensor], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        landscape(network(), data, progress=False, **options)
+
+
+def test_a_network_with_nan_is_refused(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    with torch.no_grad():
+        model[4].bias.fill_(math.nan)  # type: ignore[index]
+    with pytest.raises(NonFiniteError):
+        landscape(model, data, progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"directions": "random", "coordinates": 1}'])
+def test_a_text_of_something_else_is_refused(text: str) -> None:
+    with pytest.raises(FlatminimaError, match="not a landscape"):
+        Landscape.from_json(text)

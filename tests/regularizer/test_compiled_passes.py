@@ -145,14 +145,15 @@ def test_both_passes_share_one_graph_and_only_new_sizes_make_more(backend: Count
 @pytest.mark.parametrize("backend", ["eager"], indirect=True)
 @pytest.mark.usefixtures("backend")
 @pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
-def test_graphs_of_other_models_do_not_count_towards_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_of_other_models_do_not_count_towards_the_limit() -> None:
     """``torch.compile`` keeps eight graphs for each piece of code; here one."""
     limits = importlib.import_module("torch._dynamo.config")
-    monkeypatch.setattr(limits, "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit", 1)
-    for width in (2, 3, 4):
-        model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
-        regularizer = FisherTraceRegularizer(model, num_sub_batches=4, passes="compiled")
-        regularizer.backward(F.cross_entropy, torch.randn(8, 6), torch.zeros(8).long())
+    limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
+    with limits.patch(**{limit: 1}):
+        for width in (2, 3, 4):
+            model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+            regularizer = FisherTraceRegularizer(model, num_sub_batches=4, passes="compiled")
+            regularizer.backward(F.cross_entropy, torch.randn(8, 6), torch.zeros(8).long())
 
 
 @pytest.mark.usefixtures("backend")

@@ -1,0 +1,87 @@
+"""What the site's pages are made of: records as tables, a place for every public name and every command."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from types import ModuleType
+
+import pytest
+
+import flatminima
+from flatminima.lab.reports import figures, tables
+from support.documents import ROOT
+
+PUBLIC = {
+    "flatminima",
+    *(f"flatminima.{name}" for name in ("errors", "exact", "gramian", "gramian.rules", "losses", "measures")),
+    *(f"flatminima.{name}" for name in ("protocols", "regularizer", "theory")),
+    *(f"flatminima.integrations.{name}" for name in ("accelerate", "lightning", "transformers")),
+}
+REFERENCE = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "reference").glob("*.md")))
+FOLDERS = sorted(path.name for path in (ROOT / "results").iterdir() if path.is_dir())
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("extensions.tables")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_record_can_be_shown_and_has_a_page(folder: str, made: ModuleType) -> None:
+    for summary in made.summaries_of(folder):
+        assert all(table.markdown() for table in tables(summary))
+        assert len(figures(summary)) == len(summary.drawn)
+    assert f"{{record}} {folder}\n" in (ROOT / "docs" / "results" / f"{folder}.md").read_text(encoding="utf-8")
+
+
+def test_rankings_are_those_of_the_records(made: ModuleType) -> None:
+    table = made.rankings_table(["small"])
+    record = json.loads((ROOT / "results" / "small" / "scenario-1.json").read_text(encoding="utf-8"))
+    found = record[0]["correlations"]["log_det_fisher"]
+    row = next(row for row in table.rows if row[0] == "γ̂")
+    assert row[1] == f"{found['tau']:+.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    assert len(row) == len(table.header) == 4
+
+
+def test_costs_are_those_of_the_record_and_say_what_is_off(made: ModuleType) -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "gram.json").read_text(encoding="utf-8"))["networks"]
+    table = made.cost_of_gram()
+    cells = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    assert cells["resnet20"]["flatminima"].startswith(
+        f"{record['resnet20']['methods']['flatminima']['ratio']['median']:.2f},"
+    )
+    assert "off by" in cells["gpt2"]["opacus"]
+    assert cells["resnet20"]["opacus"] == "–"
+
+
+@pytest.mark.parametrize("name", ["gram", "regularizer", "finite-differences"])
+def test_tables_of_benchmarks_are_whole(name: str, made: ModuleType) -> None:
+    table = made.BENCHMARK_TABLES[name][1]()
+    assert table.rows
+    assert {len(row) for row in table.rows} == {len(table.header)}
+
+
+def test_every_public_module_is_in_the_reference() -> None:
+    assert set(re.findall(r"automodule:: (\S+)", REFERENCE)) == PUBLIC
+
+
+def test_every_public_name_is_in_the_reference_once() -> None:
+    """What a module leaves out is what stands under ``flatminima``, and nothing else."""
+    for module, left_out in re.findall(
+        r"automodule:: (\S+)\n(?:   :(?!exclude)\S.*\n)*(?:   :exclude-members: (.*)\n)?", REFERENCE
+    ):
+        if module == "flatminima" or module.startswith("flatminima.integrations"):
+            continue
+        shared = set(vars(importlib.import_module(module))) & set(flatminima.__all__)
+        names = getattr(importlib.import_module(module), "__all__", shared)
+        defined = {name for name in shared & set(names) if getattr(flatminima, name).__module__.startswith(module)}
+        assert set(filter(None, left_out.split(", "))) == defined, module
+
+
+def test_every_command_is_in_the_reference() -> None:
+    from flatminima.cli.commands import COMMANDS
+
+    assert set(re.findall(r"\{command-help\} (\S+)", REFERENCE)) == {"flatminima", *COMMANDS}

@@ -51,6 +51,7 @@ TINY = replace(
     betas=(10, 20),
     sub_batches=(5,),
     clipping=(5,),
+    rivals={},
     measuring=Measuring(subset_size=20, trials=3, robustness_samples=2, on_singular="skip"),
 )
 

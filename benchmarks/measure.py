@@ -168,7 +168,7 @@ def curvlinops_eigenvalue(model: nn.Module, loss: PerSampleLoss) -> Callable[[Te
 
     if loss is next_token:
         raise NotImplementedError("curvlinops takes a loss module of the logits and the targets")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = [p for p in model.parameters() if p.requires_grad]
 
     def eigenvalue(x: Tensor, y: Tensor) -> object:
         fisher = EFLinearOperator(model, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False)

@@ -172,7 +172,13 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     body = json.loads(comparison.to_json())
     if images:
         body["normalizations"] = {name: dataclasses.asdict(normalization) for name, normalization in images.items()}
-    return options.output.json, Report(body, Group(comparison, *_normalization_lines(images)))
+    shown: list[Any] = [comparison, *_normalization_lines(images)]
+    if options.report is not None:
+        from flatminima.pages.comparison import report
+
+        body["report"] = str(report(comparison, options.report))
+        shown.append(Text(f"\n{options.report} shows it in pictures."))
+    return options.output.json, Report(body, Group(*shown))
 
 
 def _named(run: str) -> tuple[str, Path]:

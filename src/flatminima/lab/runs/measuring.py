@@ -38,10 +38,11 @@ class Measuring(PlainOptions):
     fisher: Literal["empirical", "model"] = "empirical"
     """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
     measures: tuple[str, ...] = ("paper",)
-    """Beside γ̂, its parts and what else the paper has of ξ: names of measures, or groups: paper, free, cheap, weights,
-    all."""
+    """Beside γ̂ and its parts: names of measures, or of groups: paper, free, cheap, weights, all."""
     memory_gib: float | None = None
     """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
+    per_parameter: bool = False
+    """Also report every parameter's share of ξ, and so every layer's."""
     double: bool = False
     """Measure in float64."""
 
@@ -237,6 +238,8 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer."""
     options = dataclasses.asdict(how)
     del options["memory_gib"]
+    if not how.per_parameter:
+        del options["per_parameter"]  # as questions were before there was this one
     return {
         **options,
         "measures": list(how.measures),  # as JSON has it

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import flatminima as fm
 from flatminima import cli
 from flatminima.lab import demo, study
 from flatminima.lab.experiments import Summary
@@ -79,6 +80,24 @@ def test_compare_prints_the_table_and_names_what_it_warns_of(
     lines = captured.err.splitlines()
     assert any(line.startswith("flatminima: warning: plain: training loss") for line in lines)
     assert all(line.startswith("flatminima: warning: ") for line in lines)
+
+
+def test_compare_writes_a_page_and_shares_by_layer_where_asked_for(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    command = ["compare", f"plain={runs[0]}", f"other={runs[1]}", *MEASURE, "--per-parameter", "--report", str(page)]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "Shares of the Fisher trace by module" in out
+    assert "page.html shows it in pictures" in " ".join(out.split())
+    assert "Which layers the Fisher trace lies in" in page.read_text()
+    assert cli.main([*command, "--json"]) == 0
+    body = capsys.readouterr().out
+    assert json.loads(body)["report"] == str(page)
+    assert list(fm.Comparison.from_json(body)["plain"].shares or ()) != []
+    assert cli.main(["measure", runs[0], *MEASURE, "--per-parameter"]) == 0
+    assert "Shares by parameter" in capsys.readouterr().out
 
 
 def test_names_are_text_in_tables(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

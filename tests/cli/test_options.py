@@ -1,16 +1,28 @@
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 
 from flatminima import cli
 from flatminima.cli.commands import recipe_of
 from flatminima.cli.main import INTERRUPTED
-from flatminima.cli.options import Compare, Demo, Measure, Reproduce, RunOptions, Train, option_names, options_meant
+from flatminima.cli.options import (
+    Compare,
+    Demo,
+    Measure,
+    Reproduce,
+    RunOptions,
+    Train,
+    option_names,
+    options_meant,
+    parse,
+)
 from flatminima.cli.refusals import refusal
 from flatminima.lab import runs
 from flatminima.lab.runs.spec import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec
@@ -144,7 +156,41 @@ def test_help_keeps_to_eighty_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([*filter(None, [command]), "--help"]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert max(map(cell_len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def words_of_help(command: str, columns: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        assert cli.main([command, "--help"]) == 0
+    return re.sub(r"[╭╮╰╯│─]", " ", capsys.readouterr().out).split()
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "measure", "compare", "evaluate", "reproduce"])
+def test_help_breaks_no_word_and_shows_what_an_option_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    narrow, wide = words_of_help(command, 80, capsys), words_of_help(command, 1000, capsys)
+    assert set(narrow) <= set(wide)
+    assert not [word for word in narrow if "{None}" in word or "``" in word]
+
+
+@pytest.mark.parametrize("command", ["measure", "compare"])
+def test_boxes_of_the_help_end_in_one_column(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "γ̂" in out
+    assert {cell_len(line) for line in out.splitlines() if line.startswith("│")} == {80}
+
+
+def test_an_option_that_may_be_left_open_can_be_set_back() -> None:
+    run = ["--iterations", "5", "--epochs", "None"]
+    given = parse(Train, run, prog="train", default=Train(RunOptions.of(RECIPES["resnet20"])))
+    assert (given.run.epochs, given.run.iterations) == (None, 5)
+    assert parse(Compare, ["--normalize", "none"], prog="compare").normalize == "none"
+    assert parse(Compare, ["--report", "page.html"], prog="compare").report == Path("page.html")
+    assert parse(Reproduce, ["table-1", "--seeds", "1", "2"], prog="reproduce").seeds == (1, 2)
 
 
 def test_completion_for_shells_is_printed_as_it_is(

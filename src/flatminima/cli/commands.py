@@ -202,7 +202,13 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     body = json.loads(comparison.to_json())
     for name, preparation in prepared.items():
         body.setdefault(f"{_kind(preparation)}s", {})[name] = preparation.as_json()
-    return options.output.json, Report(body, Group(comparison, *_preparation_lines(prepared)))
+    shown: list[Any] = [comparison, *_preparation_lines(prepared)]
+    if options.report is not None:
+        from flatminima.pages.comparison import report
+
+        body["report"] = str(report(comparison, options.report))
+        shown.append(Text(f"\n{options.report} shows it in pictures."))
+    return options.output.json, Report(body, Group(*shown))
 
 
 def _named(run: str) -> tuple[str, Path]:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from rich.cells import cell_len
 from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
+from flatminima.cli.optional import OPTIONAL
 from flatminima.cli.refusals import problems_handed_to, refusal
 from flatminima.errors import FlatminimaError, require
 from flatminima.lab.reading import Reading
@@ -128,6 +130,7 @@ class MeasuringOptions(Measuring):
     trials: Annotated[int, arg(aliases=("-t",))] = Measuring.trials
     seed: Annotated[int, arg(aliases=("-s",))] = Measuring.seed
     scale_invariant: Flag = Measuring.scale_invariant
+    per_parameter: Flag = Measuring.per_parameter
     double: Flag = Measuring.double
 
     def how(self) -> Measuring:
@@ -188,6 +191,8 @@ class Compare:
     Example: flatminima compare plain=runs/resnet20-0123456789ab regularized=runs/resnet20-ba9876543210
 
     Example: flatminima compare a.safetensors b.safetensors --model mypackage.nets:build --data cifar10
+
+    Example: flatminima compare runs/resnet20-* --per-parameter --report page.html
     """
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
@@ -199,6 +204,8 @@ class Compare:
         None
     )
     reading: OmitArgPrefixes[Reading] = field(default_factory=Reading)
+    report: Annotated[Path | None, arg(aliases=("-o",))] = None
+    """Also write a page with pictures: which minimum, by how much, is that sure, how much of it is training loss."""
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
@@ -263,7 +270,7 @@ def parse(command: type[Options], given: list[str], *, prog: str, **parsing: Any
 
     shown = _Help()
     try:
-        with problems_handed_to(refuse), contextlib.redirect_stdout(shown):
+        with OPTIONAL, problems_handed_to(refuse), contextlib.redirect_stdout(shown):
             return tyro.cli(command, prog=f"{PROGRAM} {prog}", args=given, **parsing)
     except SystemExit as leaving:
         is_help = {"-h", "--help"} & set(given)  # the rest is for programs: completion for shells
@@ -280,7 +287,7 @@ class _Help(io.StringIO):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return self._output.encoding
+        return (self._output.encoding or "ascii").lower()  # tyro knows it by this name alone
 
     def isatty(self) -> bool:
         return self._output.isatty()
@@ -288,13 +295,20 @@ class _Help(io.StringIO):
     def wrapped(self) -> str:
         """The text, its lines outside of boxes as wide as those within."""
         width = shutil.get_terminal_size().columns
-        return "".join(f"{_filled(line, width)}\n" for line in self.getvalue().splitlines())
+        text = self.getvalue().replace("``", "")
+        return "".join(f"{_filled(line, width)}\n" for line in text.splitlines())
 
 
 def _filled(line: str, width: int) -> str:
     shown = re.sub(r"\x1b\[[0-9;]*m", "", line)  # without colours
-    is_boxed = shown[:1] in ("╭", "│", "╰")
-    return line if is_boxed or len(shown) <= width else textwrap.fill(line, width, break_on_hyphens=False)
+    if shown[:1] in _EDGES:
+        start, last = line[: line.rindex(shown[-1])], line[line.rindex(shown[-1]) :]
+        return f"{start}{' ' * (len(shown) - cell_len(shown))}{last}"  # the hat of γ̂ takes no column
+    return line if len(shown) <= width else textwrap.fill(line, width, break_on_hyphens=False)
+
+
+_EDGES = ("╭", "│", "╰")
+"""What the lines of boxes begin with."""
 
 
 class Shown(Exception):  # noqa: N818

@@ -65,9 +65,13 @@ def _no_instance(problem: Any, known: Iterable[str]) -> str:
     found = _VALUE.search(message)
     if found is None:
         return f"{_name(problem.argument)}: {message}"
-    kinds = problem.argument.lowered.metavar.split("|")[::-1]
-    takes = " or ".join(_KINDS.get(kind) or kind.strip("{}").replace(",", " or ") for kind in kinds)
+    takes = kinds(problem.argument.lowered.metavar)
     return f"{_name(problem.argument)}: {found['value']} cannot be used, it takes {takes}"
+
+
+def kinds(metavar: str) -> str:
+    """What an option takes, by what its help shows: ``{eval}|INT`` is "an integer or eval"."""
+    return " or ".join(_KINDS.get(kind) or kind.strip("{}").replace(",", " or ") for kind in metavar.split("|")[::-1])
 
 
 _VALUE = re.compile(

@@ -238,6 +238,8 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
         options["initial"] = True  # what was measured before runs knew their initial weights is no answer
     if sources := sources_of(how):
         options["sources"] = sources
+    if not how.per_parameter:
+        del options["per_parameter"]  # as questions were before there was this one
     return {
         **options,
         "measures": list(how.measures),  # as JSON has it

@@ -16,10 +16,12 @@ class Measuring(PlainOptions):
     fisher: Literal["empirical", "model"] = "empirical"
     """One gradient per sample, or the K classes' weighted by the model's probabilities: K - 1 times the cost."""
     measures: tuple[str, ...] = ("paper",)
-    """Beside γ̂, its parts and what else the paper has of ξ: names of measures, or groups: paper, free, cheap, weights,
-    all; or your own, as package.module:function."""
+    """Beside γ̂ and its parts: names of measures, or of groups: paper, free, cheap, weights, all; or your own, as
+    package.module:function."""
     memory_gib: float | None = None
     """Memory that may be used beside the network, in GiB (None: half of what is free); the results are the same."""
+    per_parameter: bool = False
+    """Also report every parameter's share of ξ, and so every layer's."""
     double: bool = False
     """Measure in float64."""
 

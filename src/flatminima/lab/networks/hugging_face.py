@@ -156,6 +156,7 @@ def _tokenized(name: str, model: nn.Module, texts: Texts, reading: Reading) -> t
         raise FlatminimaError(f"{texts.no_labels}; {type(model).__name__} needs them")
     with _quiet() as transformers, _loading(name, "its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    _check_vocabulary(name, tokenizer, model)
     limits = (reading.max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
     longest = min((limit for limit in limits if limit and limit < _NO_LIMIT), default=_TOKENS)
     if tokenizer.pad_token is None:
@@ -189,6 +190,22 @@ def _tokenized(name: str, model: nn.Module, texts: Texts, reading: Reading) -> t
     task = "the next token" if language else "the text's class"
     said = f"its own {type(tokenizer).__name__}, at most {longest} tokens, to predict {task}"
     return samples, Preparation(said, repr((tokenizer.init_kwargs, sorted(tokenizer.get_vocab().items()), longest)))
+
+
+def _check_vocabulary(name: str, tokenizer: Any, model: nn.Module) -> None:
+    """Where its files are missing, transformers makes a tokenizer that knows no words, without a word."""
+    vocabulary = tokenizer.get_vocab()
+    require(
+        not vocabulary.keys() <= set(tokenizer.all_special_tokens),
+        f"model hf:{name}: its tokenizer has no vocabulary: add the files that tokenizer.save_pretrained writes",
+    )
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    highest = max(vocabulary.values())
+    require(
+        highest < embeddings.num_embeddings,
+        f"model hf:{name}: its tokenizer has {highest + 1} tokens, the network {embeddings.num_embeddings}: give the "
+        "tokenizer that it was trained with",
+    )
 
 
 MODEL_KINDS["hf"] = ModelKind("hf:NAME or hf:FOLDER", _build, _prepare)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, did_you_mean
 from flatminima.lab.data import ImageSet, OwnData, Pictures, Preparation, Prepared, ReadySamples, as_pictures
 from flatminima.lab.networks.kinds import MODEL_KINDS, ModelKind
 from flatminima.lab.reading import Reading
@@ -30,7 +30,11 @@ def _build(name: str, data: OwnData, with_weights: bool) -> nn.Module:
     known: dict[str, int | None] = {}
     if not with_weights:  # a head of another size would come with random weights
         known = {"num_classes": data.num_classes, "in_chans": getattr(data, "channels", None)}
-    with others_errors(f"model timm:{name}: timm.create_model failed"):
+    if ":" not in name and not timm.is_model(name):
+        hint = did_you_mean(name, timm.list_models())
+        raise FlatminimaError(f"model timm:{name}: timm {timm.__version__} has no such model{hint}")
+    hub = " with its weights from the hub; a checkpoint of yours would do without them" if with_weights else ""
+    with others_errors(f"model timm:{name}: timm.create_model failed{hub}"):
         model: nn.Module = timm.create_model(
             name, pretrained=with_weights, **{key: value for key, value in known.items() if value is not None}
         )

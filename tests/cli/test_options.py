@@ -188,7 +188,7 @@ def test_an_option_that_may_be_left_open_can_be_set_back() -> None:
     run = ["--iterations", "5", "--epochs", "None"]
     given = parse(Train, run, prog="train", default=Train(RunOptions.of(RECIPES["resnet20"])))
     assert (given.run.epochs, given.run.iterations) == (None, 5)
-    assert parse(Compare, ["--normalize", "none"], prog="compare").normalize == "none"
+    assert parse(Compare, ["--normalize", "none"], prog="compare").reading.normalize == "none"
     assert parse(Compare, ["--report", "page.html"], prog="compare").report == Path("page.html")
     assert parse(Reproduce, ["table-1", "--seeds", "1", "2"], prog="reproduce").seeds == (1, 2)
 

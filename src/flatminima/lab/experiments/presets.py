@@ -160,7 +160,7 @@ _SMALL = Preset(
         _matched(_SMALL_RUN, 0.01, 0.01, 400),
         _matched(replace(_SMALL_RUN, train_size=1000), 0.01, 0.05, 1500, _EARLIER),
     ),
-    # the least error on 5,000 held-out images at seed 100, in runs of 10 epochs
+    # the least error on 5,000 held-out images at seed 100, in runs of 10 epochs (plain: 55.42 %)
     rivals={
         "ResNet-8, CIFAR-10": _rivals(
             GradientNormSpec(weight=0.08, radius=0.1),  # r = 0.1, 0.2: 54.78, 55.14 %
@@ -207,7 +207,8 @@ _DIGITS = Preset(
         # the mlp cannot fit the digits under 4-crop-f
         _matched(replace(_DIGITS_RUN, model="small-cnn"), 0.02, 0.05, 600, _EARLIER),
     ),
-    # the least error on 300 held-out images at seed 100; of equals the strongest, which is least like plain training
+    # the least error on 300 held-out images at seed 100 (plain: 3.00 and 3.33 %); of equals the strongest, which is the
+    # least like plain training
     rivals={
         "MLP, digits": _rivals(
             GradientNormSpec(weight=0.16, radius=0.2),  # r = 0.05, 0.1, 0.2: 3.00, 2.67, 2.33 %

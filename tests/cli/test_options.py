@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +201,27 @@ def test_completion_for_shells_is_printed_as_it_is(
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["measure", "--tyro-print-completion", "bash"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) > 80
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_a_shell_completes_commands_and_their_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--tyro-print-completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = (
+        f'source {script}\nCOMP_WORDS=("$@")\nCOMP_CWORD=$(($# - 1))\n'
+        "$(complete -p flatminima | sed 's/.*-F \\([^ ]*\\).*/\\1/')\necho ${COMPREPLY[@]}"
+    )
+    for typed, meant in (
+        ("mea", "measure"),
+        ("measure --per", "--per-parameter"),
+        ("compare --rep", "--report"),
+        ("train --regularizer.b", "--regularizer.beta"),
+    ):
+        command = ["bash", "-c", ask, "bash", "flatminima", *typed.split()]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == meant
+    assert "unknown shell 'fish'" in error_of(capsys, ["--tyro-print-completion", "fish"])
+    assert "takes a shell" in error_of(capsys, ["--tyro-print-completion"])
 
 
 def test_options_are_named_as_they_are_typed() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flatminima.cli.commands import COMMANDS
+from flatminima.cli.completion import COMPLETION, write_completion
 from flatminima.cli.evaluate import Evaluate
 from flatminima.cli.options import (
     PROGRAM,
@@ -24,6 +25,7 @@ from flatminima.cli.options import (
     Demo,
     Measure,
     Reproduce,
+    RunOptions,
     Shown,
     Train,
     options_meant,
@@ -38,6 +40,7 @@ from flatminima.errors import (
     require_one_of,
 )
 from flatminima.lab.errors import TrainingInterrupted
+from flatminima.lab.runs import RECIPES
 from flatminima.launch import rank_and_size
 
 INTERRUPTED = 130
@@ -107,6 +110,8 @@ def _run(given: list[str]) -> int:
 
         print(PROGRAM, version(PROGRAM))  # noqa: T201
         return 0
+    if given[0] in COMPLETION:
+        write_completion(given, _OPTIONS)
     require_one_of("command", given[0], COMMANDS)
     rank, size = rank_and_size()
     if size > 1 and given[0] != "train":
@@ -125,17 +130,29 @@ def _run(given: list[str]) -> int:
     return report.status
 
 
+_OPTIONS: dict[str, Any] = {
+    "demo": Demo(),
+    "train": Train(RunOptions.of(RECIPES["resnet20"])),
+    "measure": Measure(),
+    "compare": Compare(),
+    "evaluate": Evaluate(),
+    "reproduce": Reproduce(),
+}
+"""What each command takes, in the order of the help."""
+
+
 def _usage() -> str:
     lines = [f"usage: {PROGRAM} COMMAND [options]", "", "Which minimum generalizes better, and how to train to it.", ""]
-    for command in (Demo, Train, Measure, Compare, Evaluate, Reproduce):
-        summary = (command.__doc__ or "").splitlines()[0]
-        name = f"  {command.__name__.lower():<10} "
+    for command, options in _OPTIONS.items():
+        summary = (options.__doc__ or "").splitlines()[0]
+        name = f"  {command:<10} "
         lines.append(textwrap.fill(summary, 80, initial_indent=name, subsequent_indent=" " * len(name)))
     lines += [
         "",
         f"Begin with: {PROGRAM} demo",
         f"{PROGRAM} COMMAND --help explains a command.",
         f"{PROGRAM} --version prints the version.",
+        f"{PROGRAM} {COMPLETION[0]} SHELL prints completion for bash, zsh, tcsh.",
         "",
     ]
     return "\n".join(lines)

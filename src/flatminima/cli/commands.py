@@ -118,13 +118,11 @@ def recipe_of(given: list[str]) -> tuple[str, list[str]]:
 
 def _measure(given: list[str]) -> tuple[bool, Report]:
     options = parse(Measure, given, prog="measure")
-    foreign, how = options.foreign, options.measuring.how()
+    foreign, reading, how = options.foreign, options.reading.plain(), options.measuring.how()
     if bool(options.runs) == (foreign.model is not None):
         raise FlatminimaError("measure takes run folders, or --model with --data (and --checkpoint): give either")
-    if foreign.model is None and (foreign.checkpoint or foreign.data or options.reading != Reading()):
-        raise FlatminimaError(
-            f"--checkpoint, --data{_and_given(options.reading)} go with --model; a run folder has its own"
-        )
+    if foreign.model is None and (foreign.checkpoint or foreign.data or reading != Reading()):
+        raise FlatminimaError(f"--checkpoint, --data{_and_given(reading)} go with --model; a run folder has its own")
     if foreign.model is not None and foreign.data is None:
         raise FlatminimaError(f"--model needs its training data too: add --data {_SOME_DATA}")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
@@ -135,8 +133,8 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
         if foreign.model is None:
             measured = {str(path): measure_run(path, how, **where) for path in options.runs}
         else:
-            data = _opened_data(foreign.data, options.reading)
-            network = load_network(foreign.model, foreign.checkpoint, data, options.reading)
+            data = _opened_data(foreign.data, reading)
+            network = load_network(foreign.model, foreign.checkpoint, data, reading)
             prepared[foreign.model] = network.preparation
             measured = {foreign.model: measure_images(network.model, network.data, how, **where)}
     bodies = {name: json.loads(characterization.to_json()) for name, characterization in measured.items()}
@@ -177,14 +175,14 @@ def _kind(preparation: Preparations) -> str:
 
 def _compare(given: list[str]) -> tuple[bool, Report]:
     options = parse(Compare, given, prog="compare")
-    paths = dict(map(_named, options.runs))
+    paths, reading = dict(map(_named, options.runs)), options.reading.plain()
     if len(paths) < len(options.runs):
         raise FlatminimaError("two of them have the same name: give them as NAME=FOLDER")
     if options.model is not None and options.data is None:
         raise FlatminimaError(f"--model needs the training data too: add --data {_SOME_DATA}")
-    if options.data is None and options.reading != Reading():
+    if options.data is None and reading != Reading():
         raise FlatminimaError(
-            f"{_and_given(options.reading).removeprefix(' and ')} goes with --model and --data; run folders know how "
+            f"{_and_given(reading).removeprefix(' and ')} goes with --model and --data; run folders know how "
             "their images were normalized"
         )
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
@@ -195,8 +193,8 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         if options.data is None:
             comparison = compare_runs(paths, how, **where)
         else:
-            data = _opened_data(options.data, options.reading)
-            networks = load_networks(paths, data, options.model, options.reading)
+            data = _opened_data(options.data, reading)
+            networks = load_networks(paths, data, options.model, reading)
             prepared = {name: network.preparation for name, network in networks.items()}
             comparison = compare_loaded(networks, how, **where)
     body = json.loads(comparison.to_json())

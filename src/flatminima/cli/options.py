@@ -138,6 +138,12 @@ class MeasuringOptions(Measuring):
         return Measuring(**fields_of(self))
 
 
+_NORMALIZE = (
+    "How the training normalized pixels of 0 to 1: none, data (every channel of these images to mean 0 and standard "
+    "deviation 1), cifar10, cifar100, imagenet, or MEAN/STD such as 0.5/0.5 or 0.49,0.48,0.45/0.25,0.24,0.26 (None: as "
+    "a run, a checkpoint of `train` or the network's own transforms say; else a guess that is said, by the training "
+    "loss)."
+)
 _SOURCES = (
     "digits, cifar10, cifar100, a folder of parquet files or of class folders with images, hf:NAME or hf:FOLDER, "
     "texts (.csv, .jsonl), arrays (.npz, .safetensors), or package.module:factory"
@@ -146,6 +152,17 @@ _NETWORKS = (
     "package.module:factory (importable from the current directory too), timm:NAME, hf:NAME or hf:FOLDER, or the name "
     "of one of our networks"
 )
+
+
+@dataclass(frozen=True)
+class ReadingOptions(Reading):
+    """How data are read and prepared; what is left out is guessed, and said."""
+
+    normalize: Annotated[str | None, arg(help=_NORMALIZE)] = None
+
+    def plain(self) -> Reading:
+        """The same without help for the command line."""
+        return Reading(**fields_of(self))
 
 
 @dataclass(frozen=True)
@@ -173,7 +190,7 @@ class Measure:
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")] = ()
     """Run folders."""
     foreign: OmitArgPrefixes[Foreign] = field(default_factory=Foreign)
-    reading: OmitArgPrefixes[Reading] = field(default_factory=Reading)
+    reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
@@ -203,7 +220,7 @@ class Compare:
     model: Annotated[str | None, arg(aliases=("-m",), help=f"What the checkpoints among RUNS are of: {_NETWORKS}.")] = (
         None
     )
-    reading: OmitArgPrefixes[Reading] = field(default_factory=Reading)
+    reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
     report: Annotated[Path | None, arg(aliases=("-o",))] = None
     """Also write a page with pictures: which minimum, by how much, is that sure, how much of it is training loss."""
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)

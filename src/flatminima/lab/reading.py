@@ -24,10 +24,8 @@ class Reading:
     train_size: int | None = None
     """Only so many of the samples, drawn at random, always the same ones (None: all)."""
     normalize: str | None = None
-    """How the training normalized pixels of 0 to 1: none, data (every channel of these images to mean 0 and standard
-    deviation 1), cifar10, cifar100, imagenet, or MEAN/STD such as 0.5/0.5 or 0.49,0.48,0.45/0.25,0.24,0.26 (None: as
-    a run, a checkpoint of `train`, or a network's own transforms say; else a guess that is said, by the training
-    loss)."""
+    """How the training normalized pixels of 0 to 1, as ``Normalization.named`` reads it (None: as a run, a checkpoint
+    of ours, or a network's own transforms say; else a guess that is said, by the training loss)."""
     resize: str | None = None
     """Pixels of every image's shorter side, or HEIGHTxWIDTH (None: images as they are, or as the network's own
     transforms make them)."""

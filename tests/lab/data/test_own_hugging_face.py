@@ -127,11 +127,17 @@ def test_texts_may_have_no_labels_that_are_classes(tmp_path: Path) -> None:
     assert "labels in column 'label' are no numbers, not integers" in data.no_labels
 
 
-def test_a_row_without_text_is_named(tmp_path: Path) -> None:
-    data = open_data(saved(rows_of_texts(text=[*TEXTS[:7], None]), tmp_path / "rows")).data
-    assert isinstance(data, Texts)
-    with pytest.raises(FlatminimaError, match="row 7 has no text: drop it"):
-        data.at([0, 7])
+def test_rows_without_text_are_left_out_and_said(tmp_path: Path) -> None:
+    texts = [TEXTS[0], None, " \n", *TEXTS[3:7], ""]
+    opened = open_data(saved(rows_of_texts(text=texts), tmp_path / "rows"))
+    assert isinstance(opened.data, Texts)
+    assert opened.data.at(range(5)) == ([TEXTS[0], *TEXTS[3:7]],)
+    assert opened.data.labels is not None
+    assert opened.data.labels.tolist() == [CLASSES[0], *CLASSES[3:7]]
+    assert opened.about is not None
+    assert "3 rows without text are left out" in opened.about
+    with pytest.raises(FlatminimaError, match="every row of text is blank"):
+        open_data(saved(rows_of_texts(text=[" "] * 8), tmp_path / "blank"))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flatminima.errors import FlatminimaError
-
 
 @dataclass(frozen=True, eq=False)
 class Texts:
@@ -26,7 +24,7 @@ class Texts:
     """
 
     where: str
-    columns: Callable[[Sequence[int]], tuple[Sequence[str | None], ...]]
+    columns: Callable[[Sequence[int]], tuple[list[str], ...]]
     chosen: Tensor
     labels: Tensor | None
     num_classes: int | None
@@ -36,18 +34,8 @@ class Texts:
         return len(self.chosen)
 
     def at(self, indices: Sequence[int]) -> tuple[list[str], ...]:
-        """The texts at ``indices``, for one column, or for two.
-
-        Raises:
-            FlatminimaError: A row has none.
-        """
-        places = self.chosen[torch.as_tensor(indices)].tolist()
-        found = self.columns(places)
-        for column in found:
-            for place, text in zip(places, column, strict=True):
-                if not isinstance(text, str):
-                    raise FlatminimaError(f"{self.where}: row {place} has no text: drop it")
-        return tuple([str(text) for text in column] for column in found)
+        """The texts at ``indices``, for one column, or for two."""
+        return self.columns(self.chosen[torch.as_tensor(indices)].tolist())
 
     def subset(self, indices: Sequence[int] | Tensor) -> Texts:
         """The texts at ``indices``, in that order."""

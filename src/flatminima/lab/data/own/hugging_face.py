@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flatminima.lab.reading import Reading
 PREFIX = "hf:"
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 """Files that it reads, with or without the prefix, and by what."""
+_AT_ONCE = 10_000  # rows whose texts are looked at
 _SAVED = ("dataset_dict.json", "state.json")
 """What ``save_to_disk`` writes."""
 _IMAGES = ("img", "image", "pixel_values", "picture")
@@ -32,9 +33,14 @@ _LABELS = ("label", "labels", "fine_label", "target", "class", "y")
 """Columns as people call them: where several are of the right type, the first of these is taken, and said."""
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote it."""
+    return any((folder / name).is_file() for name in _SAVED)
+
+
 def _recognizes(source: str) -> bool:
     path = Path(source).expanduser()
-    return source.startswith(PREFIX) or path.suffix in _READERS or any((path / name).is_file() for name in _SAVED)
+    return source.startswith(PREFIX) or path.suffix in _READERS or is_saved(path)
 
 
 @source_kind(
@@ -63,18 +69,33 @@ def open_hugging_face(source: str, reading: Reading) -> Opened:
         return Opened(pictures, said.format("images", about))
     columns = rows.select_columns(list(inputs))
 
-    def texts(places: Sequence[int]) -> tuple[list[str | None], ...]:
+    def texts(places: Sequence[int]) -> tuple[list[str], ...]:
         found = columns[list(places)]
         return tuple(found[name] for name in inputs)
 
-    places = torch.arange(len(rows))
+    places = _with_text(texts, len(rows))
+    require(
+        len(places) > 0, f"{where}: every row of {' and '.join(inputs)} is blank: name another column (input_column)"
+    )
+    if len(places) < len(rows):
+        said += f"; {len(rows) - len(places)} rows without text are left out"
     try:
         labels, classes, about = _labels(rows, reading, where)
     except FlatminimaError as error:
         if reading.label_column is not None:
             raise
         return Opened(Texts(where, texts, places, None, None, str(error)), said.format("texts", "no labels"))
-    return Opened(Texts(where, texts, places, labels, classes), said.format("texts", about))
+    return Opened(Texts(where, texts, places, labels[places], classes), said.format("texts", about))
+
+
+def _with_text(texts: Callable[[Sequence[int]], tuple[list[str], ...]], count: int) -> Tensor:
+    """The places of rows that have some in every column."""
+    kept: list[int] = []
+    for start in range(0, count, _AT_ONCE):
+        some = range(start, min(start + _AT_ONCE, count))
+        cells = zip(*texts(some), strict=True)
+        kept += [place for place, row in zip(some, cells, strict=True) if all(text and text.strip() for text in row)]
+    return torch.tensor(kept, dtype=torch.long)
 
 
 def _labels(rows: Any, reading: Reading, where: str) -> tuple[Tensor, int, str]:
@@ -98,7 +119,7 @@ def _load(name: str, source: str) -> Any:
     path = Path(name).expanduser()
     try:
         with bars_like_ours():
-            if any((path / saved).is_file() for saved in _SAVED):
+            if is_saved(path):
                 return datasets.load_from_disk(str(path))
             if path.suffix in _READERS:
                 require(path.is_file(), f"there is no file {name}")

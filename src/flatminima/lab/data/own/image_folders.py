@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from flatminima.errors import FlatminimaError, require
+from flatminima.lab.data.own.hugging_face import is_saved
 from flatminima.lab.data.own.registry import Opened, source_kind
 from flatminima.lab.data.pictures import Pictures
 from flatminima.lab.reading import Reading
@@ -19,7 +20,12 @@ _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 _LISTED = 5  # class names that are said before the rest is counted
 
 
-@source_kind("a folder of class folders with PNG, JPEG and the like", lambda source: _folder(source).is_dir())
+def _recognizes(source: str) -> bool:
+    folder = _folder(source)
+    return folder.is_dir() and not is_saved(folder)
+
+
+@source_kind("a folder of class folders with PNG, JPEG and the like", _recognizes)
 def open_image_folder(source: str, reading: Reading) -> Opened:
     """The images below each class folder, however deep; classes are numbered in the order of their names.
 

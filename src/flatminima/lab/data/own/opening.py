@@ -44,7 +44,7 @@ def open_data(source: str, reading: Reading | None = None) -> Opened:
         FlatminimaError: There is no such source, or whatever is wrong with it, naming the column, file or row.
     """
     reading = reading or Reading()
-    kind = next((kind for kind in KINDS if kind.recognizes(source)), None)
+    kind = next((kind for kind in reversed(KINDS) if kind.recognizes(source)), None)
     if kind is None:
         known = "; ".join(kind.described for kind in KINDS if kind.described)
         hint = did_you_mean(source, [*LOADERS, *_beside(source)])

@@ -39,7 +39,7 @@ class SourceKind:
 
 
 KINDS: list[SourceKind] = []
-"""In the order in which they are asked: the first that recognizes a source opens it."""
+"""As they were registered; the latest that recognizes a source opens it."""
 
 
 def source_kind(described: str, recognizes: Callable[[str], bool]) -> Callable[[Opener], Opener]:

@@ -8,7 +8,7 @@ DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format docs clean
+.PHONY: help demo test test-slow lint format numbers docs clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ format: $(DEV) ## rewrite the code in the project's style
 
 docs: $(DOCS) ## build the site into docs/_build; warnings are errors
 	$(BIN)/sphinx-build -b html -n -W --keep-going docs docs/_build
+
+numbers: $(DEV) ## rewrite the README's tables and picture from the committed records
+	cd docs && $(abspath $(BIN))/python -m extensions.readme
 
 clean: ## remove the environment, the site, the demo's report and caches (runs/ stays)
 	rm -rf $(VENV) demo dist docs/_build docs/gallery .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -18,7 +18,7 @@ PICTURES = {"light": ("#1a1a1b", "#fefefe"), "dark": ("#e6e9ee", "#15181d")}
 EXPERIMENTS = {
     "I, random labels (digits, matched fit)": ("digits-matched", "scenario-1"),
     "I, random labels (CIFAR-10)": ("small", "scenario-1"),
-    "II, augmentation (CIFAR-10)": ("small-fresh", "scenario-2"),
+    "II, augmentation (CIFAR-10, fresh seeds)": ("small-fresh", "scenario-2"),
     "III, batch size (CIFAR-10)": ("small", "scenario-3"),
 }
 """Of the picture and of the table: a folder of results, and one of its experiments."""

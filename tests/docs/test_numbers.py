@@ -1,0 +1,38 @@
+"""The README's numbers are those of the committed records."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType
+
+import pytest
+
+from support.documents import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("extensions.readme")
+
+
+def test_its_tables_are_those_of_the_records(made: ModuleType) -> None:
+    assert made.with_tables(README) == README, "run make numbers"
+
+
+def test_a_table_that_has_lost_its_place_is_missed(made: ModuleType) -> None:
+    with pytest.raises(ValueError, match="0 places for the table gram"):
+        made.with_tables(README.replace("<!-- gram -->", ""))
+
+
+def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: ModuleType) -> None:
+    """What is said of measures in words has its number in a record: Kendall's τ, or a partial one."""
+    said = set(re.findall(r"(−?\d\.\d\d) \[(−?\d\.\d\d), (−?\d\.\d\d)\]", README.split("<!-- /rankings -->")[1]))
+    known = set(re.findall(r"(-?\d\.\d\d) \[(-?\d\.\d\d), (-?\d\.\d\d)\]", made.rankings()))
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "results").glob("*/*.md")))
+    known |= set(re.findall(r"[+]?(-?\d\.\d\d) \\\[(-?\d\.\d\d), (-?\d\.\d\d)\\\]", pages))
+    assert len(said) >= 3
+    assert {tuple(number.replace("−", "-") for number in numbers) for numbers in said} <= known

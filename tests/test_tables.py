@@ -94,7 +94,7 @@ def test_latex_has_numbers_and_greek_letters_in_its_mathematics() -> None:
     )
     assert table.latex("tab:x").splitlines() == [
         r"\begin{table}",
-        r"\centering",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",
         r"\caption{$\hat{\gamma}$. how.}",
         r"\label{tab:x}",
         r"\begin{tabular}{lr}",

@@ -147,7 +147,7 @@ class Table:
         sentences = [part if part.endswith(".") else f"{part}." for part in (self.title, self.caption) if part]
         lines = [
             r"\begin{table}",
-            r"\centering",
+            r"\centering\small\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{latex_text(' '.join(sentences))}}}",
             *([] if label is None else [rf"\label{{{label}}}"]),
             rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
@@ -157,7 +157,7 @@ class Table:
         ]
         for number, (name, *cells) in enumerate(self.rows):
             lines += [r"\midrule"] if number in self.rules else []
-            indent = r"\quad " if name.startswith(" ") else ""
+            indent = r"\quad " * ((len(name) - len(name.lstrip())) // 2)
             lines.append(_latex_row([indent + latex_text(name), *map(_latex_cell, cells)]))
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 

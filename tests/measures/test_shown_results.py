@@ -285,10 +285,10 @@ def test_tables_for_papers_round_value_and_error_together_and_take_the_measures_
     text = both.to_markdown(["log_det_fisher", "fisher_trace"])
     gamma, difference = both["plain"].log_det_fisher, both.difference("plain", "regularized")
     assert f"| {gamma} |" in text
-    assert f"| +{difference} |" in text
-    assert "| plain | regularized | plain − regularized |" in text
+    assert f"| paired difference | +{difference} |  |" in text
+    assert "differences to regularized**" in text
     assert "residual" not in text
-    assert "plain −" not in both.to_markdown("log_det_fisher", differences=False)
+    assert "difference" not in both.to_markdown("log_det_fisher", differences=False)
     assert rf"${str(gamma).replace('±', chr(92) + 'pm')}$" in both.to_latex()
     assert r"\label{tab:a}" in both["plain"].to_latex(["log_det_fisher"], label="tab:a")
     with pytest.raises(FlatminimaError, match=r"no measure 'fisher_trac' \(did you mean 'fisher_trace'\?\)"):

@@ -202,7 +202,7 @@ class Comparison:
 
         Args:
             measures: names of those wanted (None: all).
-            differences: with the paired differences to :attr:`reference`.
+            differences: with the paired differences to :attr:`reference`, a row below each measure's.
 
         Raises:
             FlatminimaError: for a name that is no measure's.

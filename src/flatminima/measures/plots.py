@@ -114,7 +114,7 @@ def draw_trials(axes: Axes, minima: Minima, measure: str) -> None:
     jitter = np.random.default_rng(0)
     for row, estimate in enumerate(estimates.values()):
         heights = row + jitter.uniform(-0.22, 0.22, len(estimate.per_trial))
-        axes.plot(estimate.per_trial, heights, ".", color=SERIES[0], alpha=0.35, ms=4, mew=0)
+        axes.plot(estimate.per_trial, heights, ".", color=SERIES[0], alpha=0.5, ms=4, mew=0)
         axes.errorbar(estimate.mean, row, xerr=_or_zero(estimate.standard_error), **_mark("D", INK))
     _name_rows(axes, [_with_value(name, estimate) for name, estimate in estimates.items()])
     axes.set_xlabel(_label(measure), parse_math=True)

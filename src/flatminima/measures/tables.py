@@ -68,24 +68,23 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 def comparison_table(
     comparison: Comparison, measures: Sequence[str] | None = None, *, differences: bool = True
 ) -> Table:
-    """Measures as value ± standard error, and paired differences beside them, for papers.
+    """Measures as value ± standard error, and paired differences below them, for papers.
 
     Raises:
         FlatminimaError: for a name that is no measure's.
     """
     minima, reference = comparison.characterizations, comparison.reference
-    others = [name for name in minima if name != reference] if differences else []
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for measure in _chosen(measures, comparison.measures()):
-        have = [name for name, c in minima.items() if measure in c.estimates()]
-        values = [str(minima[name].estimates()[measure]) if name in have else "" for name in minima]
-        paired = [_difference(comparison, name, measure) for name in others]
-        rows.append((label_of(measure), *values, *paired))
-    fits = [(name, *cells, *("" for _ in others)) for name, *cells in _fits(minima)]
+        estimates = [c.estimates().get(measure) for c in minima.values()]
+        rows.append((label_of(measure), *("" if found is None else str(found) for found in estimates)))
+        paired = [_difference(comparison, name, measure) for name in minima]
+        if differences and any(paired):
+            rows.append(("    paired difference", *paired))
     return Table(
-        f"Minima on the same subsets, mean ± standard error{'; paired differences' if others else ''}",
-        ("measure", *minima, *(f"{name} − {reference}" for name in others)),
-        (*rows, *fits),
+        f"Minima on the same subsets, mean ± standard error{f'; differences to {reference}' if differences else ''}",
+        ("measure", *minima),
+        (*rows, *_fits(minima)),
         _comparison_caption(comparison, left_out=measures is None),
         rules=(len(rows),),
     )

@@ -12,6 +12,7 @@ from extensions.tables import BENCHMARK_TABLES, BENCHMARKS, RESULTS, rankings_ta
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from flatminima.lab.experiments import Summary
 from flatminima.lab.reports import failure_lines, figures, progress_line, tables
 from flatminima.pages.drawing import Picture
 from flatminima.tables import markdown_text
@@ -27,10 +28,26 @@ def grid_of(pictures: Sequence[Picture]) -> nodes.raw:
     return nodes.raw("", f'<div class="pictures">{shown}</div>', format="html")
 
 
+def section_of(folder: str, summary: Summary) -> str:
+    """An experiment's section as Markdown: question, findings, figures, tables."""
+    findings = [f"* {markdown_text(line)}" for line in (*summary.verdict, *failure_lines(summary))]
+    drawn = f"```{{figures}} {folder} {summary.name} {' '.join(summary.drawn)}\n```\n" if summary.drawn else ""
+    return "\n".join(
+        [
+            f"## {markdown_text(summary.title)}\n",
+            f"{markdown_text(summary.question)}\n",
+            *findings,
+            f"\n{progress_line(summary)}\n",
+            drawn,
+            *(table.markdown() for table in tables(summary)),
+        ]
+    )
+
+
 class _OfRecords(SphinxDirective):
     """What all of these have in common: the page is built again where a record changes."""
 
-    optional_arguments = 8
+    optional_arguments = 40
     option_spec: ClassVar[dict[str, Any]] = {}
 
     def markdown(self, text: str) -> list[nodes.Node]:
@@ -51,19 +68,7 @@ class Record(_OfRecords):
         """A section each."""
         (folder,) = self.arguments
         self.note(folder)
-        found: list[nodes.Node] = []
-        for summary in summaries_of(folder):
-            lines = [*summary.verdict, *failure_lines(summary)]
-            text = f"## {markdown_text(summary.title)}\n\n{markdown_text(summary.question)}\n\n"
-            text += "\n".join(f"* {markdown_text(line)}" for line in lines) + f"\n\n{progress_line(summary)}\n\n"
-            section = self.markdown(text)
-            content = section[0] if section and isinstance(section[0], nodes.section) else nodes.container()
-            if pictures := figures(summary):
-                content += grid_of(pictures)
-            for table in tables(summary):
-                content += self.markdown(table.markdown())
-            found += section
-        return found
+        return self.markdown("\n".join(section_of(folder, summary) for summary in summaries_of(folder)))
 
 
 class Figures(_OfRecords):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import flatminima as fm
+from flatminima.cli.completion import COMPLETION
 from flatminima.gramian.rules import temporary_rules
 from support.documents import DOCUMENTS, ROOT, Block, blocks_of, files_with, readers_names, run
 
@@ -114,7 +115,9 @@ def test_command_is_one_that_there_is(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "torchrun":
         words = ["flatminima", *words[words.index("flatminima") + 1 :]]
-    if words[0] == "flatminima":
+    if words[0] == "flatminima" and words[1] in COMPLETION:
+        assert words[2] in ("bash", "zsh", "tcsh")
+    elif words[0] == "flatminima":
         from flatminima.cli.commands import recipe_of
         from flatminima.cli.evaluate import Evaluate
         from flatminima.cli.options import Compare, Demo, Measure, Reproduce, RunOptions, Train, parse

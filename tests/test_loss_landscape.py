@@ -192,3 +192,13 @@ def test_a_network_with_nan_is_refused(data: tuple[Tensor, Tensor]) -> None:
 def test_a_text_of_something_else_is_refused(text: str) -> None:
     with pytest.raises(FlatminimaError, match="not a landscape"):
         Landscape.from_json(text)
+
+
+def test_pictures_of_lines_and_planes(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    line = landscape(model, data, steps=3, progress=False)
+    assert list(line.plot().lines[0].get_ydata()) == list(line.losses)
+    plane = landscape(model, data, directions="between", to=[network(1), network(2)], steps=5, progress=False).plot()
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in plane.lines] == [(0, 0), (1, 0), (0, 1)]
+    with pytest.raises(FlatminimaError, match="no loss of this landscape is finite"):
+        Landscape("random", ((0.0,),), (math.nan,)).plot()

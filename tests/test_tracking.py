@@ -162,3 +162,20 @@ def test_wrong_arguments_are_refused(data: tuple[Tensor, Tensor], arguments: dic
 def test_what_measure_refuses_is_refused(data: tuple[Tensor, Tensor], model: nn.Module) -> None:
     with pytest.raises(FlatminimaError, match="subset_size"):
         Tracker(data, MeasureOptions(subset_size=100, trials=2, progress=False))(model, 1)
+
+
+def test_a_picture_has_measures_and_errors_over_epochs(data: tuple[Tensor, Tensor], model: nn.Module) -> None:
+    tracker = Tracker(data, OPTIONS)
+    with pytest.raises(FlatminimaError, match="nothing was measured yet"):
+        tracker.plot()
+    for epoch in (1, 2):
+        tracker(model, epoch, validation_error=0.5 / epoch)
+    axes = tracker.plot()
+    (right,) = [other for other in axes.figure.axes if other is not axes]
+    drawn = [list(line.get_ydata()) for line in axes.lines if len(line.get_xdata())]
+    assert drawn[1] == [tracked.measures["residual"] for tracked in tracker.epochs]
+    assert list(right.lines[-1].get_ydata()) == [50.0, 25.0]
+    entries = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert entries == ["log_det_fisher", "residual", "sensitivity", "diversity", "training error", "validation_error"]
+    with pytest.raises(FlatminimaError, match=r"unknown measure 'sensitvity' \(did you mean 'sensitivity'\?\)"):
+        tracker.plot(["sensitvity"])

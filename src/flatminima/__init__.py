@@ -51,6 +51,7 @@ else:  # the command line answers `--help` without torch
             "pages": (),
             "pages.comparison": ("report",),
             "palette": (),
+            "pictures": (),
             "parallel": (),
             "progress": (),
             "regularizer": ("FisherTraceRegularizer",),

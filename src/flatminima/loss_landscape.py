@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flatminima.errors import (
     FlatminimaError,
     NonFiniteError,
+    needing,
     one_line,
     require,
     require_integer,
@@ -33,6 +34,9 @@ from flatminima.measures import evaluate, jsonable
 from flatminima.network import Data, Samples, moved, samples_of, undone_if_interrupted
 from flatminima.parallel import is_sharded
 from flatminima.progress import ProgressBar
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.axes import Axes
 
 Directions = Literal["random", "between"]
 
@@ -60,6 +64,20 @@ class Landscape:
         """The losses in float64, with a dimension for each direction: (steps,) or (steps, steps)."""
         return torch.tensor(self.losses, dtype=torch.float64).reshape([len(axis) for axis in self.coordinates])
 
+    def plot(self, *, ax: Axes | None = None) -> Axes:
+        """The loss as a curve, or as contours of equal ratios; the minimum and the others are marked (matplotlib).
+
+        Args:
+            ax: where to draw (None: a new figure of a column's width).
+
+        Raises:
+            FlatminimaError: without matplotlib, or if no loss is finite and positive.
+        """
+        require(any(loss > 0 for loss in self.losses), "no loss of this landscape is finite and positive")
+        with needing("plot", "a picture"):
+            from flatminima.pictures import drawn
+        return drawn(lambda axes: _draw(axes, self), 5 if len(self.coordinates) == 1 else 8, ax)
+
     def to_json(self) -> str:
         """One JSON object; NaN becomes null."""
         return json.dumps(jsonable(dataclasses.asdict(self)), allow_nan=False)
@@ -81,6 +99,33 @@ class Landscape:
             )
         except (ValueError, TypeError, KeyError) as error:
             raise FlatminimaError(f"not a landscape: {one_line(error)}") from None
+
+
+def _draw(axes: Axes, found: Landscape) -> None:
+    import numpy as np
+
+    from flatminima.palette import INK, SERIES
+
+    losses = found.to_tensor().numpy()
+    unit = "way to the other" if found.directions == "between" else "direction"
+    if len(found.coordinates) == 1:
+        axes.plot(found.coordinates[0], losses, color=SERIES[0], lw=1)
+        axes.set_xlabel(f"{unit}, the minimum is at 0")
+        axes.set_ylabel("mean loss")
+        for end in (0.0, 1.0) if found.directions == "between" else (0.0,):
+            axes.axvline(end, color=INK, lw=0.5, ls=":")
+        return
+    logarithms = np.log10(np.where(losses > 0, losses, np.nan))
+    levels = np.linspace(np.nanmin(logarithms), np.nanmax(logarithms), 12)
+    # the first direction to the right
+    contours = axes.contour(*found.coordinates, np.ma.masked_invalid(logarithms.T), levels, colors=INK, linewidths=0.7)
+    axes.clabel(contours, fmt=lambda level: f"{10**level:.2g}", fontsize=6)
+    marks = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)] if found.directions == "between" else [(0.0, 0.0)]
+    for number, point in enumerate(marks):
+        axes.plot(*point, "Dos"[number], color=SERIES[0], ms=4)
+    axes.set_xlabel(f"first {unit}")
+    axes.set_ylabel(f"second {unit}")
+    axes.set_title("mean loss", fontsize="medium")
 
 
 @undone_if_interrupted

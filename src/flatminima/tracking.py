@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import nn
@@ -18,6 +21,8 @@ from flatminima.errors import (
     NotAMinimumWarning,
     RankDeficientError,
     UntrackedEpochWarning,
+    did_you_mean,
+    needing,
     one_line,
     require,
     require_integer,
@@ -28,6 +33,13 @@ from flatminima.files import write_file
 from flatminima.measures import Characterization, MeasureOptions, measure
 from flatminima.network import Data
 from flatminima.parallel import Processes
+
+if TYPE_CHECKING:  # an extra
+    from matplotlib.axes import Axes
+
+
+PARTS = ("log_det_fisher", "residual", "sensitivity", "diversity")
+"""γ̂ and what it is made of."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,24 @@ class Tracker:
             write_file(self._path, "".join(f"{line}\n" for line in lines))
         return tracked.measures | tracked.others
 
+    def plot(self, measures: Sequence[str] = PARTS, *, ax: Axes | None = None) -> Axes:
+        """Measures over epochs, on the left; on the right the training error, and what else is an error (matplotlib).
+
+        Args:
+            measures: names, of the same unit; by default γ̂ and its parts.
+            ax: where to draw (None: a new figure of a column's width).
+
+        Raises:
+            FlatminimaError: if nothing was measured yet, for a name that was not, or without matplotlib.
+        """
+        require(len(self.epochs) > 0, "nothing was measured yet: call the tracker at the end of epochs")
+        known = self.epochs[0].measures
+        for name in measures:
+            require(name in known, f"unknown measure {name!r}{did_you_mean(name, known)}: it was not tracked")
+        with needing("plot", "a picture"):
+            from flatminima.pictures import drawn
+        return drawn(lambda axes: _draw(axes, self.epochs, measures), 5, ax)
+
     def _affordable(self) -> bool:
         if self._time_share is None or not self._measuring:
             return True
@@ -155,6 +185,35 @@ class Tracker:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotAMinimumWarning)
             return measure(model, self._data, **options)
+
+
+def _draw(axes: Axes, epochs: Sequence[TrackedEpoch], measures: Sequence[str]) -> None:
+    from flatminima.pictures import legend, series_styles
+
+    styles = series_styles()
+    numbers = [tracked.epoch for tracked in epochs]
+
+    def line(on: Axes, name: str, values: list[float]) -> None:
+        style = next(styles)
+        on.plot(numbers, values, style["line"], color=style["colour"], marker=style["marker"], ms=3, lw=1)
+        axes.plot([], [], style["line"], color=style["colour"], marker=style["marker"], ms=3, lw=1, label=name)
+
+    for name in measures:
+        line(axes, name, [tracked.measures.get(name, math.nan) for tracked in epochs])
+    axes.set_xlabel("epoch")
+    errors = {name: name for tracked in epochs for name in tracked.others if "error" in name}
+    if errors or "train_accuracy" in epochs[0].measures:
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        right.set_ylabel("error (%)")
+        right.set_ylim(bottom=0)
+        if "train_accuracy" in epochs[0].measures:
+            line(right, "training error", [100 * (1 - tracked.measures["train_accuracy"]) for tracked in epochs])
+        for name in errors:
+            line(right, name, [100 * tracked.others.get(name, math.nan) for tracked in epochs])
+        right.autoscale(axis="y")
+        right.set_ylim(bottom=0)
+    legend(axes)
 
 
 def read_epochs(path: str | Path) -> list[TrackedEpoch]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -16,40 +13,18 @@ from flatminima.errors import FlatminimaError, did_you_mean, require_one_of
 from flatminima.measures.registry import label_of
 from flatminima.measures.results import Characterization, Estimate
 from flatminima.palette import INK, PAPER, PARTS, SERIES
+from flatminima.pictures import MARKERS, drawn, legend, series_styles
 
 if TYPE_CHECKING:  # comparisons draw themselves by these functions
     from flatminima.measures.comparison import Comparison
-
-COLUMN_INCHES = 3.3
-"""The width of a column in a paper of two."""
 
 MODULES = 16
 """Rows of a picture of shares, at most: modules are joined under their parents until they are no more."""
 
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
-LINES = ("-", "--", ":", "-.")
 HATCHES = ("////", "", "")
 """Of residual, sensitivity and diversity."""
 
-_STYLE: Any = {
-    "font.size": 8,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "hatch.linewidth": 0.5,
-    "savefig.dpi": 200,
-}
-
-_ROW_INCHES = 0.3
-_HALF_A_COLUMN = 18
-"""Letters of a legend's entry of which two stand beside each other."""
 _KINDS = ("parts", "trials", "spectrum", "shares", "differences")
 
 Minima = Mapping[str, Characterization]
@@ -64,23 +39,13 @@ def plotted(minima: Minima, kind: str, measure: str, ax: Axes | None) -> Axes:
         "spectrum": (lambda axes: draw_spectrum(axes, minima), 5),
         "shares": (lambda axes: draw_shares(axes, minima), _rows_of_shares(minima) if kind == "shares" else 0),
     }[kind]
-    return _drawn(draw, rows, ax)
+    return drawn(draw, rows, ax)
 
 
 def plotted_differences(comparison: Comparison, measure: str | None, ax: Axes | None) -> Axes:
     """See :meth:`~flatminima.measures.Comparison.plot`."""
     measures = None if measure is None else [measure]
-    return _drawn(lambda axes: draw_differences(axes, comparison, measures), len(comparison) - 1, ax)
-
-
-def _drawn(draw: Callable[[Axes], None], rows: float, ax: Axes | None) -> Axes:
-    if ax is not None:
-        draw(ax)
-        return ax
-    with mpl.rc_context(_STYLE):
-        _, axes = plt.subplots(figsize=(COLUMN_INCHES, 0.95 + _ROW_INCHES * rows), layout="constrained")
-        draw(axes)
-    return axes
+    return drawn(lambda axes: draw_differences(axes, comparison, measures), len(comparison) - 1, ax)
 
 
 def draw_parts(axes: Axes, minima: Minima) -> None:
@@ -105,7 +70,7 @@ def draw_parts(axes: Axes, minima: Minima) -> None:
     axes.axvline(0, color=INK, lw=0.6)
     _name_rows(axes, [_with_value(name, gamma) for name, gamma in zip(names, gammas, strict=True)])
     axes.set_xlabel(r"$\hat{\gamma}$ and its parts (nats)", parse_math=True)
-    _legend(axes, {3: r"their sum, $\hat{\gamma}$"})
+    legend(axes, {3: r"their sum, $\hat{\gamma}$"})
 
 
 def draw_trials(axes: Axes, minima: Minima, measure: str) -> None:
@@ -122,7 +87,7 @@ def draw_trials(axes: Axes, minima: Minima, measure: str) -> None:
 
 def draw_spectrum(axes: Axes, minima: Minima) -> None:
     """The eigenvalues of ξ, the largest first."""
-    for (name, c), style in zip(minima.items(), _series_styles(), strict=False):
+    for (name, c), style in zip(minima.items(), series_styles(), strict=False):
         ranks = np.arange(1, len(c.spectrum) + 1)
         positive = np.array(c.spectrum) > 0
         axes.semilogy(
@@ -139,7 +104,7 @@ def draw_spectrum(axes: Axes, minima: Minima) -> None:
     axes.set_xlabel("rank of the eigenvalue")
     axes.set_ylabel(r"eigenvalue of $\xi$, mean of trials", parse_math=True)
     if len(minima) > 1:
-        _legend(axes)
+        legend(axes)
 
 
 def draw_shares(axes: Axes, minima: Minima) -> None:
@@ -147,7 +112,7 @@ def draw_shares(axes: Axes, minima: Minima) -> None:
     shares = {name: c.shares_by_module(MODULES) for name, c in minima.items()}
     modules = list(dict.fromkeys(module for found in shares.values() for module in found))
     offsets = np.linspace(-0.18, 0.18, len(shares)) if len(shares) > 1 else [0.0]
-    for (name, found), style, offset in zip(shares.items(), _series_styles(), offsets, strict=False):
+    for (name, found), style, offset in zip(shares.items(), series_styles(), offsets, strict=False):
         rows = np.array([row for row, module in enumerate(modules) if module in found])
         values = 100 * np.array(list(found.values()))
         axes.hlines(rows + offset, 0, values, color=style["colour"], lw=1.2)
@@ -156,7 +121,7 @@ def draw_shares(axes: Axes, minima: Minima) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("share of the Fisher trace (%)")
     if len(minima) > 1:
-        _legend(axes)
+        legend(axes)
 
 
 def draw_differences(axes: Axes, comparison: Comparison, measures: Sequence[str] | None = None) -> None:
@@ -176,7 +141,7 @@ def draw_differences(axes: Axes, comparison: Comparison, measures: Sequence[str]
     _name_rows(axes, names)
     axes.set_xlabel(f"difference to {reference}\n(95 % intervals)", parse_math=False, loc="right")
     if len(chosen) > 1:
-        _legend(axes, {number: _label(measure) for number, measure in enumerate(chosen)})
+        legend(axes, {number: _label(measure) for number, measure in enumerate(chosen)})
     else:
         axes.set_title(_label(chosen[0]), fontsize="medium", parse_math=True)
 
@@ -206,37 +171,11 @@ def _mark(marker: str, colour: str) -> dict[str, Any]:
     return {"fmt": marker, "ms": 4, "color": colour, "mec": PAPER, "mew": 0.5, "elinewidth": 1, "capsize": 2}
 
 
-def _series_styles() -> Iterator[dict[str, str]]:
-    for number in itertools.count():
-        yield {
-            "colour": SERIES[number % len(SERIES)],
-            "marker": MARKERS[number % len(MARKERS)],
-            "line": LINES[number % len(LINES)],
-        }
-
-
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     """From top to bottom; a name is text, whatever is in it."""
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-
-
-def _legend(axes: Axes, labels: Mapping[int, str] | None = None) -> None:
-    """Above the axes, so that it covers nothing; ``labels`` with mathematics in the place of those drawn."""
-    widest = max(len(text) for text in axes.get_legend_handles_labels()[1])
-    legend = axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=2 if widest <= _HALF_A_COLUMN else 1,
-        frameon=False,
-        handlelength=1.8,
-        columnspacing=1.0,
-        borderaxespad=0.2,
-    )
-    for number, text in enumerate(legend.get_texts()):
-        text.set_parse_math(number in (labels or {}))
-        text.set_text((labels or {}).get(number, text.get_text()))
 
 
 def _label(measure: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatminima import cli
 from flatminima.errors import FlatminimaError, NotAMinimumWarning
-from flatminima.lab.data import ImageSet, Normalization, load_data
+from flatminima.lab.data import ImageSet, Normalization, Pictures, load_data, open_data
 from flatminima.lab.errors import GuessedNormalizationWarning
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs.measuring import Measuring, compare_networks, measure_images
@@ -23,6 +23,7 @@ from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
 from support.command_line import MEASURE, error_of
 from support.images import image_set
+from support.own_data import class_folders
 
 HOW = Measuring(subset_size=10, trials=2)
 
@@ -116,6 +117,30 @@ def test_a_guess_is_the_one_of_the_training_and_is_said(
     )
     assert name_of(guessed) == f"{expected}, a guess"
     assert torch.equal(guessed.data.tensors()[0], given.data.tensors()[0])
+
+
+@pytest.mark.parametrize("bias", [0.0, 50.0])
+def test_a_guess_on_files_takes_the_mean_of_all_and_says_what_fits_too(
+    bias: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "blind_networks.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def build():\n"
+        "    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 2))\n"
+        f"    net[1].weight.data, net[1].bias.data = torch.zeros(2, 144), torch.tensor([{bias}, 0])\n"
+        "    return net\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = open_data(str(class_folders(tmp_path / "photos", count=255))).data
+    assert isinstance(data, Pictures)
+    data = data.subset(range(255))  # all cats, and more than the candidates are tried on
+    with pytest.warns(GuessedNormalizationWarning) as caught:
+        network = load_network("blind_networks:build", None, data)
+    assert network.preparation.is_that_of(Normalization.of(data))
+    # All candidates have the same loss, ln 2 or nothing.
+    fit_too = "but with none and 0.5/0.5 and imagenet it fits as a minimum does, too"
+    assert (fit_too in str(caught[0].message)) == (bias == 50)
 
 
 def test_a_network_that_fits_nothing_is_left_to_who_measures_it(here: Path, digits: ImageSet) -> None:

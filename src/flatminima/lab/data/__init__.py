@@ -3,7 +3,7 @@
 from flatminima.lab.data.augmentation import augment, confuse, hold_out
 from flatminima.lab.data.cache import Decoded
 from flatminima.lab.data.images import ImageSet
-from flatminima.lab.data.normalization import NORMALIZATIONS, Normalization
+from flatminima.lab.data.normalization import FROM_DATA, NORMALIZATIONS, Normalization
 from flatminima.lab.data.own import open_data
 from flatminima.lab.data.pictures import Pictures, as_pictures
 from flatminima.lab.data.ready import OwnData, Preparation, Prepared, ReadySamples, TrainingData
@@ -13,6 +13,7 @@ from flatminima.lab.names import AUGMENTATIONS
 
 __all__ = [
     "AUGMENTATIONS",
+    "FROM_DATA",
     "NORMALIZATIONS",
     "Decoded",
     "ImageSet",

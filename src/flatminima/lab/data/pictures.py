@@ -132,6 +132,11 @@ class Pictures:
         )
         return dataclasses.replace(self, mean=mean, std=std)
 
+    def decoded(self) -> ImageSet:
+        """The same images in memory, to be normalized by their own mean and deviation."""
+        pixels = self.pixels(range(len(self)))
+        return ImageSet(pixels, self.labels, self.num_classes, *channel_statistics([pixels]))
+
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, (C,) each, over all of the images: they are read once."""
         return channel_statistics(self._parts())

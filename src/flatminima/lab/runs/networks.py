@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError, NonFiniteError, naming, require, warn
-from flatminima.lab.data import ImageSet, Normalization, OwnData, Pictures, Preparation, TrainingData
+from flatminima.lab.data import FROM_DATA, ImageSet, Normalization, OwnData, Pictures, Preparation, TrainingData
 from flatminima.lab.errors import GuessedNormalizationWarning
 from flatminima.lab.networks import is_model_source, open_network
 from flatminima.lab.reading import Reading
@@ -24,6 +24,7 @@ from flatminima.network import Inputs, map_tensors
 CANDIDATES = ("data", "none", "0.5/0.5", "imagenet")
 """What a network may have been trained with that does not say."""
 _LOOKED_AT = 250  # images that candidates are tried on
+_BYTES = 2**28  # that they may take
 _BATCH = 50  # of them at once: they may be large
 _FITS = 0.1  # nats: with a smaller loss a candidate may be the right one
 
@@ -151,13 +152,13 @@ def _as_trained(checkpoint: Path | None, data: ImageSet | Pictures) -> Normaliza
 
 
 def _guessed(model: nn.Module, data: ImageSet | Pictures, name: str) -> Normalization:
-    """That of the candidates at which the network fits best: at a minimum, only the right one fits well."""
-    some = data.subset(torch.linspace(0, len(data) - 1, min(len(data), _LOOKED_AT)).long())
+    """That of the candidates at which the network fits best: at a minimum the right one fits; so may others."""
+    some = _looked_at(data)
     losses: dict[Normalization, float] = {}
     for candidate in CANDIDATES:
         if candidate == "imagenet" and data.channels != 3:
             continue
-        normalization = Normalization.named(candidate, data)
+        normalization = Normalization.named(candidate, some)
         try:
             inputs = NetworkInputs.of(normalization.apply(some), model)
             losses[normalization] = evaluate(model, inputs, batch=_BATCH).loss
@@ -165,9 +166,11 @@ def _guessed(model: nn.Module, data: ImageSet | Pictures, name: str) -> Normaliz
             continue
     if not losses:
         return Normalization.of(data)
-    best = min(losses, key=losses.__getitem__)
+    best = found = min(losses, key=losses.__getitem__)
+    if best.name == FROM_DATA:
+        best = Normalization.of(data)  # of all images, which are not read for the other candidates
     said = ", ".join(f"{normalization.name} {loss:.3g}" for normalization, loss in losses.items())
-    others = [each.name for each, loss in losses.items() if each is not best and loss < _FITS]
+    others = [each.name for each, loss in losses.items() if each is not found and loss < _FITS]
     doubt = f", but with {' and '.join(others)} it fits as a minimum does, too" if others else ""
     warn(
         f"{name} does not say how its images were normalized: taken is {best}, where its training loss is the smallest "
@@ -175,3 +178,11 @@ def _guessed(model: nn.Module, data: ImageSet | Pictures, name: str) -> Normaliz
         GuessedNormalizationWarning,
     )
     return replace(best, name=f"{best.name}, a guess")
+
+
+def _looked_at(data: ImageSet | Pictures) -> ImageSet:
+    """Some of the images, spread over all of them, in memory."""
+    bytes_each = data.fetch([0])[0].numel()
+    count = max(1, min(len(data), _LOOKED_AT, _BYTES // bytes_each))
+    some = data.subset(torch.linspace(0, len(data) - 1, count).long())
+    return some if isinstance(some, ImageSet) else some.decoded()

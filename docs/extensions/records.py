@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, ClassVar
 
 from docutils import nodes
-from extensions.tables import BENCHMARK_TABLES, BENCHMARKS, RESULTS, rankings_table, summaries_of
+from extensions.tables import BENCHMARK_TABLES, BENCHMARKS, RESULTS, origin_of, rankings_table, summaries_of
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -55,7 +56,9 @@ class _OfRecords(SphinxDirective):
         return self.parse_text_to_nodes(text, allow_section_headings=True)
 
     def note(self, *folders: str) -> None:
-        """Depend on the records in folders of results."""
+        """Depend on the records in folders of results, and on what shows them."""
+        for source in Path(__file__).parent.glob("*.py"):
+            self.env.note_dependency(str(source))
         for folder in folders:
             for file in sorted((RESULTS / folder).glob("*.json")):
                 self.env.note_dependency(str(file))
@@ -97,8 +100,9 @@ class Benchmark(_OfRecords):
     def run(self) -> list[nodes.Node]:
         """One table."""
         file, table = BENCHMARK_TABLES[self.arguments[0]]
+        self.note()
         self.env.note_dependency(str(BENCHMARKS / file))
-        return self.markdown(table().markdown())
+        return self.markdown(f"{table().markdown()}\n{origin_of(file)}\n")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def cost_of_gram() -> Table:
         for name, network in record["networks"].items()
     )
     return Table(
-        _title("Time as a ratio to a forward and backward pass, and peak memory", record),
+        "Time as a ratio to a forward and backward pass, and peak memory",
         ("network", "samples", *methods),
         rows,
     )
@@ -76,7 +76,7 @@ def cost_of_steps() -> Table:
     networks = record["networks"]
     steps = list(dict.fromkeys(step for found in networks.values() for step in found))
     rows = tuple((step, *(_time_and_memory(found.get(step)) for found in networks.values())) for step in steps)
-    return Table(_title("Time as a ratio to a plain step, and peak memory", record), ("step", *networks), rows)
+    return Table("Time as a ratio to a plain step, and peak memory", ("step", *networks), rows)
 
 
 def cosines() -> Table:
@@ -88,16 +88,17 @@ def cosines() -> Table:
         for activation, precisions in activations.items()
     )
     precisions = next(iter(next(iter(record["stages"].values())).values()))
-    return Table(_title("Cosine of ∇R with its limit αHg, at α = 1e-4", record), ("network", *precisions), rows)
+    return Table("Cosine of ∇R with its limit αHg, at α = 1e-4", ("network", *precisions), rows)
 
 
 def _at(points: Sequence[Mapping[str, float]], alpha: float = 1e-4) -> Mapping[str, float]:
     return next(point for point in points if point["alpha"] == alpha)
 
 
-def _title(title: str, record: Mapping[str, Any]) -> str:
-    environment = record["environment"]
-    return f"{title} ({environment['command']}; {environment['cpu']}, torch {environment['torch']})"
+def origin_of(file: str) -> str:
+    """What made a benchmark's record, and on what."""
+    environment = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["environment"]
+    return f"By `{environment['command']}`, on {environment['cpu']} with torch {environment['torch']}."
 
 
 BENCHMARK_TABLES = {

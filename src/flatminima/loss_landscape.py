@@ -118,7 +118,9 @@ def _draw(axes: Axes, found: Landscape) -> None:
     logarithms = np.log10(np.where(losses > 0, losses, np.nan))
     levels = np.linspace(np.nanmin(logarithms), np.nanmax(logarithms), 12)
     # the first direction to the right
-    contours = axes.contour(*found.coordinates, np.ma.masked_invalid(logarithms.T), levels, colors=INK, linewidths=0.7)
+    contours = axes.contour(
+        *found.coordinates, np.ma.masked_invalid(logarithms.T), levels, colors=INK, linewidths=0.7, linestyles="solid"
+    )
     axes.clabel(contours, fmt=lambda level: f"{10**level:.2g}", fontsize=6)
     marks = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)] if found.directions == "between" else [(0.0, 0.0)]
     for number, point in enumerate(marks):

@@ -123,7 +123,7 @@ def test_a_guess_is_the_one_of_the_training_and_is_said(
 def test_a_guess_on_files_takes_the_mean_of_all_and_says_what_fits_too(
     bias: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "blind_networks.py").write_text(
+    (tmp_path / f"blind_networks_{bias:.0f}.py").write_text(
         "import torch\n"
         "from torch import nn\n"
         "def build():\n"
@@ -136,7 +136,7 @@ def test_a_guess_on_files_takes_the_mean_of_all_and_says_what_fits_too(
     assert isinstance(data, Pictures)
     data = data.subset(range(255))  # all cats, and more than the candidates are tried on
     with pytest.warns(GuessedNormalizationWarning) as caught:
-        network = load_network("blind_networks:build", None, data)
+        network = load_network(f"blind_networks_{bias:.0f}:build", None, data)
     assert network.preparation.is_that_of(Normalization.of(data))
     # All candidates have the same loss, ln 2 or nothing.
     fit_too = "but with none and 0.5/0.5 and imagenet it fits as a minimum does, too"

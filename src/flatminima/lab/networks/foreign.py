@@ -59,6 +59,8 @@ def open_network(source: str, checkpoint: Path | None, data: OwnData, reading: R
     """
     prefix, _, name = source.partition(":")
     kind = MODEL_KINDS.get(prefix) if ":" in source else None
+    if kind is None and isinstance(data, Texts):
+        raise _no_tokenizer(source, data)  # before its checkpoint is found not to fit the texts' classes
     model = _built(source, checkpoint, data) if kind is None else kind.build(name, data, checkpoint is None)
     if not isinstance(model, nn.Module):
         raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
@@ -122,12 +124,16 @@ def _of_factory(source: str, arguments: dict[str, int]) -> Any:
         raise FlatminimaError(f"{error}: these data do not say it; give the factory a default of it") from error
 
 
+def _no_tokenizer(source: str, data: Texts) -> FlatminimaError:
+    return FlatminimaError(
+        f"model {source} has no tokenizer for the texts of {data.where}: give it as hf:FOLDER, or pass data as "
+        "package.module:factory that gives tokens"
+    )
+
+
 def _as_they_are(source: str, data: OwnData) -> tuple[ImageSet | Pictures | ReadySamples, Preparation | None]:
     if isinstance(data, Texts):
-        raise FlatminimaError(
-            f"model {source} has no tokenizer for the texts of {data.where}: give it as hf:FOLDER, or pass data as "
-            "package.module:factory that gives tokens"
-        )
+        raise _no_tokenizer(source, data)
     return data, Preparation("as the data give them", repr(data.loss)) if isinstance(data, ReadySamples) else None
 
 

@@ -42,16 +42,23 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 nitpicky = True
+suppress_warnings = ["sphinx_autodoc_typehints.forward_reference"]  # of what is imported for type checkers alone
 # Names of other packages: their inventories lie elsewhere, and the site is built without a network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|numpy|np|rich|lightning|transformers|accelerate|pandas|pd|collections|pathlib)\..*"),
+    (
+        r"py:.*",
+        r"(torch|numpy|np|rich|matplotlib|os|lightning|transformers|accelerate|pandas|pd|collections|pathlib)\..*",
+    ),
     (r"py:.*", r"(Tensor|nn\.\w+|\w*NDArray\w*)"),
     (r"py:.*", r"(optional|callable|Callable|ArrayLike|Path|Any|Trainer|LightningModule|Callback)"),
-    (r"py:.*", r"(abc|types|typing|enum)\..*"),
+    (r"py:.*", r"(abc|collections|enum|os|pathlib|types|typing)\..*"),
     (r"py:.*", r"(None|bool|int|float|str|tuple|list|dict|set|frozenset|object|type|slice|Ellipsis)"),
-    (r"py:.*", r"(ValueError|UserWarning|torch|scipy\..*)"),
+    (r"py:.*", r"(ValueError|UserWarning|torch)"),
     # Names that are not public, though a public one mentions them.
-    (r"py:.*", r"flatminima\.(network|parallel|progress|sampling|torch_compat)\..*"),
+    (
+        r"py:.*",
+        r"flatminima\.(files|network|pages|palette|parallel|pictures|tables|progress|sampling|torch_compat)\..*",
+    ),
     (r"py:.*", r"flatminima\.gramian\.(checks|parts\.Part|rules\.base)"),
     (r"py:.*", r"flatminima\.protocols\.ledger\.Minima"),
     (r"py:.*", r"(.*\.)?(Loss|PathName|Cost|Fisher|Measures|MeasureFunction|Inputs|Data|Labels|Closure)"),

@@ -50,9 +50,17 @@ def prepare(app: Sphinx, what: str, name: str, member: Any, options: Any, lines:
     lines[:] = prepared
 
 
+def repair(app: Sphinx, what: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """Put the return type before the heading of examples: sphinx-autodoc-typehints may leave it right behind."""
+    for place in range(len(lines) - 1):
+        if lines[place].startswith(".. rubric::") and lines[place + 1].startswith(":rtype:"):
+            lines[place : place + 2] = [lines[place + 1], "", lines[place]]
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Connect them; napoleon's priority is 500."""
+    """Connect them; the priority of napoleon and of the type hints is 500."""
     app.connect("missing-reference", resolve)
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", prepare, priority=400)
+    app.connect("autodoc-process-docstring", repair, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

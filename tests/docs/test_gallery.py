@@ -30,7 +30,7 @@ def _without_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_the_better_of_two_checkpoints_is_found(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_example("measure_and_compare", TRIALS=3, TARGET_LOSS=0.3)
+    found = run_example("measure_and_compare", TRIALS=3, TARGET_LOSS=0.1)
     assert found["better"] == "first"
     errors = [float(error) for error in re.findall(r"test error ([\d.]+)%", capsys.readouterr().out)]
     assert errors[0] < errors[1]

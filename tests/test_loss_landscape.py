@@ -116,7 +116,7 @@ def test_the_model_is_left_to_the_bit(data: tuple[Tensor, Tensor]) -> None:
     model = network().train()
     before = copy.deepcopy(model.state_dict())
     landscape(model, data, steps=3, progress=False)
-    landscape(model, data, directions="between", to=network(1), steps=3, progress=False)
+    landscape(model, data, directions="between", to=network(1), steps=5, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training
 
@@ -172,6 +172,7 @@ def test_a_file_of_another_landscape_is_refused(data: tuple[Tensor, Tensor], tmp
         ({"dimensions": 3}, "dimensions must be 1 or 2"),
         ({"steps": 4}, "steps must be odd"),
         ({"steps": 1}, "steps must be odd"),
+        ({"directions": "between", "to": nn.Linear(2, 3), "steps": 7}, r"steps must be 5, 9, 13"),
         ({"extent": 0.0}, "extent must be a positive number"),
     ],
 )
@@ -202,3 +203,11 @@ def test_pictures_of_lines_and_planes(data: tuple[Tensor, Tensor]) -> None:
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in plane.lines] == [(0, 0), (1, 0), (0, 1)]
     with pytest.raises(FlatminimaError, match="no loss of this landscape is finite"):
         Landscape("random", ((0.0,),), (math.nan,)).plot()
+
+
+def test_buffers_that_are_not_saved_stay(data: tuple[Tensor, Tensor]) -> None:
+    models = [network(seed) for seed in (0, 1)]
+    for model in models:
+        model.register_buffer("frequencies", torch.ones(3), persistent=False)
+    found = landscape(models[0], data, directions="between", to=models[1], steps=5, progress=False)
+    assert found.losses[3] == pytest.approx(mean_loss(models[1], data), rel=1e-10)

@@ -179,3 +179,16 @@ def test_a_picture_has_measures_and_errors_over_epochs(data: tuple[Tensor, Tenso
     assert entries == ["log_det_fisher", "residual", "sensitivity", "diversity", "training error", "validation_error"]
     with pytest.raises(FlatminimaError, match=r"unknown measure 'sensitvity' \(did you mean 'sensitivity'\?\)"):
         tracker.plot(["sensitvity"])
+
+
+def test_numbers_beside_the_measures_may_have_any_name_and_leave_the_measures_theirs(
+    data: tuple[Tensor, Tensor], model: nn.Module, tmp_path: Path
+) -> None:
+    tracker = Tracker(data, OPTIONS, path=tmp_path / "epochs.jsonl")
+    tracked = tracker.track(model, 1, {"epoch": 7.0, "train_loss": 99.0, "validation_error": float("nan")})
+    assert tracked is not None
+    assert tracked.others == {"epoch": 7.0, "train_loss": 99.0}
+    assert "NaN" not in (tmp_path / "epochs.jsonl").read_text()
+    metrics = tracker(model, 2, train_loss=99.0)
+    assert metrics is not None
+    assert metrics["train_loss"] == tracked.measures["train_loss"]

@@ -27,6 +27,7 @@ def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callabl
         return value
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *homes, *home_of})
+        shown = (module for module in homes if "." not in module)
+        return sorted({*vars(sys.modules[package]), *shown, *home_of})
 
     return attribute, names

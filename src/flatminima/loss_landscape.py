@@ -159,7 +159,7 @@ def landscape(
         dimensions: of ``"random"``: a line or a plane.
         extent: of ``"random"``: the grid reaches from -extent to extent. ``"between"`` always reaches from half a way
             behind the model to half a way past the other (from -0.5 to 1.5; the others are at 1).
-        steps: grid points a direction; odd, so that the minimum is among them.
+        steps: grid points a direction; odd, and of ``"between"`` 5, 9, 13, ..., so that the minima are among them.
         seed: draws the random directions; the same ones for networks of the same shapes.
         path: a file that keeps what is done, so that an interrupted call goes on.
         progress: show a bar with the time left on a terminal.
@@ -183,6 +183,10 @@ def landscape(
     require_positive("extent", extent)
     require_integer("steps", steps)
     require(steps >= 3 and steps % 2 == 1, f"steps must be odd, 3 or more, got {steps}")
+    require(
+        directions == "random" or steps % 4 == 1,
+        f"steps must be 5, 9, 13, 17, 21 ... for directions='between', so that both ends are grid points, got {steps}",
+    )
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     require(not sharded, "a sharded model has no whole weights to move: load its checkpoint into one process")
     if directions == "random":
@@ -223,7 +227,8 @@ def _random_direction(model: nn.Module, seed: int, number: int) -> Direction:
 def _difference(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction:
     """From the model's weights, and floating-point buffers, to another's."""
     there = other.state_dict() if isinstance(other, nn.Module) else other
-    here = _tensors(model)
+    own = model.state_dict()  # without buffers that are not saved, such as frequencies of rotary embeddings
+    here = {name: tensor for name, tensor in _tensors(model).items() if name in own}
     missing = [name for name in here if name not in there or there[name].shape != here[name].shape]
     require(
         not missing, f"the other weights do not fit the model: {missing[0] if missing else ''} is missing or differs"

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from flatminima.errors import (
 )
 from flatminima.files import write_file
 from flatminima.measures import Characterization, MeasureOptions, measure
-from flatminima.network import Data
+from flatminima.network import Data, without_autocast
 from flatminima.parallel import Processes
 
 if TYPE_CHECKING:  # an extra
@@ -118,15 +119,17 @@ class Tracker:
     def __call__(self, model: nn.Module, epoch: int, **others: float) -> dict[str, float] | None:
         """Measure ``model`` at the end of ``epoch`` if it is due and the time allows; the model is left as it was.
 
-        Of several processes (DDP, FSDP2) all call, and the first one's clock decides for all.
+        Of several processes (DDP, FSDP2) all call, and the first one's clock decides for all. Autocast that a trainer
+        has put around the model is off while it is measured.
 
         Args:
             model: as for :func:`flatminima.measure`.
             epoch: how many have been trained.
-            **others: numbers to keep beside the measures, such as a validation error.
+            **others: numbers to keep beside the measures, such as a validation error; what is not finite is left out.
 
         Returns:
-            The measures with ``others``, for any logger, or None if nothing was measured.
+            The measures with ``others``, for any logger, or None if nothing was measured. A measure's name is the
+            measure's: an equal one among ``others`` stands in :attr:`epochs` alone.
 
         Raises:
             FlatminimaError: for data, options or a model that :func:`flatminima.measure` refuses.
@@ -134,6 +137,11 @@ class Tracker:
         Warns:
             UntrackedEpochWarning: if the network as it is now cannot be measured.
         """
+        tracked = self.track(model, epoch, others)
+        return None if tracked is None else tracked.others | tracked.measures
+
+    def track(self, model: nn.Module, epoch: int, others: Mapping[str, float] | None = None) -> TrackedEpoch | None:
+        """As the call, with ``others`` of any names; the epoch as it is kept."""
         require_integer("epoch", epoch)
         if epoch % self._every:
             return None
@@ -150,12 +158,12 @@ class Tracker:
         finally:
             self._last = perf_counter() - before
             self._measuring += self._last
-        tracked = TrackedEpoch(epoch, self._last, found.to_metrics(), {name: float(x) for name, x in others.items()})
+        finite = {name: float(value) for name, value in (others or {}).items() if math.isfinite(value)}
+        tracked = TrackedEpoch(epoch, self._last, found.to_metrics(), finite)
         self.epochs = _by_epoch([*self.epochs, tracked])
-        if self._path is not None and processes.rank == 0:
-            lines = (json.dumps(dataclasses.asdict(tracked)) for tracked in self.epochs)
-            write_file(self._path, "".join(f"{line}\n" for line in lines))
-        return tracked.measures | tracked.others
+        if self._path is not None:
+            processes.first(partial(write_file, self._path, _lines_of(self.epochs)))
+        return tracked
 
     def plot(self, measures: Sequence[str] = PARTS, *, ax: Axes | None = None) -> Axes:
         """Measures over epochs, on the left; on the right the training error, and what else is an error (matplotlib).
@@ -182,7 +190,7 @@ class Tracker:
 
     def _measured(self, model: nn.Module) -> Characterization:
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(self._options)}
-        with warnings.catch_warnings():
+        with without_autocast(model), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotAMinimumWarning)
             return measure(model, self._data, **options)
 
@@ -201,7 +209,7 @@ def _draw(axes: Axes, epochs: Sequence[TrackedEpoch], measures: Sequence[str]) -
     for name in measures:
         line(axes, name, [tracked.measures.get(name, math.nan) for tracked in epochs])
     axes.set_xlabel("epoch")
-    errors = {name: name for tracked in epochs for name in tracked.others if "error" in name}
+    errors = {name: name for tracked in epochs for name in tracked.others if name.endswith("error")}
     if errors or "train_accuracy" in epochs[0].measures:
         right = axes.twinx()
         right.spines["right"].set_visible(True)
@@ -228,6 +236,10 @@ def read_epochs(path: str | Path) -> list[TrackedEpoch]:
         return _by_epoch([TrackedEpoch(**json.loads(line)) for line in lines])
     except (OSError, ValueError, TypeError) as error:
         raise FlatminimaError(f"{path} is not what a tracker wrote: {one_line(error)}") from None
+
+
+def _lines_of(epochs: Sequence[TrackedEpoch]) -> str:
+    return "".join(f"{json.dumps(dataclasses.asdict(tracked))}\n" for tracked in epochs)
 
 
 def _by_epoch(epochs: list[TrackedEpoch]) -> list[TrackedEpoch]:

@@ -294,6 +294,7 @@ def test_measures_are_tracked_and_logged_and_change_nothing() -> None:
     assert last.measures == expected
     assert logger.seen["flatminima/sensitivity"] == pytest.approx(expected["sensitivity"], rel=1e-6)
     assert last.others["validation_loss"] < first.others["validation_loss"]
+    assert not [name for name in last.others if name.startswith("flatminima/")]
     assert logger.seen["validation_loss"] == pytest.approx(last.others["validation_loss"])
 
 

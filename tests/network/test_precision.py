@@ -30,6 +30,7 @@ def test_every_switch_is_exact_inside_and_restored_after_an_error() -> None:
 
 def test_works_whichever_way_the_user_chose_a_precision() -> None:
     before = torch.get_float32_matmul_precision()
+    switches = [(holder, name, getattr(holder, name)) for holder, name, _, _ in float32_switches()]
     try:
         torch.set_float32_matmul_precision("high")
         with true_precision():
@@ -37,6 +38,8 @@ def test_works_whichever_way_the_user_chose_a_precision() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+        for holder, name, value in switches:  # which that has set to what it takes for the same
+            setattr(holder, name, value)
 
 
 def test_tf32_is_for_gpus_alone_and_undone_after() -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from support.lazily import Lazily
+
+transformers = Lazily("transformers")
 
 WORDS = ("a", "good", "bad", "film", "book", "play", "song")
 

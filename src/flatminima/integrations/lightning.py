@@ -24,6 +24,10 @@ except ImportError as error:
     ) from error
 
 
+_PREFIX = "flatminima/"
+"""Of the measures' names in a log; the Trainer keeps what was logged in an earlier epoch among its metrics."""
+
+
 class FisherTraceCallback(Callback):
     """Adds the penalty in automatic optimization: ``Trainer(callbacks=[FisherTraceCallback(beta=10.0)])``.
 
@@ -119,10 +123,11 @@ class MeasureCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, if it is time."""
         network = pl_module if self._network is None else self._network(pl_module)
-        known = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        measured = self.tracker(network, trainer.current_epoch + 1, **known)
-        if measured is not None and self._log:
-            pl_module.log_dict({f"flatminima/{name}": measured[name] for name in measured.keys() - known.keys()})
+        logged = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        others = {name: float(value) for name, value in logged.items() if not name.startswith(_PREFIX)}
+        tracked = self.tracker.track(network, trainer.current_epoch + 1, others)
+        if tracked is not None and self._log:
+            pl_module.log_dict({f"{_PREFIX}{name}": value for name, value in tracked.measures.items()})
 
 
 def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:

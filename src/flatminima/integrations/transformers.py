@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -95,9 +96,9 @@ class MeasureCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, if it is time."""
-        measured = self.tracker(kwargs["model"], round(state.epoch))
-        if measured is not None:
-            self._trainer.log({f"flatminima/{name}": value for name, value in measured.items()})
+        tracked = self.tracker.track(kwargs["model"], math.ceil(state.epoch - 1e-6))  # an epoch cut short is its own
+        if tracked is not None:
+            self._trainer.log({f"flatminima/{name}": value for name, value in tracked.measures.items()})
 
 
 def _items(trainer: Any, batch: Any) -> dict[str, Any]:

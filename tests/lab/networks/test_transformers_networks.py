@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from flatminima import measure
@@ -17,8 +15,9 @@ from flatminima.lab.data import Pictures, Preparation, Texts, open_data
 from flatminima.lab.errors import AdaptedCheckpointWarning
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import LoadedNetwork, load_network
-from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.measuring import Measuring, measure_images
 from flatminima.losses import CrossEntropy
+from support.lazily import Lazily
 from support.messages import one_line
 from support.own_data import (
     class_folders,
@@ -29,6 +28,10 @@ from support.own_data import (
     tokenizer_of_words,
     written,
 )
+
+transformers = Lazily("transformers")
+
+datasets = Lazily("datasets")
 
 HOW = Measuring(subset_size=4, trials=1, measures=())
 TEXTS, CLASSES = sentences(12)
@@ -69,7 +72,7 @@ def test_a_text_classifier_tokenizes_its_texts(classifier: Path) -> None:
 @pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
 def test_texts_are_measured_as_the_library_measures_their_tokens(classifier: Path) -> None:
     network = load_network(f"hf:{classifier}", None, texts_of())
-    found = HOW.of(network.model, network.data, device="cpu", progress=False)
+    found = measure_images(network.model, network.data, HOW, device="cpu", progress=False)
     encoded = dict(tokenizer_of_words()(TEXTS, padding=True, return_tensors="pt"))
     options = {"subset_size": 4, "trials": 1, "measures": (), "progress": False}
     expected = measure(text_classifier(), (encoded, torch.tensor(CLASSES)), **options)
@@ -89,7 +92,7 @@ def test_a_language_model_is_asked_for_the_next_token_of_what_is_no_padding(pad:
         tokens = tokenizer_of_words()(text, return_tensors="pt")["input_ids"]
         expected = network.model(input_ids=tokens, labels=tokens).loss
         assert losses[i].item() == pytest.approx(expected.item(), rel=1e-5)
-    found = HOW.of(network.model, network.data, device="cpu", progress=False)
+    found = measure_images(network.model, network.data, HOW, device="cpu", progress=False)
     assert found.train_loss == pytest.approx(losses.mean().item(), rel=1e-5)
 
 

@@ -42,6 +42,22 @@ def write_file(path: Path, content: str | bytes) -> None:
     write_whole(path, content)
 
 
+def require_writable(path: Path) -> None:
+    """Ask before long work whether :func:`write_file` could write its result.
+
+    Raises:
+        FlatminimaError: It is a folder, or its folder cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    if path.is_dir():
+        raise FlatminimaError(f"cannot write {path}: it is a folder; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise FlatminimaError(f"cannot write {path}: its folder is read-only; choose another one")
+
+
 def beside(path: Path) -> Path:
     """Where a process writes what will become ``path``; each of its threads elsewhere."""
     thread = threading.current_thread()

@@ -30,6 +30,7 @@ from flatminima.cli.options import (
 )
 from flatminima.cli.output import Report, say, standard_output_kept_clean
 from flatminima.errors import FlatminimaError, require_one_of
+from flatminima.files import require_writable
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import RECIPES
 
@@ -185,9 +186,14 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
             f"{_and_given(reading).removeprefix(' and ')} goes with --model and --data; run folders know how "
             "their images were normalized"
         )
+    if reading.normalize is not None and options.model is None and not any(":" in str(path) for path in paths.values()):
+        raise FlatminimaError("--normalize goes with --model; run folders know how their images were normalized")
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     prepared: dict[str, Preparations] = {}
     with standard_output_kept_clean(options.output):
+        if options.report is not None:
+            require_writable(options.report)  # now, not after all measuring
+
         from flatminima.lab.runs import compare_loaded, compare_runs, load_networks
 
         if options.data is None:

@@ -22,7 +22,8 @@ class Reading:
     label_column: str | None = None
     """Column or array of the labels (None: by type and name)."""
     train_size: int | None = None
-    """Only so many of the samples, drawn at random, always the same ones (None: all)."""
+    """Only so many of the samples, drawn at random, always the same ones (None: all). Of image folders, `normalize` as
+    data is then by these alone."""
     normalize: str | None = None
     """How the training normalized pixels of 0 to 1, as ``Normalization.named`` reads it (None: as a run, a checkpoint
     of ours, or a network's own transforms say; else a guess that is said, by the training loss)."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from flatminima.lab.experiments.experiment import INDICATORS, Record, select
 from flatminima.lab.experiments.statistics import RankCorrelation, number
 from flatminima.lab.experiments.summary import RIVALS, SHORT_NAMES, Contrast, Summary, TrialSummary
+from flatminima.measures import CATALOGUE
 
 _ROUNDING = 1e-9
 
@@ -44,7 +45,7 @@ def _ranking(summary: Summary) -> list[str]:
     as_good = [
         INDICATORS.get(name, name)
         for name, rival in correlations.items()
-        if name not in ("log_det_fisher", "train_loss") and rival.tau >= gamma.tau
+        if name not in ("log_det_fisher", "train_loss") and _as_theory_has_it(name, rival.tau) >= gamma.tau
     ]
     if as_good:
         sentences.append(f"γ̂ is not alone here: at least as well are the minima ordered by {', '.join(as_good)}.")
@@ -67,6 +68,12 @@ def _ranking(summary: Summary) -> list[str]:
         )
     beyond = [] if summary.evaluation is None else summary.evaluation.conclusions(SHORT_NAMES)
     return sentences + beyond + _unfitted(records)
+
+
+def _as_theory_has_it(name: str, tau: float) -> float:
+    """Kendall's τ with the sign that says whether a measure points where its theory says."""
+    known = CATALOGUE.get(name)
+    return -tau if known is not None and known.larger_is_better else tau
 
 
 def _comparison(summary: Summary) -> list[str]:

@@ -17,6 +17,8 @@ from flatminima.lab.reading import Reading
 from flatminima.lab.user_code import others_errors
 from flatminima.losses import CrossEntropy, Loss
 
+_WHERE_IT_LIES = ("name_or_path", "vocab_file", "tokenizer_file", "merges_file", "is_local", "local_files_only")
+"""What two copies of one tokenizer may differ in."""
 _IGNORED = -100
 """The label of what a tokenizer pads with."""
 _TOKENS = 512
@@ -189,7 +191,8 @@ def _tokenized(name: str, model: nn.Module, texts: Texts, reading: Reading) -> t
     samples = ReadySamples(Prepared(len(texts), prepare), None if language else texts.num_classes, _loss_of(model))
     task = "the next token" if language else "the text's class"
     said = f"its own {type(tokenizer).__name__}, at most {longest} tokens, to predict {task}"
-    return samples, Preparation(said, repr((tokenizer.init_kwargs, sorted(tokenizer.get_vocab().items()), longest)))
+    settings = {name: value for name, value in tokenizer.init_kwargs.items() if name not in _WHERE_IT_LIES}
+    return samples, Preparation(said, repr((settings, sorted(tokenizer.get_vocab().items()), longest)))
 
 
 def _check_vocabulary(name: str, tokenizer: Any, model: nn.Module) -> None:

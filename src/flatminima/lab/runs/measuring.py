@@ -156,6 +156,8 @@ def compare_runs(
         UnequalLossWarning: as :func:`flatminima.compare` does; and whatever :func:`measure_run` warns of.
     """
     _require_two(runs)
+    if how.max_standard_error is not None and _FROM_INITIAL in how.measures:
+        raise FlatminimaError(f"{_FROM_INITIAL} is measured run by run: leave max_standard_error out")
     digests = {name: _clean_digest(path) for name, path in track(runs.items(), "reading", progress)}
     first = next(iter(runs))
     for name, digest in digests.items():

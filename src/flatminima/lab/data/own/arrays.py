@@ -33,6 +33,8 @@ def open_arrays(source: str, reading: Reading) -> Opened:
     """
     path = Path(source).expanduser()
     require(path.is_file(), f"there is no file {source}")
+    require(reading.split == "train", f"{source} has no parts, such as train and test: leave split out")
+    require(len(reading.input_column) <= 1, f"{source}: give one input_column; two are for pairs of texts")
     arrays = _read(path, source)
     (inputs_name, label_name) = (
         _chosen(arrays, reading.input_column[0] if reading.input_column else None, _INPUTS, "input_column", source),

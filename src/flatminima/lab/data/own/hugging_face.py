@@ -55,6 +55,10 @@ def open_hugging_face(source: str, reading: Reading) -> Opened:
         FlatminimaError: It cannot be loaded, a split or column is missing or of another type, or a label is no class.
     """
     loaded = _load(source.removeprefix(PREFIX), source)
+    require(
+        isinstance(loaded, dict) or reading.split == "train",
+        f"{source} is a single data set without splits: leave split out",
+    )
     rows, where = (
         (_split(loaded, source, reading), f"{source}, split {reading.split}")
         if isinstance(loaded, dict)

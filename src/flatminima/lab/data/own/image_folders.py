@@ -44,6 +44,10 @@ def open_image_folder(source: str, reading: Reading) -> Opened:
             )
         folder, note = parts[reading.split], f", part {reading.split}"
         classes = _subfolders(folder)
+    else:
+        require(reading.split == "train", f"{source} has no parts, such as train and val: leave split out")
+    columns = [*reading.input_column, *([] if reading.label_column is None else [reading.label_column])]
+    require(not columns, f"{source} has no columns {', '.join(columns)}: folders are the labels; leave them out")
     where = source + note
     loose = len(classes) == 0 and any(_is_image(path) for path in folder.iterdir())
     hint = "its images lie in it directly: put those of each class into a folder of its own" if loose else _WANTED

@@ -31,6 +31,17 @@ def pytest_collect_file(file_path: Path) -> Generator[None, list[pytest.Collecto
     return [c for c in found if type(c) is pytest.Module or not file_path.name.startswith("test_")]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of one group share what takes long to make: without groups, each worker would make it."""
+    if getattr(config.option, "loadgroup", False):
+        lost = [item for item in items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
+        if lost:
+            raise pytest.UsageError(
+                f"xdist has lost the groups of tests ({lost[0].nodeid}): see pytest in constraints.txt"
+            )
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """Workers of ``-n logical``; a core that others keep busy too is one of the machine's all the same."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

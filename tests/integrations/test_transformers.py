@@ -154,6 +154,34 @@ def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         import flatminima.integrations.transformers  # noqa: F401
 
 
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
+def test_a_run_in_half_precision_that_ends_within_an_epoch_is_tracked(tmp_path: Path) -> None:
+    """Not the last test here: Accelerate keeps the precision for the process until the next Trainer's arguments."""
+    sentences = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(16, (24, 12))]
+    trainer = transformers.Trainer(
+        tiny_model(),
+        transformers.TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            max_steps=4,
+            save_strategy="no",
+            per_device_train_batch_size=8,
+            bf16=True,
+        ),
+        train_dataset=sentences,
+    )
+    loss = CrossEntropy(next_token=True)
+    tracker = Tracker(sentences, MeasureOptions(loss=loss, subset_size=4, trials=2, progress=False))
+    trainer.add_callback(integration.MeasureCallback(trainer, tracker))
+    trainer.train()
+    assert [tracked.epoch for tracked in tracker.epochs] == [1, 2]
+    expected = measure(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), sentences, loss=loss,
+                       subset_size=4, trials=2, progress=False)  # fmt: skip
+    assert tracker.epochs[-1].measures == expected.to_metrics()
+
+
 @pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")  # `measure` itself gives it
 def test_measures_are_tracked_and_logged_and_change_nothing(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(SEED)
@@ -182,30 +210,3 @@ def test_measures_are_tracked_and_logged_and_change_nothing(tmp_path: Path) -> N
     assert tracker.epochs[-1].measures == expected
     logged = [entry["flatminima/sensitivity"] for entry in log if "flatminima/sensitivity" in entry]
     assert logged == [tracked.measures["sensitivity"] for tracked in tracker.epochs]
-
-
-@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
-def test_a_run_in_half_precision_that_ends_within_an_epoch_is_tracked(tmp_path: Path) -> None:
-    sentences = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(16, (24, 12))]
-    trainer = transformers.Trainer(
-        tiny_model(),
-        transformers.TrainingArguments(
-            str(tmp_path),
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            max_steps=4,
-            save_strategy="no",
-            per_device_train_batch_size=8,
-            bf16=True,
-        ),
-        train_dataset=sentences,
-    )
-    loss = CrossEntropy(next_token=True)
-    tracker = Tracker(sentences, MeasureOptions(loss=loss, subset_size=4, trials=2, progress=False))
-    trainer.add_callback(integration.MeasureCallback(trainer, tracker))
-    trainer.train()
-    assert [tracked.epoch for tracked in tracker.epochs] == [1, 2]
-    expected = measure(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), sentences, loss=loss,
-                       subset_size=4, trials=2, progress=False)  # fmt: skip
-    assert tracker.epochs[-1].measures == expected.to_metrics()

@@ -17,7 +17,7 @@ from flatminima.errors import FlatminimaError, NotAMinimumWarning
 from flatminima.lab.data import ImageSet, Normalization, Pictures, load_data, open_data
 from flatminima.lab.errors import GuessedNormalizationWarning
 from flatminima.lab.reading import Reading
-from flatminima.lab.runs.measuring import Measuring, compare_networks, measure_images
+from flatminima.lab.runs.measuring import Measuring, compare_loaded, measure_images
 from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_networks
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.runs.training import train
@@ -166,7 +166,8 @@ def test_a_checkpoint_of_ours_knows_what_it_was_trained_on(run: Path, digits: Im
 @pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
 def test_networks_are_compared_each_on_its_own_inputs(here: Path, run: Path, digits: ImageSet) -> None:
     paths = {"plain": here / "plain.safetensors", "centred": here / "centred.safetensors"}
-    both = compare_networks(paths, "digits", "strangers_networks:build", HOW, device="cpu", progress=False)
+    loaded = load_networks(paths, digits, "strangers_networks:build")
+    both = compare_loaded(loaded, HOW, device="cpu", progress=False)
     for name, normalization in {"plain": "none", "centred": "0.5/0.5"}.items():
         network = load_network("strangers_networks:build", paths[name], digits, Reading(normalize=normalization))
         alone = measure_images(network.model, network.data, HOW, device="cpu", progress=False)
@@ -174,12 +175,9 @@ def test_networks_are_compared_each_on_its_own_inputs(here: Path, run: Path, dig
     networks = load_networks({**paths, "ours": run}, digits, "strangers_networks:build", Reading(normalize="none"))
     assert [name_of(network) for network in networks.values()] == ["none", "none", "as trained"]
     with pytest.raises(FlatminimaError, match="differently normalized images"):
-        compare_networks(
-            {"ours": run, "plain": paths["plain"]},
-            "digits",
-            "strangers_networks:build",
+        compare_loaded(
+            {name: networks[name] for name in ("ours", "plain")},
             replace(HOW, max_standard_error=1.0),
-            reading=Reading(normalize="none"),
             device="cpu",
             progress=False,
         )

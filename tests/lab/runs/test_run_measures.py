@@ -12,17 +12,19 @@ import torch
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError, FlatminimaWarning, NotAMinimumWarning, UnequalLossWarning
+from flatminima.lab.data import load_data
 from flatminima.lab.errors import DamagedRunWarning
 from flatminima.lab.runs import measuring
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring import (
     Measuring,
     compare_images,
-    compare_networks,
+    compare_loaded,
     compare_runs,
     measure_images,
     measure_run,
 )
+from flatminima.lab.runs.networks import load_networks
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_run, load_sets
 from flatminima.lab.runs.spec import RunSpec
@@ -218,10 +220,9 @@ def test_runs_of_different_images_are_refused_before_anything_is_measured(
 
 
 def test_runs_of_different_images_compare_on_named_data(paths: dict[str, Path]) -> None:
+    networks = load_networks({name: paths[name] for name in ("others", "unfit")}, load_data("digits")[0], None)
     with pytest.warns(FlatminimaWarning) as caught:
-        comparison = compare_networks(
-            {name: paths[name] for name in ("others", "unfit")}, "digits", None, HOW, progress=False
-        )
+        comparison = compare_loaded(networks, HOW, progress=False)
     said = {(w.category, str(w.message).split(":")[0]) for w in caught}
     assert {(NotAMinimumWarning, "others"), (NotAMinimumWarning, "unfit")} < said
     assert UnequalLossWarning in {category for category, _ in said}

@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from flatminima.lab.runs.folder import RunFolder
     from flatminima.lab.runs.measuring import (
         compare_loaded,
-        compare_networks,
         compare_runs,
         kept_measures,
         measure_images,
@@ -40,7 +39,6 @@ else:  # the command line reads descriptions without torch
             "folder": ("RunFolder",),
             "measuring": (
                 "compare_loaded",
-                "compare_networks",
                 "compare_runs",
                 "kept_measures",
                 "measure_images",
@@ -88,7 +86,6 @@ __all__ = [
     "TrainingSets",
     "UnitResidualSpec",
     "compare_loaded",
-    "compare_networks",
     "compare_runs",
     "kept_measures",
     "launch",

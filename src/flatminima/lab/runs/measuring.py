@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
-from flatminima.lab.data import TrainingData, open_data
+from flatminima.lab.data import TrainingData
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
 from flatminima.lab.networks import resolve_device
-from flatminima.lab.reading import Reading
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring_options import Measuring
-from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_networks, type_of
+from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, type_of
 from flatminima.lab.runs.own_measures import options_of, selection_of, sources_of
 from flatminima.lab.runs.records import RunProgress
 from flatminima.lab.runs.sets import digest_of_images, initial_network, load_run
@@ -176,44 +175,16 @@ def compare_runs(
     return comparison_of(measured)
 
 
-def compare_networks(
-    paths: Mapping[str, Path],
-    source: str,
-    model: str | None,
-    how: Measuring,
-    *,
-    reading: Reading | None = None,
-    device: str = "auto",
-    progress: bool = True,
-) -> Comparison:
-    """Run folders, and checkpoints of one ``model``, on the same subsets of one training set.
-
-    Args:
-        paths: run folder or checkpoint by name.
-        source: the training set, as for :func:`~flatminima.lab.data.open_data`.
-        model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.open_network`.
-        how: how they are measured.
-        reading: how data are read, and images prepared, as for :func:`~flatminima.lab.runs.networks.load_network`.
-        device: where.
-        progress: show a bar with the time left on a terminal.
-
-    Raises:
-        FlatminimaError: with fewer than two, or whatever loading and measuring raises, naming the network.
-
-    Warns:
-        UnequalLossWarning: as :func:`flatminima.compare` does.
-    """
-    _require_two(paths)
-    networks = load_networks(paths, open_data(source, reading).data, model, reading)
-    return compare_loaded(networks, how, device=device, progress=progress)
-
-
 def compare_loaded(
     networks: Mapping[str, LoadedNetwork], how: Measuring, *, device: str = "auto", progress: bool = True
 ) -> Comparison:
-    """Networks on the same subsets of the same images, each normalized as in its training.
+    """Networks on the same subsets of one training set, each with its inputs as in its training.
 
-    Raises and warns as :func:`compare_networks` does.
+    Raises:
+        FlatminimaError: with fewer than two, or whatever measuring raises, naming the network.
+
+    Warns:
+        UnequalLossWarning: as :func:`flatminima.compare` does.
     """
     _require_two(networks)
     first = next(iter(networks.values()))

@@ -10,20 +10,19 @@ to the loss, differentiated exactly: twice through the network, at fixed ŷ_i.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
+from flatminima.lab.runs.rival import Rival
 from flatminima.network import Buffers, Inputs, restored_generators, run_model, true_precision, without_autocast
 from flatminima.regularizer import LossFunction, Weights, scalar_loss
 from flatminima.torch_compat import eager_stance
 
 
-class FisherPenaltyGradient:
+class FisherPenaltyGradient(Rival):
     """The Fisher penalty with the interface of :class:`~flatminima.FisherTraceRegularizer`.
 
     The penalty has a pass of its own, in float32, which sees the main pass's dropout masks and leaves the buffers
@@ -36,9 +35,8 @@ class FisherPenaltyGradient:
     """
 
     def __init__(self, model: nn.Module, *, weight: float, max_grad_norm: float | None = None) -> None:
-        self.model = model
+        super().__init__(model, max_grad_norm)
         self.weight = weight
-        self.max_grad_norm = max_grad_norm
 
     def backward(self, loss_fn: LossFunction, inputs: Inputs, targets: Any) -> Tensor:
         """Add the gradient of L + ``weight`` · penalty to ``.grad``, then clip ``.grad``.
@@ -59,16 +57,8 @@ class FisherPenaltyGradient:
             loss = scalar_loss(lambda batch: loss_fn(run_model(self.model, batch), targets), inputs)
         loss.backward()  # type: ignore[no-untyped-call]
         (self.weight * self._penalty(inputs, parameters)).backward()  # type: ignore[no-untyped-call]
-        if self.max_grad_norm is not None:
-            clip_grad_norm_(parameters, self.max_grad_norm)
+        self.clip(parameters)
         return loss.detach()
-
-    def state_dict(self) -> dict[str, int]:
-        """Empty: nothing is kept between steps."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from :meth:`state_dict`."""
 
     def _penalty(self, inputs: Inputs, parameters: list[Tensor]) -> Tensor:
         """The squared norm, on a graph with second derivatives."""

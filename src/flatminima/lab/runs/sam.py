@@ -11,13 +11,13 @@ Zhao et al. penalize the gradient's norm: the gradient of L + λ‖g‖₂ is g 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
+from flatminima.lab.runs.rival import Rival
 from flatminima.network import Buffers, Inputs, moved, restored_generators, run_model
 from flatminima.regularizer import LossFunction, Weights, scalar_loss
 from flatminima.torch_compat import foreach_mul
@@ -25,7 +25,7 @@ from flatminima.torch_compat import foreach_mul
 _TINY = 1e-12  # beside ‖T g‖, so that a gradient of zero moves nothing
 
 
-class SharpnessAwareGradient:
+class SharpnessAwareGradient(Rival):
     """SAM, ASAM, or a penalty on the gradient's norm; one step costs two plain ones.
 
     The interface is that of :class:`~flatminima.FisherTraceRegularizer`.
@@ -52,11 +52,10 @@ class SharpnessAwareGradient:
         share: float = 1.0,
         max_grad_norm: float | None = None,
     ) -> None:
-        self.model = model
+        super().__init__(model, max_grad_norm)
         self.rho = rho
         self.adaptive = adaptive
         self.share = share
-        self.max_grad_norm = max_grad_norm
 
     def backward(self, loss_fn: LossFunction, inputs: Inputs, targets: Any) -> Tensor:
         """Add ``share`` ∇L(B, w + e) + (1 − ``share``) ∇L(B, w) to ``.grad``, then clip ``.grad``.
@@ -89,16 +88,8 @@ class SharpnessAwareGradient:
             for parameter, part in zip(parameters, found, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.add_(part, alpha=1 - self.share)
-        if self.max_grad_norm is not None:
-            clip_grad_norm_(parameters, self.max_grad_norm)
+        self.clip(parameters)
         return here.detach()
-
-    def state_dict(self) -> dict[str, int]:
-        """Empty: nothing is kept between steps."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from :meth:`state_dict`."""
 
     def _ascent(self, parameters: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
         """The step e, one tensor per parameter."""

@@ -8,18 +8,17 @@ down is the squared norm of sub-batches' mean h_i = J_z,iᵀ d_i, of which γ̂ 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
+from flatminima.lab.runs.rival import Rival
 from flatminima.losses import CrossEntropy, logit_gradient
 from flatminima.network import Inputs, run_model
 from flatminima.regularizer import FisherTraceRegularizer, LossFunction, scalar_loss
 
 
-class UnitResidualGradient:
+class UnitResidualGradient(Rival):
     """The penalty with the interface of :class:`~flatminima.FisherTraceRegularizer`, whose passes it uses.
 
     Args:
@@ -41,8 +40,7 @@ class UnitResidualGradient:
         max_grad_norm: float | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        self.model = model
-        self.max_grad_norm = max_grad_norm
+        super().__init__(model, max_grad_norm)
         self._loss = CrossEntropy(label_smoothing)
         self._regularizer = FisherTraceRegularizer(model, alpha=alpha, beta=beta, num_sub_batches=num_sub_batches)
 
@@ -73,16 +71,8 @@ class UnitResidualGradient:
         penalty = self._regularizer.penalize(self._unit_loss, (inputs, directions))
         assert penalty is not None  # it acts on every step
         penalty.add_gradient_to_grad(self._regularizer.present_beta)
-        if self.max_grad_norm is not None:
-            clip_grad_norm_(penalty.weights.parameters, self.max_grad_norm)
+        self.clip(penalty.weights.parameters)
         return loss.detach()
-
-    def state_dict(self) -> dict[str, int]:
-        """Empty: nothing is kept between steps."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from :meth:`state_dict`."""
 
     def _unit_loss(self, batch: tuple[Inputs, Tensor]) -> Tensor:
         inputs, directions = batch

@@ -42,6 +42,9 @@ if TYPE_CHECKING:  # an extra
 PARTS = ("log_det_fisher", "residual", "sensitivity", "diversity")
 """γ̂ and what it is made of."""
 
+LOGGED_AS = "flatminima/"
+"""What trainers' logs have before the measures' names."""
+
 
 @dataclass(frozen=True)
 class TrackedEpoch:
@@ -58,6 +61,10 @@ class TrackedEpoch:
     seconds: float
     measures: dict[str, float]
     others: dict[str, float] = field(default_factory=dict)
+
+    def logged(self) -> dict[str, float]:
+        """The measures under the names that trainers log them by."""
+        return {f"{LOGGED_AS}{name}": value for name, value in self.measures.items()}
 
 
 class Tracker:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError
 from flatminima.network import tensors_of
 from flatminima.regularizer import FisherTraceRegularizer, Penalty, SeveralBatches
-from flatminima.tracking import Tracker
+from flatminima.tracking import LOGGED_AS, Tracker
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,10 +22,6 @@ except ImportError as error:
     raise FlatminimaError(
         "flatminima.integrations.lightning needs Lightning: pip install 'flatminima[integrations]'"
     ) from error
-
-
-_PREFIX = "flatminima/"
-"""Of the measures' names in a log; the Trainer keeps what was logged in an earlier epoch among its metrics."""
 
 
 class FisherTraceCallback(Callback):
@@ -124,10 +120,11 @@ class MeasureCallback(Callback):
         """Measure, if it is time."""
         network = pl_module if self._network is None else self._network(pl_module)
         logged = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        others = {name: float(value) for name, value in logged.items() if not name.startswith(_PREFIX)}
+        # among them is what was logged here in an earlier epoch
+        others = {name: float(value) for name, value in logged.items() if not name.startswith(LOGGED_AS)}
         tracked = self.tracker.track(network, trainer.current_epoch + 1, others)
         if tracked is not None and self._log:
-            pl_module.log_dict({f"{_PREFIX}{name}": value for name, value in tracked.measures.items()})
+            pl_module.log_dict(tracked.logged())
 
 
 def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:

@@ -98,7 +98,7 @@ class MeasureCallback(TrainerCallback):
         """Measure, if it is time."""
         tracked = self.tracker.track(kwargs["model"], math.ceil(state.epoch - 1e-6))  # an epoch cut short is its own
         if tracked is not None:
-            self._trainer.log({f"flatminima/{name}": value for name, value in tracked.measures.items()})
+            self._trainer.log(tracked.logged())
 
 
 def _items(trainer: Any, batch: Any) -> dict[str, Any]:

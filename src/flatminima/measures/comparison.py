@@ -65,6 +65,11 @@ class Comparison:
         return len(self.characterizations)
 
     @property
+    def has_parts(self) -> bool:
+        """Whether γ̂ of every minimum is taken apart; not so with batch statistics."""
+        return all(c.residual is not None for c in self.characterizations.values())
+
+    @property
     def decisive(self) -> str | None:
         """The measure that orders these minima: γ̂ at similar training losses, otherwise γ̂ at unit residuals.
 

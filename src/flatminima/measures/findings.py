@@ -41,8 +41,7 @@ def decisive_measure(comparison: Comparison) -> str | None:
         return None
     if unequal_losses(comparison) is None:
         return "log_det_fisher"
-    unit = all(comparison[name].log_det_unit_fisher is not None for name in comparison)
-    return "log_det_unit_fisher" if unit else None
+    return "log_det_unit_fisher" if comparison.has_parts else None
 
 
 def caveats(comparison: Comparison) -> list[str]:
@@ -58,7 +57,7 @@ def caveats(comparison: Comparison) -> list[str]:
             f"Training losses differ ({low}, {high}), and the measures of ξ fall with the loss, whatever the minimum: "
             + (
                 "read γ̂ at unit residuals, not γ̂."
-                if all(comparison[name].residual is not None for name in comparison)
+                if comparison.has_parts
                 else f"train on to similar losses, or measure with logit_normalization={LOGIT_NORMALIZATION}."
             )
         )

@@ -128,8 +128,7 @@ def draw_differences(axes: Axes, comparison: Comparison, measures: Sequence[str]
     """Paired differences to the reference with 95 % intervals, by one or two measures."""
     reference = comparison.reference
     names = [name for name in comparison if name != reference]
-    unit = all(comparison[name].log_det_unit_fisher is not None for name in comparison)
-    chosen = measures or ["log_det_fisher", *(["log_det_unit_fisher"] if unit else [])]
+    chosen = measures or ["log_det_fisher", *(["log_det_unit_fisher"] if comparison.has_parts else [])]
     offsets = [0.0] if len(chosen) == 1 else [-0.15, 0.15]
     for measure, offset, colour, marker in zip(chosen, offsets, SERIES, MARKERS, strict=False):
         found = [comparison.difference(name, reference, measure) for name in names]

@@ -54,9 +54,8 @@ def report(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
 
 def _pictures(comparison: Comparison) -> list[Picture]:
     reference, decisive = comparison.reference, comparison.decisive or "log_det_fisher"
-    has_parts = all(comparison[name].residual is not None for name in comparison)
     return [
-        *([_picture(comparison, "parts", "What γ̂ is made of")] if has_parts else []),
+        *([_picture(comparison, "parts", "What γ̂ is made of")] if comparison.has_parts else []),
         _picture(comparison, "differences", f"How far from {reference}, by the same subsets"),
         _picture(comparison, "trials", "Every trial, and the mean ± standard error", measure=decisive),
         *([_picture(comparison, "shares", "Which layers the Fisher trace lies in")] if _has_shares(comparison) else []),

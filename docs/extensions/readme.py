@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from extensions.tables import BENCHMARK_TABLES, ROOT, summaries_of
+from extensions.tables import BENCHMARK_TABLES, ROOT, summaries_of, with_interval
 
 from flatminima.lab.experiments import SHORT_NAMES, RankCorrelation, Summary
 from flatminima.tables import Table
@@ -46,14 +46,9 @@ def correlations() -> dict[str, Mapping[str, RankCorrelation]]:
 def rankings() -> str:
     """Kendall's τ with the test error: an experiment a row, a measure a column."""
     rows = tuple(
-        (title, *(_with_interval(found.get(measure)) for measure in MEASURES))
-        for title, found in correlations().items()
+        (title, *(with_interval(found.get(measure)) for measure in MEASURES)) for title, found in correlations().items()
     )
     return markdown(("", *(SHORT_NAMES[measure] for measure in MEASURES)), rows)
-
-
-def _with_interval(found: RankCorrelation | None) -> str:
-    return "–" if found is None or not found.defined else f"{found.tau:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def gram() -> str:

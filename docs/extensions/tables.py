@@ -35,14 +35,15 @@ def rankings_table(folders: Sequence[str]) -> Table:
     ]
     measures = list(dict.fromkeys(name for _, correlations, _ in found for name in correlations))
     rows = [
-        (SHORT_NAMES.get(name, name), *(_with_interval(correlations.get(name)) for _, correlations, _ in found))
+        (SHORT_NAMES.get(name, name), *(with_interval(correlations.get(name)) for _, correlations, _ in found))
         for name in measures
     ]
     header = ("measure", *(f"{title} ({count} minima)" for title, _, count in found))
     return Table("Kendall's τ with the test error, over single minima; in brackets 95 % intervals", header, tuple(rows))
 
 
-def _with_interval(found: RankCorrelation | None) -> str:
+def with_interval(found: RankCorrelation | None) -> str:
+    """τ with its interval; a dash where there is none."""
     if found is None or not found.defined:
         return "–"
     return f"{found.tau:+.2f} [{found.low:.2f}, {found.high:.2f}]"

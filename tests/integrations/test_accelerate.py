@@ -24,7 +24,13 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_accelerate.py"
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state() -> Any:
+    """Accelerate keeps a precision for the process: neither that of a Trainer's test before, nor ours for one after."""
+    _forget_state()
     yield
+    _forget_state()
+
+
+def _forget_state() -> None:
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 

@@ -156,7 +156,6 @@ def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
 def test_a_run_in_half_precision_that_ends_within_an_epoch_is_tracked(tmp_path: Path) -> None:
-    """Not the last test here: Accelerate keeps the precision for the process until the next Trainer's arguments."""
     sentences = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(16, (24, 12))]
     trainer = transformers.Trainer(
         tiny_model(),

@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAB := $(VENV)/.lab
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
+TEXTS := $(wildcard *.md .github/*.md docs/*.md docs/*/*.md results/*.md)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format numbers docs clean
@@ -23,11 +24,14 @@ test: $(DEV) ## run the test suite
 test-slow: $(DEV) ## run the tests that are too slow for the suite
 	$(BIN)/pytest -m slow
 
-lint: $(DEV) ## check style, formatting, types and the layers
+lint: $(DEV) ## check style, formatting, types, the layers, and the texts' spelling, tone and links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/proselint check $(TEXTS)
+	$(BIN)/rumdl check .
 
 format: $(DEV) ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .

@@ -213,7 +213,7 @@ def dynamo_error() -> type[Exception]:
 
 
 def reason_for_no_graph(error: Exception) -> str | None:
-    """What the traced function itself has raised, if that is what a :func:`dynamo_error` reports."""
+    """What the traced function itself has raised, if that is what a :func:`dynamo_error` reports (not in 2.6)."""
     raised = re.search("raised exception (.+)", str(error))
     return raised[1] if raised else None
 
@@ -288,8 +288,21 @@ def leave_function_modes(count: int) -> None:
 func_levels: Callable[[], int] = torch._C._functorch.get_dynamic_layer_stack_depth
 """How many transforms of ``torch.func`` (``vmap``, say) this thread is in."""
 
-leave_func_levels: Callable[[int], None] = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
-"""Leave all but so many of them, which an interruption has kept from leaving themselves."""
+
+def leave_func_levels(count: int) -> None:
+    """Leave all but ``count`` of them, which an interruption has kept from leaving themselves.
+
+    One by one, as the transforms do: torch 2.6's own function for all of them leaves two at a time.
+    """
+    functorch: Any = torch._C._functorch
+    leave = {
+        functorch.TransformType.Functionalize: functorch._func_decrement_nesting,
+        functorch.TransformType.Grad: functorch._grad_decrement_nesting,
+        functorch.TransformType.Jvp: functorch._jvp_decrement_nesting,
+        functorch.TransformType.Vmap: functorch._vmap_decrement_nesting,
+    }
+    while func_levels() > count:
+        leave[functorch.peek_interpreter_stack().key()]()
 
 
 def is_visible_to_function_modes(function: Any) -> bool:

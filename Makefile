@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAB := $(VENV)/.lab
 DEV := $(VENV)/.dev
 DOCS := $(VENV)/.docs
+OLDEST := .venv-oldest
 TEXTS := $(wildcard *.md .github/*.md docs/*.md docs/*/*.md results/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format numbers docs clean
+.PHONY: help demo test test-slow test-oldest lint format numbers docs clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(LAB) ## see it on handwritten digits in a few minutes; writes demo/report.html
 	$(BIN)/flatminima demo
@@ -23,6 +24,11 @@ test: $(DEV) ## run the test suite
 
 test-slow: $(DEV) ## run the tests that are too slow for the suite
 	$(BIN)/pytest -m slow
+
+# The measuring and training half: what touches PyTorch.
+test-oldest: $(OLDEST)/.done ## run the library's tests with the oldest PyTorch, in an environment of its own
+	$(OLDEST)/bin/pytest -n logical --maxprocesses 8 --dist loadgroup tests/gramian tests/measures tests/network \
+		tests/regularizer tests/test_exact.py tests/test_losses.py tests/test_theory.py tests/test_torch_compat.py
 
 lint: $(DEV) ## check style, formatting, types, the layers, and the texts' spelling, tone and links
 	$(BIN)/ruff check .
@@ -44,7 +50,7 @@ numbers: $(DEV) ## rewrite the README's tables and picture from the committed re
 	cd docs && $(abspath $(BIN))/python -m extensions.readme
 
 clean: ## remove the environment, the site, the demo's report and caches (runs/ stays)
-	rm -rf $(VENV) demo dist docs/_build docs/gallery .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) demo dist docs/_build docs/gallery .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps are written last and removed first: an interrupted installation starts over with an empty environment.
@@ -67,3 +73,10 @@ $(DOCS): $(LAB)
 	@rm -f $(DOCS) && mv $(LAB) $(LAB).before
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	@mv $(LAB).before $(LAB) && touch $(DOCS)
+
+# Without pins: those are of what the newest torch goes with.
+$(OLDEST)/.done: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install 'torch==2.6.*' -e '.[lab]' \
+		hypothesis mpmath 'pytest<9.2' pytest-timeout pytest-xdist
+	@touch $@

@@ -29,6 +29,7 @@ from flatminima.cli.options import (
     parse,
 )
 from flatminima.cli.output import Report, say, standard_output_kept_clean
+from flatminima.cli.track import track
 from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.files import require_writable
 from flatminima.lab.reading import Reading
@@ -267,6 +268,7 @@ COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {
     "train": _train,
     "measure": _measure,
     "compare": _compare,
+    "track": track,
     "evaluate": evaluate,
     "reproduce": _reproduce,
 }

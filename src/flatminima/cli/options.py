@@ -144,11 +144,11 @@ _NORMALIZE = (
     "a run, a checkpoint of `train` or the network's own transforms say; else a guess that is said, by the training "
     "loss)."
 )
-_SOURCES = (
+SOURCES = (
     "digits, cifar10, cifar100, a folder of parquet files or of class folders with images, hf:NAME or hf:FOLDER, "
     "texts (.csv, .jsonl), arrays (.npz, .safetensors), or package.module:factory"
 )
-_NETWORKS = (
+NETWORKS = (
     "package.module:factory (importable from the current directory too), timm:NAME, hf:NAME or hf:FOLDER, or the name "
     "of one of our networks"
 )
@@ -169,10 +169,10 @@ class ReadingOptions(Reading):
 class Foreign:
     """A network that is not ours, and the data it was trained on."""
 
-    model: Annotated[str | None, arg(aliases=("-m",), help=f"{_NETWORKS}.")] = None
+    model: Annotated[str | None, arg(aliases=("-m",), help=f"{NETWORKS}.")] = None
     checkpoint: Annotated[Path | None, arg(aliases=("-c",))] = None
     """Its weights: .safetensors, or .pt, .pth, .ckpt with a state dict (None: those that it comes with)."""
-    data: Annotated[str | None, arg(aliases=("-d",), help=f"Its training data: {_SOURCES}.")] = None
+    data: Annotated[str | None, arg(aliases=("-d",), help=f"Its training data: {SOURCES}.")] = None
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ class Compare:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
     """Run folders, checkpoints or networks, as FOLDER or NAME=FOLDER."""
     data: Annotated[
-        str | None, arg(aliases=("-d",), help=f"Compare on this training set, not on the runs' own: {_SOURCES}.")
+        str | None, arg(aliases=("-d",), help=f"Compare on this training set, not on the runs' own: {SOURCES}.")
     ] = None
-    model: Annotated[str | None, arg(aliases=("-m",), help=f"What the checkpoints among RUNS are of: {_NETWORKS}.")] = (
+    model: Annotated[str | None, arg(aliases=("-m",), help=f"What the checkpoints among RUNS are of: {NETWORKS}.")] = (
         None
     )
     reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)

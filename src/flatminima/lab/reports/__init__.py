@@ -12,6 +12,7 @@ from flatminima.lab.reports.pages import (
     tables,
     write_reports,
 )
+from flatminima.lab.reports.tracked import tracked_table, write_tracked_picture
 
 __all__ = [
     "counted",
@@ -22,7 +23,9 @@ __all__ = [
     "line_of",
     "progress_line",
     "tables",
+    "tracked_table",
     "watch",
     "write_evaluation",
     "write_reports",
+    "write_tracked_picture",
 ]

@@ -10,6 +10,7 @@ from flatminima.lab.reports.pages import (
     line_of,
     progress_line,
     tables,
+    write_json,
     write_reports,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "tables",
     "watch",
     "write_evaluation",
+    "write_json",
     "write_reports",
 ]

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
         FisherPenaltySpec,
         GradientNormSpec,
         MultiStep,
+        OneCycle,
         Regularizer,
         RegularizerSpec,
         RunSpec,
         SharpnessAwareSpec,
         UnitResidualSpec,
+        name_of_run,
     )
     from flatminima.lab.runs.training import Stop, launch, train
 else:  # the command line reads descriptions without torch
@@ -56,11 +58,13 @@ else:  # the command line reads descriptions without torch
                 "FisherPenaltySpec",
                 "GradientNormSpec",
                 "MultiStep",
+                "OneCycle",
                 "Regularizer",
                 "RegularizerSpec",
                 "RunSpec",
                 "SharpnessAwareSpec",
                 "UnitResidualSpec",
+                "name_of_run",
             ),
             "training": ("Stop", "launch", "train"),
         },
@@ -74,6 +78,7 @@ __all__ = [
     "LoadedNetwork",
     "Measuring",
     "MultiStep",
+    "OneCycle",
     "Regularizer",
     "RegularizerSpec",
     "RunFolder",
@@ -93,6 +98,7 @@ __all__ = [
     "load_networks",
     "measure_images",
     "measure_run",
+    "name_of_run",
     "selection_of",
     "train",
 ]

@@ -13,12 +13,13 @@ OWN_NETWORKS: tuple[str, ...] = (
     "wrn28-2",
     "densenet-bc-100",
     "resnet8",
+    "resnet8-wide",
     "small-cnn",
     "mlp",
 )
 """The networks that :mod:`flatminima.lab.networks` registers itself; users' own are not among them."""
 
-PresetName = Literal["paper", "small", "digits"]
+PresetName = Literal["paper", "medium", "small", "digits"]
 """The sizes that the paper's experiments come in."""
 
 Protocol = Literal["paper", "matched"]

@@ -22,6 +22,7 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Pos
 from flatminima.cli.optional import OPTIONAL
 from flatminima.cli.refusals import problems_handed_to, refusal
 from flatminima.errors import FlatminimaError, require
+from flatminima.lab.names import PresetName, Protocol
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
@@ -243,9 +244,9 @@ class Reproduce:
 
     experiments: Annotated[Positional[tuple[str, ...]], arg(metavar="EXPERIMENT")] = ()
     """scenario-1, scenario-2, scenario-3, table-1, table-2, search, or all."""
-    preset: Annotated[Literal["paper", "small", "digits"], arg(aliases=("-p",))] = "digits"
-    """How large: as in the paper; in small, on CIFAR-10; or in miniature, on handwritten digits."""
-    protocol: Literal["paper", "matched"] = "paper"
+    preset: Annotated[PresetName, arg(aliases=("-p",))] = "digits"
+    """How large: as in the paper; medium or small, on CIFAR-10; or in miniature, on handwritten digits."""
+    protocol: Protocol = "paper"
     """When the scenarios' runs end: after the paper's epochs, or each once its training loss is down to the same."""
     out: Annotated[Path, arg(aliases=("-o",))] = Path("reproduction")
     """Folder for pages and runs."""
@@ -262,13 +263,19 @@ class Reproduce:
     package.module:function."""
     trials: Annotated[int | None, arg(aliases=("-t",))] = None
     """Search by this many trials of Optuna for every network, hopeless ones pruned (None: over the whole grid)."""
+    records: Annotated[Path | None, arg(aliases=("-r",))] = None
+    """Folder of experiments' JSON, such as one of results/: the runs it holds are finished, whatever machine they were
+    made on."""
     dry_run: Flag = False
     """Only say what would run, and for how long."""
+    no_runs: Flag = False
+    """Run nothing: write page and tables of what is finished, and say what is missing."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
     def __post_init__(self) -> None:
         _require_workers(self.workers)
         require(self.seeds != (), "--seeds needs at least one number")
+        require(not (self.dry_run and self.no_runs), "--dry-run writes nothing, --no-runs writes tables: give either")
 
 
 TYPED: ContextVar[tuple[str, ...]] = ContextVar("options", default=())

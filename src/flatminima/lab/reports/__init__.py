@@ -10,6 +10,7 @@ from flatminima.lab.reports.pages import (
     line_of,
     progress_line,
     tables,
+    write_json,
     write_reports,
 )
 from flatminima.lab.reports.tracked import tracked_table, write_tracked_picture
@@ -26,6 +27,7 @@ __all__ = [
     "tracked_table",
     "watch",
     "write_evaluation",
+    "write_json",
     "write_reports",
     "write_tracked_picture",
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         measure,
     )
     from flatminima.pages.comparison import report
-    from flatminima.regularizer import FisherTraceRegularizer
+    from flatminima.regularizer import FisherTraceRegularizer, Suggestion, suggest
     from flatminima.theory import (
         fia_criterion,
         fia_criterion_of,
@@ -54,7 +54,7 @@ else:  # the command line answers `--help` without torch
             "pictures": (),
             "parallel": (),
             "progress": (),
-            "regularizer": ("FisherTraceRegularizer",),
+            "regularizer": ("FisherTraceRegularizer", "Suggestion", "suggest"),
             "sampling": (),
             "tables": (),
             "theory": (
@@ -78,6 +78,7 @@ __all__ = [
     "FisherTraceRegularizer",
     "Landscape",
     "MeasureOptions",
+    "Suggestion",
     "Tracker",
     "compare",
     "comparison_of",
@@ -93,4 +94,5 @@ __all__ = [
     "pac_bayes_bound",
     "pac_bayes_bound_of",
     "report",
+    "suggest",
 ]

@@ -92,6 +92,14 @@ class CoarseRoundingWarning(FlatminimaWarning):
     """Part of the forward pass is in half precision or quantized, too coarse for a finite difference."""
 
 
+class IdlePenaltyWarning(FlatminimaWarning):
+    """The penalty's gradient is so much smaller than the main one that the regularizer does nothing."""
+
+
+class NoisyPenaltyWarning(FlatminimaWarning):
+    """The penalty's gradient is mostly rounding error."""
+
+
 class AccumulationWarning(FlatminimaWarning):
     """Gradients were accumulated over calls that each counted as a step of its own."""
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure, SubFigure
 
+from flatminima.errors import FlatminimaError
+from flatminima.files import require_writable, write_file
 from flatminima.palette import INK, SERIES
 
 COLUMN_INCHES = 3.3
@@ -47,6 +53,43 @@ def drawn(draw: Callable[[Axes], None], rows: float, ax: Axes | None) -> Axes:
         _, axes = plt.subplots(figsize=(COLUMN_INCHES, 0.95 + _ROW_INCHES * rows), layout="constrained")
         draw(axes)
     return axes
+
+
+def drawn_below(draws: Mapping[str, Callable[[Axes], None]], rows: float) -> Figure:
+    """A new figure of one picture below the other, each with its name at its left if they are several."""
+    with mpl.rc_context(_STYLE):
+        height = (0.95 + _ROW_INCHES * rows) * len(draws)
+        figure, axes = plt.subplots(len(draws), figsize=(COLUMN_INCHES, height), layout="constrained", squeeze=False)
+        for own, (name, draw) in zip(axes[:, 0], draws.items(), strict=True):
+            draw(own)
+            if len(draws) > 1:
+                own.set_ylabel(name)
+    return figure
+
+
+def require_picture(path: Path) -> None:
+    """Ask before long work whether a picture could be written.
+
+    Raises:
+        FlatminimaError: Its suffix is no format that matplotlib writes, or the file cannot be written.
+    """
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise FlatminimaError(f"cannot write the picture {path}: give it one of the suffixes .{', .'.join(known)}")
+    require_writable(path)
+
+
+def write_picture(figure: Figure | SubFigure, path: Path) -> None:
+    """Write a figure in the format of the file's suffix, as a whole.
+
+    Raises:
+        FlatminimaError: The disk is full, or the folder cannot be written to.
+    """
+    content = BytesIO()
+    with mpl.rc_context(_STYLE):
+        figure.figure.savefig(content, format=path.suffix.lower().removeprefix("."))
+    write_file(path, content.getvalue())
+    plt.close(figure.figure)
 
 
 def series_styles() -> Iterator[dict[str, str]]:

@@ -42,6 +42,9 @@ if TYPE_CHECKING:  # an extra
 PARTS = ("log_det_fisher", "residual", "sensitivity", "diversity")
 """γ̂ and what it is made of."""
 
+EPOCHS_ROWS = 5
+"""How high a picture of epochs is, in rows of names."""
+
 LOGGED_AS = "flatminima/"
 """What trainers' logs have before the measures' names."""
 
@@ -188,7 +191,7 @@ class Tracker:
             require(name in known, f"unknown measure {name!r}{did_you_mean(name, known)}: it was not tracked")
         with needing("plot", "a picture"):
             from flatminima.pictures import drawn
-        return drawn(lambda axes: _draw(axes, self.epochs, measures), 5, ax)
+        return drawn(lambda axes: draw_epochs(axes, self.epochs, measures), EPOCHS_ROWS, ax)
 
     def _affordable(self) -> bool:
         if self._time_share is None or not self._measuring:
@@ -202,7 +205,10 @@ class Tracker:
             return measure(model, self._data, **options)
 
 
-def _draw(axes: Axes, epochs: Sequence[TrackedEpoch], measures: Sequence[str]) -> None:
+def draw_epochs(
+    axes: Axes, epochs: Sequence[TrackedEpoch], measures: Sequence[str] = PARTS, unit: str = "epoch"
+) -> None:
+    """The picture of :meth:`Tracker.plot`, of numbers that count something else than epochs, too."""
     from flatminima.pictures import legend, series_styles
 
     styles = series_styles()
@@ -215,8 +221,8 @@ def _draw(axes: Axes, epochs: Sequence[TrackedEpoch], measures: Sequence[str]) -
 
     for name in measures:
         line(axes, name, [tracked.measures.get(name, math.nan) for tracked in epochs])
-    axes.set_xlabel("epoch")
-    errors = {name: name for tracked in epochs for name in tracked.others if name.endswith("error")}
+    axes.set_xlabel(unit)
+    errors = dict.fromkeys(name for tracked in epochs for name in tracked.others if name.endswith("error"))
     if errors or "train_accuracy" in epochs[0].measures:
         right = axes.twinx()
         right.spines["right"].set_visible(True)

@@ -121,9 +121,10 @@ def test_command_is_one_that_there_is(command: str) -> None:
         from flatminima.cli.commands import recipe_of
         from flatminima.cli.evaluate import Evaluate
         from flatminima.cli.options import Compare, Demo, Measure, Reproduce, RunOptions, Train, parse
+        from flatminima.cli.track import Track
         from flatminima.lab.runs import RECIPES
 
-        kinds = {kind.__name__.lower(): kind for kind in (Compare, Demo, Evaluate, Measure, Reproduce, Train)}
+        kinds = {kind.__name__.lower(): kind for kind in (Compare, Demo, Evaluate, Measure, Reproduce, Track, Train)}
         given, more = words[2:], {}
         if words[1] == "train":
             recipe, given = recipe_of(given)

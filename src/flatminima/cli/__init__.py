@@ -1,4 +1,7 @@
-"""The command line: ``flatminima demo | train | measure | compare | evaluate | reproduce``: parse, call, print."""
+"""The command line: ``flatminima demo | train | measure | compare | track | evaluate | reproduce``.
+
+Parse, call, print.
+"""
 
 import sys
 

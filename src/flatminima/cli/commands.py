@@ -29,6 +29,7 @@ from flatminima.cli.options import (
     parse,
 )
 from flatminima.cli.output import Report, say, standard_output_kept_clean
+from flatminima.cli.track import track
 from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.files import require_writable
 from flatminima.lab.reading import Reading
@@ -250,13 +251,17 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             workers=1 if options.executor == "local" else workers,
             measures=options.measures,
             trials=options.trials,
+            records=options.records,
         )
         if options.dry_run:
             plan = reproduction.plan()
             shown = reproduce.plan_table(plan, reproduction.workers)
             rows = [dataclasses.asdict(row) for row in plan]
             return options.output.json, Report({"plan": rows, "workers": reproduction.workers}, shown)
-        summaries = reproduction.run(progress=not options.output.no_progress)
+        if options.no_runs:
+            summaries = reproduction.report_finished()
+        else:
+            summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
         status = int(any(summary.failures for summary in summaries))
         return options.output.json, Report(json_of(summaries), Group(table(summaries), page), status)
@@ -267,6 +272,7 @@ COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {
     "train": _train,
     "measure": _measure,
     "compare": _compare,
+    "track": track,
     "evaluate": evaluate,
     "reproduce": _reproduce,
 }

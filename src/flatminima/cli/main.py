@@ -31,6 +31,7 @@ from flatminima.cli.options import (
     options_meant,
 )
 from flatminima.cli.output import say
+from flatminima.cli.track import Track
 from flatminima.errors import (
     FlatminimaError,
     FlatminimaWarning,
@@ -86,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(f"error: {described(error)} (--debug shows where)", 1, debug, by_any=True)
 
 
-_ONCE_MORE = dict.fromkeys(("demo", "reproduce"), "finished runs are kept; the same command goes on with the others")
+_ONCE_MORE = {
+    **dict.fromkeys(("demo", "reproduce"), "finished runs are kept; the same command goes on with the others"),
+    "track": "measured checkpoints are kept; the same command goes on with the others",
+}
 """What Ctrl-C says of a command that keeps what it has done."""
 
 
@@ -135,6 +139,7 @@ _OPTIONS: dict[str, Any] = {
     "train": Train(RunOptions.of(RECIPES["resnet20"])),
     "measure": Measure(),
     "compare": Compare(),
+    "track": Track(),
     "evaluate": Evaluate(),
     "reproduce": Reproduce(),
 }

@@ -22,6 +22,7 @@ from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, OmitArgPrefixes, Pos
 from flatminima.cli.optional import OPTIONAL
 from flatminima.cli.refusals import problems_handed_to, refusal
 from flatminima.errors import FlatminimaError, require
+from flatminima.lab.names import PresetName, Protocol
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import Measuring, RegularizerSpec, RunSpec, SharpnessAwareSpec
 
@@ -144,11 +145,11 @@ _NORMALIZE = (
     "a run, a checkpoint of `train` or the network's own transforms say; else a guess that is said, by the training "
     "loss)."
 )
-_SOURCES = (
+SOURCES = (
     "digits, cifar10, cifar100, a folder of parquet files or of class folders with images, hf:NAME or hf:FOLDER, "
     "texts (.csv, .jsonl), arrays (.npz, .safetensors), or package.module:factory"
 )
-_NETWORKS = (
+NETWORKS = (
     "package.module:factory (importable from the current directory too), timm:NAME, hf:NAME or hf:FOLDER, or the name "
     "of one of our networks"
 )
@@ -169,10 +170,10 @@ class ReadingOptions(Reading):
 class Foreign:
     """A network that is not ours, and the data it was trained on."""
 
-    model: Annotated[str | None, arg(aliases=("-m",), help=f"{_NETWORKS}.")] = None
+    model: Annotated[str | None, arg(aliases=("-m",), help=f"{NETWORKS}.")] = None
     checkpoint: Annotated[Path | None, arg(aliases=("-c",))] = None
     """Its weights: .safetensors, or .pt, .pth, .ckpt with a state dict (None: those that it comes with)."""
-    data: Annotated[str | None, arg(aliases=("-d",), help=f"Its training data: {_SOURCES}.")] = None
+    data: Annotated[str | None, arg(aliases=("-d",), help=f"Its training data: {SOURCES}.")] = None
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,9 @@ class Compare:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
     """Run folders, checkpoints or networks, as FOLDER or NAME=FOLDER."""
     data: Annotated[
-        str | None, arg(aliases=("-d",), help=f"Compare on this training set, not on the runs' own: {_SOURCES}.")
+        str | None, arg(aliases=("-d",), help=f"Compare on this training set, not on the runs' own: {SOURCES}.")
     ] = None
-    model: Annotated[str | None, arg(aliases=("-m",), help=f"What the checkpoints among RUNS are of: {_NETWORKS}.")] = (
+    model: Annotated[str | None, arg(aliases=("-m",), help=f"What the checkpoints among RUNS are of: {NETWORKS}.")] = (
         None
     )
     reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
@@ -243,9 +244,9 @@ class Reproduce:
 
     experiments: Annotated[Positional[tuple[str, ...]], arg(metavar="EXPERIMENT")] = ()
     """scenario-1, scenario-2, scenario-3, table-1, table-2, search, or all."""
-    preset: Annotated[Literal["paper", "small", "digits"], arg(aliases=("-p",))] = "digits"
-    """How large: as in the paper; in small, on CIFAR-10; or in miniature, on handwritten digits."""
-    protocol: Literal["paper", "matched"] = "paper"
+    preset: Annotated[PresetName, arg(aliases=("-p",))] = "digits"
+    """How large: as in the paper; medium or small, on CIFAR-10; or in miniature, on handwritten digits."""
+    protocol: Protocol = "paper"
     """When the scenarios' runs end: after the paper's epochs, or each once its training loss is down to the same."""
     out: Annotated[Path, arg(aliases=("-o",))] = Path("reproduction")
     """Folder for pages and runs."""
@@ -262,13 +263,19 @@ class Reproduce:
     package.module:function."""
     trials: Annotated[int | None, arg(aliases=("-t",))] = None
     """Search by this many trials of Optuna for every network, hopeless ones pruned (None: over the whole grid)."""
+    records: Annotated[Path | None, arg(aliases=("-r",))] = None
+    """Folder of experiments' JSON, such as one of results/: the runs it holds are finished, whatever machine they were
+    made on."""
     dry_run: Flag = False
     """Only say what would run, and for how long."""
+    no_runs: Flag = False
+    """Run nothing: write page and tables of what is finished, and say what is missing."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)
 
     def __post_init__(self) -> None:
         _require_workers(self.workers)
         require(self.seeds != (), "--seeds needs at least one number")
+        require(not (self.dry_run and self.no_runs), "--dry-run writes nothing, --no-runs writes tables: give either")
 
 
 TYPED: ContextVar[tuple[str, ...]] = ContextVar("options", default=())

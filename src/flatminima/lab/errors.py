@@ -9,6 +9,10 @@ class DamagedFileError(FlatminimaError):
     """A file of a run is truncated, altered or not what its name says; what was trained can be trained again."""
 
 
+class NoPartsError(FlatminimaError):
+    """A part was asked for of data that have none."""
+
+
 class UnreachedLossError(FlatminimaError):
     """A run came to its limit without fitting its training set as well as it was to; it would again."""
 

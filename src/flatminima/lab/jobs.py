@@ -146,6 +146,8 @@ class Ray:
         Raises:
             FlatminimaError: Ray is not installed, or there is no cluster at the address.
         """
+        if not tasks:
+            return
         try:
             import ray
         except ModuleNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +13,21 @@ from flatminima.errors import FlatminimaError
 from flatminima.lab.experiments import (
     EXPERIMENTS,
     PRESETS,
+    Archive,
     Experiment,
     Preset,
-    PresetName,
-    Protocol,
     Task,
     Tuning,
+    Winners,
     build_experiment,
     costs,
     expected,
     read_winners,
+    summarize,
+    winners_of,
 )
 from flatminima.lab.jobs import Executor, WorkerPool
+from flatminima.lab.names import PresetName, Protocol
 from flatminima.lab.reports import counted, duration
 from flatminima.lab.runs import selection_of
 from flatminima.lab.study import State, Study
@@ -31,6 +35,7 @@ from flatminima.tables import Table
 
 _LEADS = {
     "paper": "Networks, data and training are the paper's.",
+    "medium": "In the middle: 10,000 CIFAR-10 images, and a network that one core trains in minutes.",
     "small": "In small: CIFAR-10 images, fewer of them, and a smaller network.",
     "digits": "In miniature, on handwritten digits: it shows the machinery, and little about the claims.",
 }
@@ -65,6 +70,8 @@ class Reproduction(Study):
     """What is measured beside what the preset says, as in :class:`~flatminima.lab.runs.Measuring`."""
     trials: int | None = None
     """Search by this many trials of Optuna for every network (None: over the whole grid)."""
+    records: Path | None = None
+    """Folder of experiments' JSON: the runs they hold are finished, though their folders are gone."""
 
     def __post_init__(self) -> None:
         scenarios = [name for name in self.names if name.startswith("scenario")]
@@ -73,6 +80,9 @@ class Reproduction(Study):
             raise FlatminimaError(f"the matched protocol is the scenarios': leave {others} out, or the protocol")
         if self.trials is not None and "search" not in self.names:
             raise FlatminimaError("trials are the search's: add search to the experiments, or leave the trials out")
+        if self.trials is not None and self.records is not None:
+            raise FlatminimaError("a search by trials goes on from its own file alone: leave out trials or records")
+        self.archive  # noqa: B018 (refused now, not after the experiments before it)
         selection_of(self._preset.measuring)  # refuses what cannot be measured
         self.tuning("search")  # refused now, not after the experiments before it
 
@@ -100,8 +110,22 @@ class Reproduction(Study):
 
     def experiment(self, name: str) -> Experiment:
         """One of them, with what the search has chosen so far."""
-        chosen = read_winners(self.folder)
+        chosen = read_winners(self.folder) or self._archived_winners
         return build_experiment(name, self._preset, chosen=chosen, data=self.data, seeds=self.seeds)
+
+    @functools.cached_property
+    def archive(self) -> Archive:
+        """What the records hold."""
+        return Archive() if self.records is None else Archive.read(self.records)
+
+    @functools.cached_property
+    def _archived_winners(self) -> Winners:
+        """What the search has chosen by the records."""
+        if self.records is None:
+            return {}
+        search = build_experiment("search", self._preset, chosen={}, data=self.data, seeds=None)
+        found = map(self.archive.of, search.tasks(self.folder / "runs"))
+        return winners_of(search, summarize(search, [record for record in found if record is not None]))
 
     @property
     def _preset(self) -> Preset:
@@ -125,7 +149,7 @@ class Reproduction(Study):
                 planned |= {(name, row.subject, row.training): row for row in _planned_trials(tuning)}
                 continue
             tasks = self.tasks(name)
-            state = State.of(tasks, {})
+            state = State.of(tasks, {}, self.archive)
             price = costs.prices(tasks, state.records)
             for task in tasks:
                 row = planned.setdefault((name, *_line(experiment, task)), Planned(name, *_line(experiment, task)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rich.console import Group
 from flatminima.errors import FlatminimaError
 from flatminima.lab.data import load_data
 from flatminima.lab.experiments import (
+    Archive,
     Experiment,
     Record,
     SearchTrial,
@@ -28,13 +30,14 @@ from flatminima.lab.experiments import (
     perform_search_trial,
     select,
     summarize,
+    winners_of,
     write_winners,
 )
 from flatminima.lab.jobs import Executor, Failure
-from flatminima.lab.reports import failure_lines, line_of, progress_line, tables, watch, write_reports
+from flatminima.lab.reports import failure_lines, line_of, progress_line, tables, watch, write_json, write_reports
 
 REPORT_SECONDS = 120.0
-"""How often the page is brought up to date while runs go on; it takes some seconds."""
+"""How often the page is brought up to date while runs go on; it takes some seconds. Its JSON has every run at once."""
 
 
 class Study(abc.ABC):
@@ -77,6 +80,11 @@ class Study(abc.ABC):
         """How an experiment is searched by trials, if it is."""
         return None
 
+    @property
+    def archive(self) -> Archive:
+        """Runs that are finished elsewhere."""
+        return Archive()
+
     def tasks(self, name: str) -> list[Task]:
         """One experiment's runs."""
         return self.experiment(name).tasks(self.folder / "runs", by_setting=self.by_setting)
@@ -94,28 +102,39 @@ class Study(abc.ABC):
         Raises:
             FlatminimaError: the data cannot be loaded.
         """
-        used = {setting.spec.source for name in self.names for setting in self.experiment(name).settings}
-        for source in sorted(used):
+        left = [task for name in self.names for task in State.of(self.tasks(name), {}, self.archive).left]
+        for source in sorted({task.setting.spec.source for task in left}):
             load_data(source)  # now, and not in every run: what is wrong is said once, and what is slow is done once
         failures: dict[str, str] = {}
+        journal = _Journal(self, failures)
         try:
             for name in self.names:
-                self._run(name, failures, progress, tell)
+                self._run(name, failures, journal, progress, tell)
         finally:
             summaries = [self.summary(name, failures) for name in self.names]
             self.report(summaries)
         return summaries
 
-    def _run(self, name: str, failures: dict[str, str], progress: bool, tell: Callable[[str], None] | None) -> None:
-        """One experiment; the page is brought up to date now and then."""
-        experiment, reported = self.experiment(name), time.monotonic()
-        tuning, runs = self.tuning(name), self.tasks(name)
+    def _run(
+        self,
+        name: str,
+        failures: dict[str, str],
+        journal: _Journal,
+        progress: bool,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        """One experiment; what is known of it already comes first, and is not run."""
+        experiment, tuning, runs = self.experiment(name), self.tuning(name), self.tasks(name)
         work: Callable[[Any], Any] = perform if tuning is None else perform_search_trial
         tasks: Sequence[Task | SearchTrial] = runs if tuning is None else tuning.tasks()
+        known = enumerate(_known(task, self.archive) for task in runs) if tuning is None else ()
+        settled = {number: outcome for number, outcome in known if outcome is not None}
+        left = [number for number in range(len(tasks)) if number not in settled]
         records: list[Record] = []
         if tell is not None:
             tell(f"{experiment.title} {len(tasks)} runs, those of every setting in a line once they are known:")
-        with contextlib.closing(self.executor.run(work, tasks)) as ended:
+        with contextlib.closing(self.executor.run(work, [tasks[number] for number in left])) as performed:
+            ended = itertools.chain(settled.items(), ((left[place], outcome) for place, outcome in performed))
             for number, outcome in watch(ended, len(tasks), runs, name, progress):
                 if isinstance(outcome, Failure):
                     failures[tasks[number].name] = outcome.error
@@ -124,25 +143,24 @@ class Study(abc.ABC):
                     of_setting = select(records, outcome.arm, outcome.case)
                     if tell is not None and len(of_setting) == len(experiment.seeds):
                         tell(line_of(experiment, of_setting))
-                if time.monotonic() - reported > REPORT_SECONDS:
-                    with contextlib.suppress(FlatminimaError):  # a full disk: the last page says so, if it is then
-                        self.report([self.summary(each, failures) for each in self.names])
-                    reported = time.monotonic()
+                if number not in settled:
+                    journal.note(name)
         if experiment.answers == "choice":
-            write_winners(self.folder, experiment, self.summary(name, failures))
+            write_winners(self.folder, winners_of(experiment, self.summary(name, failures)))
 
-    def summary(self, name: str, failures: Mapping[str, str] | None = None) -> Summary:
+    def summary(self, name: str, failures: Mapping[str, str] | None = None, *, judged: bool = True) -> Summary:
         """What is known of one experiment; nothing is trained or measured.
 
         Args:
             name: which.
             failures: runs that failed without leaving a note in their folders, and why.
+            judged: as :func:`~flatminima.lab.experiments.summarize` takes it.
         """
         experiment, tuning = self.experiment(name), self.tuning(name)
         if tuning is not None:
             return tuning.summary(failures or {}, self.workers)
         tasks = self.tasks(name)
-        state = State.of(tasks, failures or {})
+        state = State.of(tasks, failures or {}, self.archive)
         price = costs.prices(tasks, state.records) if state.left else {}
         left = {task.name for task in state.left}
         unfinished = Unfinished(
@@ -152,11 +170,44 @@ class Study(abc.ABC):
             seconds_left=sum(costs.seconds(task, price) for task in state.left) / self.workers,
             workers=self.workers,
         )
-        return summarize(experiment, state.records, unfinished)
+        return summarize(experiment, state.records, unfinished, judged=judged)
+
+    def report_finished(self) -> list[Summary]:
+        """Report without any run: what is finished, and how many runs are not.
+
+        Returns:
+            The summary of every experiment.
+        """
+        summaries = [self.summary(name) for name in self.names]
+        self.report(summaries)
+        return summaries
 
     def report(self, summaries: Sequence[Summary]) -> None:
         """Write the page, and the same as Markdown and as JSON."""
         write_reports(summaries, self.page.with_suffix(""), heading=self.heading, lead=self.lead)
+
+
+class _Journal:
+    """The page while runs go on: as a whole now and then, its JSON after every run."""
+
+    def __init__(self, study: Study, failures: Mapping[str, str]) -> None:
+        self._study, self._failures = study, failures
+        self._summaries: dict[str, Summary] = {}
+        self._reported = time.monotonic()
+
+    def note(self, name: str) -> None:
+        """A run of this experiment has ended."""
+        names = self._study.names
+        whole = time.monotonic() - self._reported > REPORT_SECONDS
+        for each in names if whole or not self._summaries else (name,):
+            self._summaries[each] = self._study.summary(each, self._failures, judged=whole)
+        summaries = [self._summaries[each] for each in names]
+        with contextlib.suppress(FlatminimaError):  # a full disk: the last page says so, if it is then
+            if whole:
+                self._reported = time.monotonic()
+                self._study.report(summaries)
+            else:
+                write_json(summaries, self._study.page.with_suffix(""))
 
 
 def table(summaries: Sequence[Summary]) -> Group:
@@ -177,19 +228,25 @@ class State:
     left: list[Task]
 
     @classmethod
-    def of(cls, tasks: Sequence[Task], failures: Mapping[str, str]) -> State:
-        """By what their folders hold, and by failures that left no note there."""
+    def of(cls, tasks: Sequence[Task], failures: Mapping[str, str], archive: Archive) -> State:
+        """By what their folders hold, by what is archived, and by failures that left no note."""
         records, failed, left = [], {}, []
         for task in tasks:
-            try:
-                record = look_up(task)
-            except FlatminimaError as error:
-                failed[task.name] = str(error)
-                continue
-            if record is not None:
-                records.append(record)
+            known = _known(task, archive)
+            if isinstance(known, Failure):
+                failed[task.name] = known.error
+            elif known is not None:
+                records.append(known)
             elif task.name in failures:
                 failed[task.name] = failures[task.name]
             else:
                 left.append(task)
         return cls(records, failed, left)
+
+
+def _known(task: Task, archive: Archive) -> Record | Failure | None:
+    """How a run ended, by its folder or else the archive; None if it is still to be done."""
+    try:
+        return look_up(task) or archive.of(task)
+    except FlatminimaError as error:
+        return Failure(task, str(error))

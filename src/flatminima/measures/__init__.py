@@ -14,6 +14,7 @@ from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions
 from flatminima.measures.registry import CATALOGUE, Measure, Selection, catalogued, selected
 from flatminima.measures.results import Characterization, Estimate, Settings, Share, jsonable
+from flatminima.measures.tables import settings_in_words
 from flatminima.measures.trial import Trial
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "measure",
     "robustness_sample_count",
     "selected",
+    "settings_in_words",
     "spectral_density",
 ]

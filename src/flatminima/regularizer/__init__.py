@@ -2,8 +2,10 @@
 
 from flatminima.choices import Estimator, MainGradient
 from flatminima.regularizer.penalty import Penalty
-from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction, RegularizerStep
+from flatminima.regularizer.regularizer import FisherTraceRegularizer, LossFunction
+from flatminima.regularizer.steps import RegularizerStep
 from flatminima.regularizer.sub_batches import SeveralBatches, Weights, scalar_loss
+from flatminima.regularizer.suggestion import Suggestion, suggest
 
 __all__ = [
     "Estimator",
@@ -13,6 +15,8 @@ __all__ = [
     "Penalty",
     "RegularizerStep",
     "SeveralBatches",
+    "Suggestion",
     "Weights",
     "scalar_loss",
+    "suggest",
 ]

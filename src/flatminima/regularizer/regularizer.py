@@ -12,7 +12,6 @@ and no derivative passes through g_i, so its gradient is a finite difference of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import torch
@@ -25,40 +24,13 @@ from flatminima.regularizer.distributed import average_gradients, exchange, gath
 from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
 from flatminima.regularizer.passes import PassesName, passes_for
 from flatminima.regularizer.penalty import Penalty, PenaltySettings, require_finite
+from flatminima.regularizer.steps import PenaltyWatch, RegularizerStep, shares_of
 from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss, size_of
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
 
 _GRADIENT_ERROR = 5  # the relative rounding error of a gradient, in ε: benchmarks/finite_differences.py
-
-
-@dataclass(frozen=True)
-class RegularizerStep:
-    """What one step saw. Scalar tensors on the model's device, so that keeping them does not wait for the device.
-
-    With micro-batches, all but ``grad_norm`` are averages over them; with several processes, all but ``grad_norm`` are
-    this process's.
-
-    Attributes:
-        trace: mean_i ‖g_i‖₂², the trace estimate that the penalty drives down (Sec. 6).
-        penalty: R_α (Eq. 6), without β. Close to ``alpha * trace`` where the network is smooth.
-        penalty_gradient_norm: ‖∇R_α‖₂, without β.
-        main_gradient_norm: ‖mean_i g_i‖₂, the norm of the main gradient as the sub-batches see it.
-        rounding_norm: the 2-norm of the rounding error in ∇R_α, to an order of magnitude: each gradient g is taken to
-            be off by 5 ε‖g‖, and so the mean of M differences by 5 ε √(2 · trace / M). ε is that of the coarsest type
-            that the passes go through, a frozen base's too; measured errors were 1 ε‖g‖ (small MLP) to 25 ε‖g‖
-            (convolutional network late in training). Zero for ``"hvp"``.
-        grad_norm: global 2-norm of ``.grad`` after the step and before clipping; None where a framework owns the main
-            pass (:meth:`FisherTraceRegularizer.penalize`).
-    """
-
-    trace: Tensor
-    penalty: Tensor
-    penalty_gradient_norm: Tensor
-    main_gradient_norm: Tensor
-    rounding_norm: Tensor
-    grad_norm: Tensor | None = None
 
 
 class FisherTraceRegularizer:
@@ -178,6 +150,7 @@ class FisherTraceRegularizer:
         self._eps: float | None = None  # of the coarsest type in the passes, found at the first penalty
         self._largest_batch = 0
         self._left = GradientsLeft()
+        self._watch = PenaltyWatch()
         Weights.of(model, self._penalized_names)
 
     def backward(
@@ -330,6 +303,10 @@ class FisherTraceRegularizer:
             self._largest_batch = max(self._largest_batch, size)
             if penalty.buffers is not None:
                 penalty.buffers.write()
+            risen = max(self.warmup_steps, 1)
+            if self.beta and since + 1 >= risen:
+                first = since + 1 < risen + self.every
+                self._watch.note(self.last_step, alpha=self.alpha, beta=self.beta, every=self.every, first=first)
         except BaseException as error:
             before.back_from(error)
             raise
@@ -357,14 +334,12 @@ class FisherTraceRegularizer:
         step = self.last_step
         if step is None:
             return {}
-        penalty_norm, main_norm = float(step.penalty_gradient_norm), float(step.main_gradient_norm)
-        rounding = float(step.rounding_norm)
+        (shares,) = shares_of([step], [self._last_beta])
         found = {
             "fisher_trace": float(step.trace),
             "penalty": float(step.penalty),
             "beta": self._last_beta,
-            "penalty_to_gradient": self._last_beta * penalty_norm / main_norm if main_norm else 0.0,
-            "rounding_share": min(1.0, rounding / penalty_norm) if penalty_norm else float(rounding > 0),
+            **shares._asdict(),
         }
         if step.grad_norm is not None:
             found |= {"grad_norm": float(step.grad_norm), "clip_rate": float(self._clipped_steps) / self.step}
@@ -383,6 +358,7 @@ class FisherTraceRegularizer:
         require(set(state) == {"step", "clipped"}, f"not a FisherTraceRegularizer's state_dict: it has {sorted(state)}")
         self.step, self._clipped_steps = int(state["step"]), int(state["clipped"])
         self._micro_batches, self.last_step = [], None
+        self._watch = PenaltyWatch()
 
     def _step_of(self, penalty: Penalty) -> RegularizerStep:
         gradient_error = 0.0 if self.estimator == "hvp" else _GRADIENT_ERROR * (self._eps or 0.0)
@@ -402,17 +378,10 @@ class FisherTraceRegularizer:
             gradients.clip(self.max_grad_norm, grad_norm)
             self._clipped_steps = self._clipped_steps + (grad_norm > self.max_grad_norm)
         if self._micro_batches:
-            self.last_step = _average(self._micro_batches, grad_norm)
+            self.last_step = RegularizerStep.mean(self._micro_batches, grad_norm)
         self._micro_batches = []
         self._left.note(self.model.parameters())
         self.step += 1
-
-
-def _average(micro_batches: list[tuple[float, RegularizerStep]], grad_norm: Tensor) -> RegularizerStep:
-    total = sum(weight for weight, _ in micro_batches)
-    names = [field.name for field in fields(RegularizerStep) if field.name != "grad_norm"]
-    means = {name: sum(weight / total * getattr(step, name) for weight, step in micro_batches) for name in names}
-    return RegularizerStep(**means, grad_norm=grad_norm)
 
 
 def _scale_of(scaler: torch.amp.GradScaler, model: nn.Module) -> Tensor:

@@ -26,13 +26,14 @@ from flatminima.lab.experiments.presets import (
     PRESETS,
     UNIT_RESIDUALS,
     Preset,
-    PresetName,
 )
+from flatminima.lab.names import PresetName
 from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import (
     FisherPenaltySpec,
     GradientNormSpec,
     MultiStep,
+    OneCycle,
     Plateau,
     RegularizerSpec,
     SharpnessAwareSpec,
@@ -74,7 +75,7 @@ def test_an_experiment_is_added_by_one_decorated_function(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_preset_keeps_the_form(name: str, preset: PresetName) -> None:
     ours, papers = built(name, preset), built(name)
-    assert ours.seeds == papers.seeds
+    assert ours.seeds == ((PRESETS[preset].search_seed,) if name == "search" else papers.seeds)
     assert ours.answers == papers.answers
     if ours.answers == "ranking":
         assert len(ours.cases) == len(papers.cases)
@@ -148,6 +149,38 @@ def test_table_1_has_further_rivals_where_they_are_affordable(preset: PresetName
             assert replace(spec, regularizer=None) == specs[case, PLAIN]
     assert "Fisher penalty" in table.question
     assert "Fisher penalty" not in built("table-1").question
+
+
+def test_medium_is_the_papers_scenario_1_on_a_smaller_network() -> None:
+    one, papers = built("scenario-1", "medium"), built("scenario-1")
+    assert [(s.spec.train_size, s.spec.confusion) for s in one.settings] == [
+        (s.spec.train_size, s.spec.confusion) for s in papers.settings
+    ]
+    assert {s.spec.data for s in one.settings} == {"cifar10"}
+    assert isinstance(one.settings[0].spec.schedule, OneCycle)
+    assert one.measuring is not None
+    assert "cheap" in one.measuring.measures
+
+
+def test_mediums_tables_are_at_three_rates_of_label_noise_on_as_many_images() -> None:
+    one, two = built("table-1", "medium"), built("table-2", "medium")
+    plain = [s.spec for s in one.settings if s.arm == PLAIN]
+    assert [(spec.train_size, spec.confusion) for spec in plain] == [(10_000, 0), (9000, 1000), (8000, 2000)]
+    assert [replace(spec, train_size=10_000, confusion=0) for spec in plain] == [plain[0]] * 3
+    assert two.cases == one.cases
+    assert one.arms == [PLAIN, REGULARIZED, EXACT, SAM, MATCHED, "+reg, every=10"]
+    regularizers = {(s.case, s.arm): s.spec.regularizer for s in one.settings}
+    for case in one.cases:
+        every = regularizers[case, "+reg, every=10"]
+        assert isinstance(every, RegularizerSpec)
+        assert every.every == 10
+        assert replace(every, every=1) == regularizers[case, REGULARIZED]
+
+
+def test_mediums_search_is_on_a_seed_that_no_table_has() -> None:
+    search = built("search", "medium")
+    assert search.seeds == (100,)
+    assert not set(search.seeds) & set(built("table-1", "medium").seeds)
 
 
 def test_table_2_measures_runs_of_table_1() -> None:

@@ -17,7 +17,7 @@ from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_sets
-from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec, derived_seed
+from flatminima.lab.runs.spec import OneCycle, RunSpec, SharpnessAwareSpec, derived_seed
 from flatminima.lab.runs.training import launch, train
 from support.runs import EVERYTHING, PLAIN, SHARPNESS, SPECS, Crash, bits, reading_late, start, wait_for_update
 
@@ -45,6 +45,16 @@ def test_a_run_stopped_before_every_epoch_ends_in_the_same_bits(
         assert RunFolder.of(tmp_path, spec).status == "unfinished"
     train(spec, tmp_path, stop=lambda epoch, of, error: False)
     assert bits(tmp_path, spec) == bits(uninterrupted, spec)
+
+
+def test_a_cycle_of_the_learning_rate_goes_on_where_it_was(tmp_path: Path) -> None:
+    spec, whole, parts = replace(PLAIN, schedule=OneCycle()), tmp_path / "whole", tmp_path / "parts"
+    train(spec, whole)
+    with pytest.raises(TrainingStopped):
+        train(spec, parts, stop=lambda epoch, of, error: epoch == 1)
+    train(spec, parts)
+    assert bits(parts, spec) == bits(whole, spec)
+    assert len({record.lr for record in RunFolder.of(whole, spec).read_history()}) == 3
 
 
 def test_stop_is_given_the_validation_error_and_changes_nothing_by_asking(tmp_path: Path, uninterrupted: Path) -> None:

@@ -16,6 +16,7 @@ from flatminima.lab.runs.spec import (
     FisherPenaltySpec,
     GradientNormSpec,
     MultiStep,
+    OneCycle,
     Plateau,
     RegularizerSpec,
     RunSpec,
@@ -116,6 +117,26 @@ def test_multi_step_agrees_with_torch() -> None:
         oracle.step()
 
 
+@pytest.mark.parametrize("total", [1, 3, 11, 97])
+@pytest.mark.parametrize("pct_start", [0.1, 0.3, 0.5])
+def test_one_cycle_agrees_with_torch(total: int, pct_start: float) -> None:
+    schedule = OneCycle(pct_start=pct_start, div_factor=20.0, final_div_factor=500.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    oracle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.2, total, pct_start=pct_start, div_factor=20.0, final_div_factor=500.0, cycle_momentum=False
+    )
+    for iteration in range(total):
+        expected = oracle.get_last_lr()[0]
+        assert 0.2 * schedule.multiplier(iteration, total, [], []) == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        if iteration < total - 1:
+            oracle.step()
+
+
+def test_one_cycle_without_time_to_rise_begins_at_the_top() -> None:
+    assert OneCycle(pct_start=0.1).multiplier(0, 10, [], []) == 1.0  # where torch divides by zero
+
+
 @given(
     losses=st.lists(st.floats(0, 2), max_size=40),
     patience=st.integers(0, 4),
@@ -141,6 +162,7 @@ SPECS = [
     RunSpec(regularizer=SharpnessAwareSpec(rho=0.5, adaptive=True)),
     RunSpec(regularizer=RegularizerSpec(max_grad_norm=5.0), precision="bf16-mixed"),
     RunSpec(regularizer=GradientNormSpec(weight=0.1, radius=0.2)),
+    RunSpec(schedule=OneCycle(pct_start=0.2, div_factor=10.0)),
     RunSpec(regularizer=FisherPenaltySpec(weight=0.5, start_epoch=3)),
     RunSpec(regularizer=UnitResidualSpec(beta=2.0, num_sub_batches=4, max_grad_norm=5.0)),
 ]
@@ -315,6 +337,8 @@ def test_a_bad_field_is_named_in_one_line(changes: dict[str, Any], message: str)
         (lambda: Plateau(patience=-1), "schedule.patience must not be negative"),
         (lambda: Plateau(threshold=1.0), "schedule.threshold must be in [0, 1)"),
         (lambda: Approach(near=1.0), "schedule.near must be > 1"),
+        (lambda: OneCycle(pct_start=0.0), "schedule.pct_start must be positive"),
+        (lambda: OneCycle(div_factor=1.0), "schedule.div_factor must be > 1"),
         (lambda: RunSpec(schedule=Approach()), "set stop_at_loss"),
         (lambda: RegularizerSpec(alpha=0.0), "regularizer.alpha must be positive"),
         (lambda: RegularizerSpec(beta=-1.0), "regularizer.beta must not be negative"),

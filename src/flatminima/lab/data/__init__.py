@@ -4,7 +4,7 @@ from flatminima.lab.data.augmentation import augment, confuse, hold_out
 from flatminima.lab.data.cache import Decoded
 from flatminima.lab.data.images import ImageSet
 from flatminima.lab.data.normalization import FROM_DATA, NORMALIZATIONS, Normalization
-from flatminima.lab.data.own import open_data
+from flatminima.lab.data.own import open_data, open_test_data
 from flatminima.lab.data.pictures import Pictures, as_pictures
 from flatminima.lab.data.ready import OwnData, Preparation, Prepared, ReadySamples, TrainingData
 from flatminima.lab.data.sources import data_set, hub_data_set, load_data
@@ -33,4 +33,5 @@ __all__ = [
     "hub_data_set",
     "load_data",
     "open_data",
+    "open_test_data",
 ]

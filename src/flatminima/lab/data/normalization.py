@@ -76,6 +76,10 @@ class Normalization:
         """For a report."""
         return dataclasses.asdict(self)
 
+    def as_text(self) -> str:
+        """As :meth:`named` takes it, to the last bit."""
+        return "/".join(",".join(map(repr, values)) for values in (self.mean, self.std))
+
     def __str__(self) -> str:
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return f"{self.name} (mean {mean}; std {std})"

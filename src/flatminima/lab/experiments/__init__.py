@@ -1,6 +1,7 @@
 """The paper's experiments: runs, sizes, search, costs, and what the records show."""
 
 from flatminima.lab.experiments.analysis import summarize
+from flatminima.lab.experiments.archive import Archive
 from flatminima.lab.experiments.experiment import (
     INDICATORS,
     NORMALIZED,
@@ -12,10 +13,10 @@ from flatminima.lab.experiments.experiment import (
     perform,
     select,
 )
-from flatminima.lab.experiments.files import json_of, read_summaries, read_winners, write_winners
+from flatminima.lab.experiments.files import json_of, read_summaries, read_winners, winners_of, write_winners
 from flatminima.lab.experiments.ledger import write_ledger
 from flatminima.lab.experiments.paper import EXPERIMENTS, MATCHED_COST, Winners, build_experiment, described, registered
-from flatminima.lab.experiments.presets import PRESETS, Preset, PresetName, Protocol
+from flatminima.lab.experiments.presets import PRESETS, Preset
 from flatminima.lab.experiments.search import SearchTrial, Tuning, expected, perform_search_trial
 from flatminima.lab.experiments.statistics import Difference, RankCorrelation, Spread, number
 from flatminima.lab.experiments.summary import (
@@ -35,12 +36,11 @@ __all__ = [
     "NORMALIZED",
     "PRESETS",
     "SHORT_NAMES",
+    "Archive",
     "Contrast",
     "Difference",
     "Experiment",
     "Preset",
-    "PresetName",
-    "Protocol",
     "Published",
     "RankCorrelation",
     "Record",
@@ -67,6 +67,7 @@ __all__ = [
     "registered",
     "select",
     "summarize",
+    "winners_of",
     "write_ledger",
     "write_winners",
 ]

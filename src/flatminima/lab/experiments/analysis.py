@@ -19,6 +19,8 @@ def summarize(
     records: Sequence[Record],
     unfinished: Unfinished | None = None,
     trials: Sequence[TrialSummary] | None = None,
+    *,
+    judged: bool = True,
 ) -> Summary:
     """What the records show so far.
 
@@ -27,13 +29,14 @@ def summarize(
         records: the finished minima.
         unfinished: the other runs (None: there are no others).
         trials: how far every trial is, if a choice is searched for by trials instead of over all settings.
+        judged: with what the protocols say of measures, and the verdict, which take a second or two.
     """
     unfinished = unfinished or Unfinished()
     ranks = experiment.answers == "ranking" and len({record.case for record in records}) > 1
     compares = experiment.answers == "comparison"
     source = experiment.settings[0].spec.source
-    evaluation = evaluation_of(records, costs.sizes_of(source).test) if ranks else None
-    judged = {} if evaluation is None else evaluation.all
+    evaluation = evaluation_of(records, costs.sizes_of(source).test) if ranks and judged else None
+    found = {} if evaluation is None else evaluation.all
     summary = Summary(
         name=experiment.name,
         title=experiment.title,
@@ -62,7 +65,7 @@ def summarize(
         unfinished=unfinished.labels,
         contrast=experiment.contrast,
         drawn=experiment.drawn,
-        correlations={name: rank_correlation(evidence) for name, evidence in judged.items()},
+        correlations={name: rank_correlation(evidence) for name, evidence in found.items()},
         evaluation=evaluation,
         differences=_contrasts(experiment, records, experiment.quantity) if compares else (),
         pooled=_contrasts(experiment, records, experiment.quantity, pooled=True) if compares else (),
@@ -74,7 +77,7 @@ def summarize(
         trials=None if trials is None else tuple(trials),
         chosen=_chosen(experiment, records, trials) if experiment.answers == "choice" else {},
     )
-    return dataclasses.replace(summary, verdict=tuple(verdict(summary)))
+    return dataclasses.replace(summary, verdict=tuple(verdict(summary))) if judged else summary
 
 
 def spread(records: Sequence[Record], quantity: str) -> Spread | None:

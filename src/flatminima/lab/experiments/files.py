@@ -17,7 +17,8 @@ from flatminima.lab.runs import RegularizerSpec
 from flatminima.lab.schema import parse
 from flatminima.measures import jsonable
 
-_WINNERS = "chosen.json"
+WINNERS = "chosen.json"
+"""The file of a search's winners, beside the summaries."""
 
 
 def json_of(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
@@ -40,12 +41,17 @@ def read_summaries(path: Path) -> tuple[Summary, ...]:
         raise FlatminimaError(f"{path} holds no summaries of experiments ({one_line(error)})") from None
 
 
-def write_winners(folder: Path, search: Experiment, summary: Summary) -> None:
-    """Keep what a search has chosen for the experiments that follow."""
+def winners_of(search: Experiment, summary: Summary) -> Winners:
+    """What a search has chosen so far."""
     specs = {(setting.case, setting.arm): setting.spec.regularizer for setting in search.settings}
     winners = {case: specs[case, arm] for case, arm in summary.chosen.items()}
-    values = {case: dataclasses.asdict(winner) for case, winner in winners.items() if winner is not None}
-    write_file(folder / _WINNERS, json.dumps(values, indent=1) + "\n")
+    return {case: winner for case, winner in winners.items() if isinstance(winner, RegularizerSpec)}
+
+
+def write_winners(folder: Path, winners: Winners) -> None:
+    """Keep what a search has chosen for the experiments that follow."""
+    values = {case: dataclasses.asdict(winner) for case, winner in winners.items()}
+    write_file(folder / WINNERS, json.dumps(values, indent=1) + "\n")
 
 
 def read_winners(folder: Path) -> Winners:
@@ -54,7 +60,7 @@ def read_winners(folder: Path) -> Winners:
     Raises:
         FlatminimaError: it cannot be read.
     """
-    path = folder / _WINNERS
+    path = folder / WINNERS
     if not path.exists():
         return {}
     try:

@@ -87,7 +87,7 @@ def search(preset: Preset, _: Winners) -> Experiment:
             for regularizer in grid(preset)
         ),
         measuring=None,
-        seeds=(0,),
+        seeds=(preset.search_seed,),
         quantity="validation_error",
     )
 
@@ -171,6 +171,10 @@ def table_1(preset: Preset, chosen: Winners) -> Experiment:
             Setting(case, EXACT, replace(plain, regularizer=replace(regularizer, estimator="hvp"))),
             Setting(case, SAM, replace(plain, regularizer=SharpnessAwareSpec())),
             Setting(case, MATCHED, _prolonged(plain, MATCHED_COST)),
+            *(
+                Setting(case, f"{REGULARIZED}, every={k}", replace(plain, regularizer=replace(regularizer, every=k)))
+                for k in preset.every
+            ),
             *(
                 Setting(case, arm, replace(plain, regularizer=rival))
                 for arm, rival in preset.rivals.get(case, {}).items()

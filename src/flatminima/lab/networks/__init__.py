@@ -2,7 +2,7 @@
 
 from flatminima.lab.networks import hugging_face, timm_networks
 from flatminima.lab.networks.checkpoints import assign_weights, load_weights
-from flatminima.lab.networks.foreign import OpenedNetwork, is_model_source, open_network, resolve_device
+from flatminima.lab.networks.foreign import OpenedNetwork, inputs_of, is_model_source, open_network, resolve_device
 from flatminima.lab.networks.kinds import MODEL_KINDS, ModelKind
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model, network
 
@@ -14,6 +14,7 @@ __all__ = [
     "assign_weights",
     "build_model",
     "hugging_face",
+    "inputs_of",
     "is_model_source",
     "load_weights",
     "network",

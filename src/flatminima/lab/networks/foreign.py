@@ -67,12 +67,25 @@ def open_network(source: str, checkpoint: Path | None, data: OwnData, reading: R
     if checkpoint is not None:
         with others_errors(f"model {source}: loading its checkpoint failed"):
             load_weights(model, checkpoint)
-    own = None if kind is None else kind.prepare(name, model, data, reading or Reading())
-    inputs, preparation = own if own is not None else _as_they_are(source, data)
+    inputs, preparation = inputs_of(source, model, data, reading)
     _check_takes(model, inputs, source)
     with others_errors(f"model {source}: its eval() failed"):
         model.eval()
     return OpenedNetwork(model, inputs, preparation)
+
+
+def inputs_of(
+    source: str, model: nn.Module, data: OwnData, reading: Reading | None = None
+) -> tuple[ImageSet | Pictures | ReadySamples, Preparation | None]:
+    """What a network's own transforms make of data, and which these are; images as they are, where it has none.
+
+    Raises:
+        FlatminimaError: Texts, for a network without a tokenizer, and whatever its transforms refuse.
+    """
+    prefix, _, name = source.partition(":")
+    kind = MODEL_KINDS.get(prefix) if ":" in source else None
+    own = None if kind is None else kind.prepare(name, model, data, reading or Reading())
+    return own if own is not None else _as_they_are(source, data)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,8 +10,10 @@ from flatminima.lab.reports.pages import (
     line_of,
     progress_line,
     tables,
+    write_json,
     write_reports,
 )
+from flatminima.lab.reports.tracked import tracked_table, write_tracked_picture
 
 __all__ = [
     "counted",
@@ -22,7 +24,10 @@ __all__ = [
     "line_of",
     "progress_line",
     "tables",
+    "tracked_table",
     "watch",
     "write_evaluation",
+    "write_json",
     "write_reports",
+    "write_tracked_picture",
 ]

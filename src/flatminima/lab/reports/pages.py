@@ -110,9 +110,9 @@ def counted(number: int, noun: str) -> str:
 
 def write_reports(summaries: Sequence[Summary], stem: Path, *, heading: str, lead: str) -> None:
     """Write ``stem.html``, ``stem.md`` and ``stem.json``, and ``ledger.csv`` beside them."""
+    write_json(summaries, stem)
     sections = [section(summary) for summary in summaries]
-    environments = [record.environment for summary in summaries for record in summary.records]
-    write_file(stem.with_suffix(".json"), json.dumps(json_of(summaries), indent=1, allow_nan=False) + "\n")
+    environments = [dict(record.environment) for summary in summaries for record in summary.records]
     write_ledger(stem.with_name("ledger.csv"), summaries)
     write_file(stem.with_suffix(".md"), _markdown(sections, heading, lead))
     write_page(
@@ -124,8 +124,13 @@ def write_reports(summaries: Sequence[Summary], stem: Path, *, heading: str, lea
         lead=lead,
         unfinished=any(summary.left for summary in summaries),
         written=f"{datetime.datetime.now().astimezone():%Y-%m-%d at %H:%M %Z}",
-        environment=environments[0] if environments else {},
+        environments=[made for place, made in enumerate(environments) if made not in environments[:place]],
     )
+
+
+def write_json(summaries: Sequence[Summary], stem: Path) -> None:
+    """Write ``stem.json`` alone, in a moment."""
+    write_file(stem.with_suffix(".json"), json.dumps(json_of(summaries), indent=1, allow_nan=False) + "\n")
 
 
 def figures(summary: Summary) -> list[Picture]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from flatminima.faces import on_demand
 
 if TYPE_CHECKING:
+    from flatminima.lab.runs.checkpoints import Checkpoint, in_order, said_order
     from flatminima.lab.runs.folder import RunFolder
     from flatminima.lab.runs.measuring import (
         compare_loaded,
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
         measure_run,
     )
     from flatminima.lab.runs.measuring_options import Measuring
-    from flatminima.lab.runs.networks import LoadedNetwork, load_network, load_networks
+    from flatminima.lab.runs.networks import LoadedNetwork, load_checkpoint, load_network, load_networks
     from flatminima.lab.runs.own_measures import selection_of
     from flatminima.lab.runs.records import RunProgress, RunResult
     from flatminima.lab.runs.session import Session
@@ -25,17 +26,21 @@ if TYPE_CHECKING:
         FisherPenaltySpec,
         GradientNormSpec,
         MultiStep,
+        OneCycle,
         Regularizer,
         RegularizerSpec,
         RunSpec,
         SharpnessAwareSpec,
         UnitResidualSpec,
+        name_of_run,
     )
+    from flatminima.lab.runs.tracked import Subject, TrackedCheckpoint, measure_checkpoints
     from flatminima.lab.runs.training import Stop, launch, train
 else:  # the command line reads descriptions without torch
     __getattr__, __dir__ = on_demand(
         __name__,
         {
+            "checkpoints": ("Checkpoint", "in_order", "said_order"),
             "folder": ("RunFolder",),
             "measuring": (
                 "compare_loaded",
@@ -45,7 +50,7 @@ else:  # the command line reads descriptions without torch
                 "measure_run",
             ),
             "measuring_options": ("Measuring",),
-            "networks": ("LoadedNetwork", "load_network", "load_networks"),
+            "networks": ("LoadedNetwork", "load_checkpoint", "load_network", "load_networks"),
             "own_measures": ("selection_of",),
             "records": ("RunProgress", "RunResult"),
             "session": ("Session",),
@@ -56,12 +61,15 @@ else:  # the command line reads descriptions without torch
                 "FisherPenaltySpec",
                 "GradientNormSpec",
                 "MultiStep",
+                "OneCycle",
                 "Regularizer",
                 "RegularizerSpec",
                 "RunSpec",
                 "SharpnessAwareSpec",
                 "UnitResidualSpec",
+                "name_of_run",
             ),
+            "tracked": ("Subject", "TrackedCheckpoint", "measure_checkpoints"),
             "training": ("Stop", "launch", "train"),
         },
     )
@@ -69,11 +77,13 @@ else:  # the command line reads descriptions without torch
 __all__ = [
     "RECIPES",
     "Approach",
+    "Checkpoint",
     "FisherPenaltySpec",
     "GradientNormSpec",
     "LoadedNetwork",
     "Measuring",
     "MultiStep",
+    "OneCycle",
     "Regularizer",
     "RegularizerSpec",
     "RunFolder",
@@ -83,16 +93,23 @@ __all__ = [
     "Session",
     "SharpnessAwareSpec",
     "Stop",
+    "Subject",
+    "TrackedCheckpoint",
     "TrainingSets",
     "UnitResidualSpec",
     "compare_loaded",
     "compare_runs",
+    "in_order",
     "kept_measures",
     "launch",
+    "load_checkpoint",
     "load_network",
     "load_networks",
+    "measure_checkpoints",
     "measure_images",
     "measure_run",
+    "name_of_run",
+    "said_order",
     "selection_of",
     "train",
 ]

@@ -58,7 +58,7 @@ class RunFolder:
     @classmethod
     def of(cls, root: Path | str, spec: RunSpec) -> RunFolder:
         """The folder of ``spec`` under ``root``: named by the network and the spec's digest."""
-        return cls(Path(root) / f"{spec.model}-{spec.key}")
+        return cls(Path(root) / spec.name)
 
     @property
     def is_empty(self) -> bool:

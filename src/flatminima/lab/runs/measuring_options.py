@@ -25,6 +25,11 @@ class Measuring(PlainOptions):
     double: bool = False
     """Measure in float64."""
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Measures of the user's own."""
+        return tuple(name for name in self.measures if ":" in name)
+
     def options(self) -> dict[str, Any]:
         """Those of :func:`flatminima.measure`, measures by name."""
         options = dataclasses.asdict(self)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError, NonFiniteError, naming, require, warn
 from flatminima.lab.data import FROM_DATA, ImageSet, Normalization, OwnData, Pictures, Preparation, TrainingData
 from flatminima.lab.errors import GuessedNormalizationWarning
-from flatminima.lab.networks import is_model_source, open_network
+from flatminima.lab.networks import inputs_of, is_model_source, open_network
 from flatminima.lab.reading import Reading
+from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import CheckpointNote
 from flatminima.lab.runs.sets import load_run
 from flatminima.lab.schema import parse
@@ -65,6 +66,19 @@ class LoadedNetwork:
     data: TrainingData
     """Its inputs, prepared as in its training."""
     preparation: Normalization | Preparation
+    prepared: Callable[[OwnData], TrainingData]
+    """Other data, as those."""
+
+    @classmethod
+    def of_images(cls, model: nn.Module, images: ImageSet | Pictures, normalization: Normalization) -> LoadedNetwork:
+        """A network for images, normalized in one way."""
+
+        def prepared(data: OwnData) -> TrainingData:
+            if not isinstance(data, (ImageSet, Pictures)) or data.channels != images.channels:
+                raise FlatminimaError(f"the network takes images of {images.channels} channels, which these are not")
+            return normalization.apply(data)
+
+        return cls(model, prepared(images), normalization, prepared)
 
 
 def load_network(source: str, checkpoint: Path | None, data: OwnData, reading: Reading | None = None) -> LoadedNetwork:
@@ -93,9 +107,20 @@ def load_network(source: str, checkpoint: Path | None, data: OwnData, reading: R
         given = Normalization.named(reading.normalize, data)
     opened = open_network(source, checkpoint, data, reading)
     if not isinstance(opened.data, (ImageSet, Pictures)):
-        return LoadedNetwork(opened.model, opened.data, opened.preparation or Preparation("as the data give them"))
+        return LoadedNetwork(
+            opened.model,
+            opened.data,
+            opened.preparation or Preparation("as the data give them"),
+            lambda other: _ready(source, opened.model, other, reading),
+        )
     normalization = given or _as_trained(checkpoint, opened.data) or _guessed(opened.model, opened.data, source)
-    return LoadedNetwork(opened.model, normalization.apply(opened.data), normalization)
+    return LoadedNetwork.of_images(opened.model, opened.data, normalization)
+
+
+def _ready(source: str, model: nn.Module, data: OwnData, reading: Reading) -> TrainingData:
+    inputs, preparation = inputs_of(source, model, data, reading)
+    require(preparation is not None, f"model {source} takes its inputs as they are, and these data are images")
+    return inputs
 
 
 def load_networks(
@@ -104,7 +129,7 @@ def load_networks(
     """Run folders, checkpoints of one ``model``, and other networks, with one training set.
 
     Args:
-        paths: run folder, checkpoint, or ``hf:FOLDER`` and the like, by name.
+        paths: what :func:`load_checkpoint` takes, by name.
         data: the training set.
         model: what the checkpoints are of, as for :func:`~flatminima.lab.networks.open_network`.
         reading: of all but run folders, as for :func:`load_network`; a run folder knows how it normalizes.
@@ -115,15 +140,42 @@ def load_networks(
     networks: dict[str, LoadedNetwork] = {}
     for name, path in paths.items():
         with naming(name):
-            if is_model_source(str(path)):
-                networks[name] = load_network(str(path), None, data, reading)
-            elif path.is_dir():
-                networks[name] = _of_run(path, data)
-            elif model is not None:
-                networks[name] = load_network(model, path, data, reading)
-            else:
-                raise FlatminimaError(f"{path} is not a run folder; for a checkpoint name its model too")
+            networks[name] = load_checkpoint(path, data, model, reading)
     return networks
+
+
+def load_checkpoint(path: Path, data: OwnData, model: str | None, reading: Reading | None = None) -> LoadedNetwork:
+    """A trained network by where it lies.
+
+    Args:
+        path: a run folder; a checkpoint of ``model``; a folder that Transformers wrote, such as its Trainer's
+            ``checkpoint-500``, whose weights go into ``model`` if that is given; or ``hf:FOLDER`` and the like.
+        data: the training set.
+        model: what checkpoints are of, as for :func:`~flatminima.lab.networks.open_network`.
+        reading: as for :func:`load_network`; a run folder knows how it normalizes.
+
+    Raises:
+        FlatminimaError: whatever loading raises.
+    """
+    if is_model_source(str(path)):
+        return load_network(str(path), None, data, reading)
+    if not path.is_dir():
+        require(model is not None, f"{path} is not a run folder; for a checkpoint name its model too")
+        return load_network(model or "", path, data, reading)
+    if not RunFolder(path).is_empty:
+        return _of_run(path, data)
+    weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if model is not None and weights is not None:
+        return load_network(model, weights, data, reading)
+    if (path / "config.json").is_file():
+        require(model is None, f"{path} has its weights in no file called {' or '.join(WEIGHTS)}: leave the model out")
+        return load_network(f"hf:{path}", None, data, reading)
+    require(weights is None, f"{path} has weights, and does not say of which network: name its model too")
+    return _of_run(path, data)  # which says what it is not
+
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""The file of the weights in a folder that Transformers wrote."""
 
 
 def _of_run(path: Path, data: OwnData) -> LoadedNetwork:
@@ -135,7 +187,7 @@ def _of_run(path: Path, data: OwnData) -> LoadedNetwork:
         data.channels == trained_on.channels,
         f"{path} was trained on images of {trained_on.channels} channels, these have {data.channels}: give in_channels",
     )
-    return LoadedNetwork(network, normalization.apply(data), normalization)
+    return LoadedNetwork.of_images(network, data, normalization)
 
 
 def _as_trained(checkpoint: Path | None, data: ImageSet | Pictures) -> Normalization | None:

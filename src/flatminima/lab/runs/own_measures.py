@@ -37,7 +37,7 @@ def sources_of(how: Measuring) -> dict[str, str]:
 
 
 def _own(how: Measuring) -> dict[str, Callable[..., Any]]:
-    return {name: found_by_name(name, "measure") for name in how.measures if ":" in name}
+    return {name: found_by_name(name, "measure") for name in how.own}
 
 
 def _digest_of_module(function: Callable[..., Any]) -> str:

@@ -101,6 +101,34 @@ class Approach(Kinded):
         return self.factor if any(fit <= self.near for fit in fits) else 1.0
 
 
+@refusing("schedule")
+@dataclass(frozen=True, config=STRICT)
+class OneCycle(Kinded):
+    """Raise the learning rate to the run's and lower it to almost nothing, along cosines (Smith & Topin, 2019).
+
+    Names and meaning are those of :class:`torch.optim.lr_scheduler.OneCycleLR`; the momentum does not change. It is a
+    function of the iteration alone, so that a run goes on to the same bits.
+    """
+
+    pct_start: Annotated[float, Field(gt=0), below(1)] = 0.3
+    """The fraction of the run in which the learning rate rises."""
+    div_factor: Above1 = 25.0
+    """What the run's learning rate, which is the highest, is divided by at the beginning."""
+    final_div_factor: Above1 = 1e4
+    """What the learning rate at the beginning is divided by at the end."""
+
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
+        """The learning rate at ``iteration`` of ``total`` (counted from 0) relative to the highest."""
+        first, top = 1 / self.div_factor, self.pct_start * total - 1
+        if iteration < top:
+            return _along_cosine(first, 1.0, iteration / top)
+        return _along_cosine(1.0, first / self.final_div_factor, (iteration - top) / (total - 1 - top))
+
+
+def _along_cosine(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * fraction)) / 2
+
+
 @refusing("regularizer")
 @dataclass(frozen=True, config=STRICT)
 class RegularizerSpec(Kinded):
@@ -185,7 +213,10 @@ class UnitResidualSpec(Kinded):
 
 
 Schedule = Annotated[
-    Annotated[MultiStep, Tag("MultiStep")] | Annotated[Plateau, Tag("Plateau")] | Annotated[Approach, Tag("Approach")],
+    Annotated[MultiStep, Tag("MultiStep")]
+    | Annotated[Plateau, Tag("Plateau")]
+    | Annotated[Approach, Tag("Approach")]
+    | Annotated[OneCycle, Tag("OneCycle")],
     Discriminator(kind_of),
 ]
 Regularizer = Annotated[
@@ -217,7 +248,7 @@ class RunSpec:
     """
 
     model: str = "resnet20"
-    """Network: cnn, resnet20, wrn28-2, densenet-bc-100, or for the digits small-cnn, mlp."""
+    """Network: cnn, resnet20, wrn28-2, densenet-bc-100, resnet8, resnet8-wide, or for the digits small-cnn, mlp."""
     data: str = "cifar10"
     """Data set: digits, cifar10, cifar100, or a folder of parquet files train-*.parquet and test-*.parquet."""
     train_size: AtLeastOne | None = None
@@ -241,8 +272,8 @@ class RunSpec:
     lr: Positive = 0.1
     """Initial learning rate."""
     schedule: Schedule = field(default_factory=MultiStep)
-    """How the learning rate decreases: at fixed fractions of the run, on a plateau of the training loss, or near
-    stop_at_loss."""
+    """How the learning rate changes: at fixed fractions of the run, on a plateau of the training loss, near
+    stop_at_loss, or in one cycle."""
     momentum: Fraction = 0.9
     """Momentum of stochastic gradient descent."""
     nesterov: bool = False
@@ -282,9 +313,12 @@ class RunSpec:
     @property
     def key(self) -> str:
         """The run's name: the first 12 hexadecimal digits of the SHA-256 of what makes it equal to another."""
-        from flatminima.lab.storage import digest_of
+        return _key_of(self.identity())
 
-        return digest_of(_canonical(self.identity()).encode())[:_KEY_LENGTH]
+    @property
+    def name(self) -> str:
+        """Its folder's: the network and the key."""
+        return name_of_run(self.identity())
 
     def identity(self) -> dict[str, Any]:
         """What makes it equal to another, JSON-able: every value but where the data lie."""
@@ -335,6 +369,17 @@ class RunSpec:
             return spec
         except FlatminimaError as error:
             raise FlatminimaError(f"not a run specification: {error}") from None
+
+
+def name_of_run(identity: dict[str, Any]) -> str:
+    """:attr:`RunSpec.name` of a run that is known by its :meth:`RunSpec.identity` alone, of another version maybe."""
+    return f"{identity.get('model')}-{_key_of(identity)}"
+
+
+def _key_of(identity: dict[str, Any]) -> str:
+    from flatminima.lab.storage import digest_of
+
+    return digest_of(_canonical(identity).encode())[:_KEY_LENGTH]
 
 
 def derived_seed(seed: int, purpose: str, index: int) -> int:

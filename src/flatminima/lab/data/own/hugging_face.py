@@ -18,6 +18,7 @@ from flatminima.lab.data.own.registry import Opened, source_kind
 from flatminima.lab.data.pictures import Pictures
 from flatminima.lab.data.sources import bars_like_ours
 from flatminima.lab.data.texts import Texts
+from flatminima.lab.errors import NoPartsError
 from flatminima.lab.reading import Reading
 
 PREFIX = "hf:"
@@ -55,10 +56,8 @@ def open_hugging_face(source: str, reading: Reading) -> Opened:
         FlatminimaError: It cannot be loaded, a split or column is missing or of another type, or a label is no class.
     """
     loaded = _load(source.removeprefix(PREFIX), source)
-    require(
-        isinstance(loaded, dict) or reading.split == "train",
-        f"{source} is a single data set without splits: leave split out",
-    )
+    if reading.split != "train" and not (isinstance(loaded, dict) and Path(source).suffix not in _READERS):
+        raise NoPartsError(f"{source} is a single data set without splits: leave split out")
     rows, where = (
         (_split(loaded, source, reading), f"{source}, split {reading.split}")
         if isinstance(loaded, dict)

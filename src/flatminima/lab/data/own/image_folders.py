@@ -12,6 +12,7 @@ from flatminima.errors import FlatminimaError, require
 from flatminima.lab.data.own.hugging_face import is_saved
 from flatminima.lab.data.own.registry import Opened, source_kind
 from flatminima.lab.data.pictures import Pictures
+from flatminima.lab.errors import NoPartsError
 from flatminima.lab.reading import Reading
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -45,7 +46,8 @@ def open_image_folder(source: str, reading: Reading) -> Opened:
         folder, note = parts[reading.split], f", part {reading.split}"
         classes = _subfolders(folder)
     else:
-        require(reading.split == "train", f"{source} has no parts, such as train and val: leave split out")
+        if reading.split != "train":
+            raise NoPartsError(f"{source} has no parts, such as train and val: leave split out")
     columns = [*reading.input_column, *([] if reading.label_column is None else [reading.label_column])]
     require(not columns, f"{source} has no columns {', '.join(columns)}: folders are the labels; leave them out")
     where = source + note

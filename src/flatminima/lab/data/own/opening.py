@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flatminima.errors import FlatminimaError, did_you_mean, require
+from flatminima.lab.data.cache import SPLITS
 from flatminima.lab.data.images import ImageSet
 from flatminima.lab.data.own.hugging_face import open_hugging_face
 from flatminima.lab.data.own.registry import KINDS, Opened, source_kind
@@ -15,6 +16,7 @@ from flatminima.lab.data.pictures import Pictures, as_pictures
 from flatminima.lab.data.ready import OwnData
 from flatminima.lab.data.sources import LOADERS, load_data
 from flatminima.lab.data.texts import Texts
+from flatminima.lab.errors import NoPartsError
 from flatminima.lab.reading import Reading
 
 _DRAWING_SEED = -2  # no run's, and not that of images held out
@@ -23,11 +25,13 @@ _DRAWING_SEED = -2  # no run's, and not that of images held out
 @source_kind("", lambda source: source in LOADERS or any(Path(source).expanduser().glob("train-*.parquet")))
 def open_known(source: str, reading: Reading) -> Opened:
     """A data set by its name, or a folder of parquet files, as runs are trained on them."""
-    if reading.input_column or reading.label_column or reading.split != "train":
+    if reading.input_column or reading.label_column or reading.split not in SPLITS:
         if source in LOADERS:
-            raise FlatminimaError(f"{source} has its own columns and splits: leave columns and split out")
+            raise FlatminimaError(
+                f"{source} has its own columns, and the parts {' and '.join(SPLITS)}: leave columns and split out"
+            )
         return open_hugging_face(source, reading)
-    return Opened(load_data(source)[0])
+    return Opened(load_data(source)[SPLITS.index(reading.split)])
 
 
 def open_data(source: str, reading: Reading | None = None) -> Opened:
@@ -55,6 +59,26 @@ def open_data(source: str, reading: Reading | None = None) -> Opened:
     opened = kind.open(source, reading)
     data = _with_options(opened.data, source, reading)
     return dataclasses.replace(opened, data=_drawn(data, source, reading.train_size))
+
+
+def open_test_data(source: str, reading: Reading, split: str | None = None) -> Opened:
+    """Data to test a network on, read as its training data are, all of them.
+
+    Args:
+        source: As for :func:`open_data`.
+        reading: Of the training data; its ``split`` and ``train_size`` are not looked at.
+        split: The part (None: ``test`` where there are parts, else all).
+
+    Raises:
+        FlatminimaError: As :func:`open_data` does.
+    """
+    whole = dataclasses.replace(reading, train_size=None, split="train")
+    try:
+        return open_data(source, dataclasses.replace(whole, split=split or "test"))
+    except NoPartsError:
+        if split is not None:
+            raise
+        return open_data(source, whole)
 
 
 def _beside(source: str) -> list[str]:

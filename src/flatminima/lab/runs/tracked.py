@@ -1,0 +1,253 @@
+"""Measures of checkpoints, kept in a file as soon as they are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from flatminima.errors import (
+    FlatminimaError,
+    NonFiniteError,
+    NotAMinimumWarning,
+    RankDeficientError,
+    UntrackedEpochWarning,
+    recorded_warnings,
+    require,
+    warn,
+)
+from flatminima.files import write_file
+from flatminima.lab.data import Normalization, OwnData, TrainingData
+from flatminima.lab.errors import GuessedNormalizationWarning
+from flatminima.lab.networks import resolve_device
+from flatminima.lab.reading import Reading
+from flatminima.lab.runs.checkpoints import Checkpoint
+from flatminima.lab.runs.measuring import measure_images
+from flatminima.lab.runs.measuring_options import Measuring
+from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_checkpoint
+from flatminima.lab.runs.own_measures import sources_of
+from flatminima.lab.schema import RECORD, parse, plain
+from flatminima.lab.storage import bytes_of, digest_of, read_text
+from flatminima.measures import Characterization, evaluate
+from flatminima.network import Samples, tensors_of
+from flatminima.progress import ProgressBar
+from flatminima.sampling import draw_subsets
+
+_TESTED = 100  # samples that tell one test set from another
+
+
+@plain_dataclass(frozen=True)
+class TrackedCheckpoint:
+    """A checkpoint's measures.
+
+    Attributes:
+        checkpoint: which.
+        characterization: on the training data.
+        test: ``test_error``, or ``test_loss`` where nothing is classified; empty without test data.
+        preparation: how inputs were made.
+    """
+
+    checkpoint: Checkpoint
+    characterization: Characterization
+    test: dict[str, float]
+    preparation: dict[str, Any]
+
+
+@plain_dataclass(frozen=True)
+class Subject:
+    """What checkpoints are of, and what they are measured on.
+
+    Attributes:
+        model: as for :func:`~flatminima.lab.runs.networks.load_checkpoint`.
+        data: the training data.
+        reading: how they are read.
+        test: test data, if there are any.
+    """
+
+    model: str | None
+    data: OwnData
+    reading: Reading
+    test: OwnData | None = None
+
+
+@dataclass(frozen=True, config=RECORD)
+class _Line:
+    """A line of the file."""
+
+    checkpoint: str
+    unit: str
+    number: int
+    asked: dict[str, Any]
+    """What must be equal for it to be the answer: weights, data, options."""
+    characterization: dict[str, Any]
+    test: dict[str, float]
+
+
+def measure_checkpoints(
+    checkpoints: Sequence[Checkpoint],
+    subject: Subject,
+    how: Measuring,
+    path: Path,
+    *,
+    device: str = "auto",
+    progress: bool = True,
+) -> list[TrackedCheckpoint]:
+    """The measures of checkpoints on the same subsets, in their order; those that cannot be measured are left out.
+
+    A guess of how images were normalized is made at a run's last checkpoint, which fits best, for all of the run.
+
+    Args:
+        checkpoints: in order.
+        subject: what they are of.
+        how: how they are measured.
+        path: a file that holds every checkpoint's measures as a line of JSON as soon as they are known; what it holds
+            of the same weights, data and options is not measured again.
+        device: where.
+        progress: show a bar with the time left.
+
+    Raises:
+        FlatminimaError: a checkpoint cannot be loaded, whatever measuring refuses, or a file that this did not write.
+
+    Warns:
+        UntrackedEpochWarning: a checkpoint cannot be measured: NaN, or a singular ξ.
+        FlatminimaWarning: what loading and measuring warn of, once for all checkpoints.
+    """
+    file, found, said = _File(path), list[TrackedCheckpoint](), set[str]()
+    last = {checkpoint.run: checkpoint for checkpoint in checkpoints}
+    readings: dict[str, Reading] = {}
+    with ProgressBar("checkpoints", len(checkpoints), enabled=progress, elapsed=True) as bar:
+        for checkpoint in checkpoints:
+            with _warning_once(checkpoint.path, said):
+                if checkpoint.run not in readings:
+                    readings[checkpoint.run] = _reading_of(last[checkpoint.run], subject)
+                of_run = dataclasses.replace(subject, reading=readings[checkpoint.run])
+                network = load_checkpoint(checkpoint.path, of_run.data, of_run.model, of_run.reading)
+                tracked = _tracked(checkpoint, network, subject.test, how, file, device, progress)
+            found += [] if tracked is None else [tracked]
+            bar.advance()
+    return found
+
+
+def _reading_of(last: Checkpoint, subject: Subject) -> Reading:
+    """How a run's checkpoints read their data: where that is a guess, the one at its last."""
+    with recorded_warnings() as recorded:
+        preparation = load_checkpoint(last.path, subject.data, subject.model, subject.reading).preparation
+    guesses = [warning for warning in recorded if isinstance(warning, GuessedNormalizationWarning)]
+    for guess in guesses:
+        warn(str(guess), GuessedNormalizationWarning)
+    if guesses and isinstance(preparation, Normalization):
+        return dataclasses.replace(subject.reading, normalize=preparation.as_text())
+    return subject.reading
+
+
+def _tracked(
+    checkpoint: Checkpoint,
+    network: LoadedNetwork,
+    test: OwnData | None,
+    how: Measuring,
+    file: _File,
+    device: str,
+    progress: bool,
+) -> TrackedCheckpoint | None:
+    """One checkpoint's measures: from the file, or taken now and kept there; None with a warning if there are none."""
+    tested = None if test is None else network.prepared(test)
+    asked = _question(network, tested, how, device)
+    line = file.answer(asked)
+    if line is None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotAMinimumWarning)  # it still trains, and its loss stands beside
+                measured = measure_images(network.model, network.data, how, device=device, progress=progress)
+            scores = {} if tested is None else _tested(network, tested)
+        except (NonFiniteError, RankDeficientError) as error:
+            warn(f"{checkpoint.unit} {checkpoint.number} is not tracked: {error}", UntrackedEpochWarning)
+            return None
+        body = json.loads(measured.to_json())
+        line = _Line(str(checkpoint.path), checkpoint.unit, checkpoint.number, asked, body, scores)
+        file.add(line)
+    characterization = Characterization.from_json(json.dumps(line.characterization))
+    return TrackedCheckpoint(checkpoint, characterization, line.test, network.preparation.as_json())
+
+
+def _tested(network: LoadedNetwork, tested: TrainingData) -> dict[str, float]:
+    found = evaluate(network.model, NetworkInputs.of(tested, network.model), network.data.loss)
+    return {"test_loss": found.loss} | ({} if found.correct is None else {"test_error": found.error})
+
+
+def _question(network: LoadedNetwork, tested: TrainingData | None, how: Measuring, device: str) -> dict[str, Any]:
+    """What must be equal for kept measures to be the answer."""
+    first = draw_subsets(len(network.data), how.subset_size, 1, how.seed)[0]
+    sets: dict[str, tuple[Samples, list[int]]] = {"data": (network.data, first)}
+    if tested is not None:
+        sets["test"] = (tested, list(range(min(len(tested), _TESTED))))
+    digests = {name: _digest_of(samples, indices) for name, (samples, indices) in sets.items()}
+    require(
+        tested is None or len(tested) != len(network.data) or _digest_of(tested, first) != digests["data"],
+        "the test data are the training data: name others, or the part to test on",
+    )
+    weights = network.model.state_dict()
+    options = dataclasses.asdict(how)
+    del options["memory_gib"]
+    return {
+        **options,
+        "measures": list(how.measures),  # as JSON has it
+        **digests,
+        "sources": sources_of(how),
+        "weights": digest_of(
+            repr(network.model).encode(),
+            *(part for name, tensor in weights.items() for part in (name.encode(), bytes_of(tensor))),
+        ),
+        "device": resolve_device(device).type,
+        "flatminima": importlib.metadata.version("flatminima"),
+    }
+
+
+def _digest_of(samples: Samples, indices: Sequence[int]) -> str:
+    """Of how many there are, and of some of them as the network gets them."""
+    inputs, targets = samples.fetch(indices)
+    return digest_of(str(len(samples)).encode(), *(bytes_of(tensor) for tensor in (*tensors_of(inputs), targets)))
+
+
+class _File:
+    """What was measured, a line each; lines of other checkpoints, data or options stay."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: list[_Line] = []
+        if path.exists():
+            try:
+                self._lines = [parse(_Line, line) for line in read_text(path).splitlines()]
+            except FlatminimaError as error:
+                raise FlatminimaError(f"{path} is not what track wrote: name another file ({error})") from None
+
+    def answer(self, asked: dict[str, Any]) -> _Line | None:
+        return next((line for line in self._lines if line.asked == asked), None)
+
+    def add(self, line: _Line) -> None:
+        self._lines.append(line)
+        write_file(self._path, "".join(f"{json.dumps(plain(each))}\n" for each in self._lines))
+
+
+@contextmanager
+def _warning_once(path: Path, said: set[str]) -> Iterator[None]:
+    """Name the checkpoint in errors and warnings, and warn of nothing that was said of another."""
+    with recorded_warnings() as recorded:
+        try:
+            yield
+        except FlatminimaError as error:
+            if str(path) in str(error):
+                raise
+            raise type(error)(f"{path}: {error}") from error
+    for warning in recorded:
+        text = str(warning).removeprefix(f"{path}: ")
+        if text not in said:
+            said.add(text)
+            warn(f"{path}: {text}", type(warning))

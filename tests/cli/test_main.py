@@ -167,11 +167,17 @@ def test_a_missing_package_is_named_with_its_remedy(
 
 
 @pytest.mark.xdist_group("processes")
-def test_without_the_lab_the_program_says_what_to_install(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['tyro'] = None; from flatminima.cli import main; main(['--help'])"
+@pytest.mark.parametrize("given", ["", "--help", "measure"])
+def test_without_the_lab_the_program_says_what_to_install(given: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules['tyro'] = None; sys.argv[1:] = {given.split()}; from flatminima.cli import main"
     process = Command(tmp_path, exec, code, {})
-    assert process.communicate()[1] == "flatminima: error: the command line needs tyro: pip install 'flatminima[lab]'\n"
-    assert process.returncode == 1
+    said, error = process.communicate()
+    if given == "measure":
+        assert error == "flatminima: error: the command line needs tyro: pip install 'flatminima[lab]'\n"
+    else:
+        assert "Its commands need tyro:\n  pip install 'flatminima[lab]'\n" in said
+        assert error == ""
+    assert process.returncode == (1 if given == "measure" else 0)
 
 
 def test_help_and_refusals_leave_the_slow_packages_alone() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``flatminima demo | train | measure | compare | track | evaluate | reproduce``: parse, call, print."""
+"""The command line: ``flatminima demo | train | measure | compare | track | evaluate | reproduce``."""
 
 import sys
 

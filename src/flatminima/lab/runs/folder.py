@@ -57,8 +57,8 @@ class RunFolder:
 
     @classmethod
     def of(cls, root: Path | str, spec: RunSpec) -> RunFolder:
-        """The folder of ``spec`` under ``root``: named by the network and the spec's digest."""
-        return cls(Path(root) / f"{spec.model}-{spec.key}")
+        """The folder of ``spec`` under ``root``: named by the network, or its factory, and the spec's digest."""
+        return cls(Path(root) / f"{spec.model.rpartition(':')[2]}-{spec.key}")
 
     @property
     def is_empty(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -217,7 +218,7 @@ class RunSpec:
     """
 
     model: str = "resnet20"
-    """Network: cnn, resnet20, wrn28-2, densenet-bc-100, or for the digits small-cnn, mlp."""
+    """Network: cnn, resnet20, wrn28-2, densenet-bc-100, for the digits small-cnn, mlp; or package.module:factory."""
     data: str = "cifar10"
     """Data set: digits, cifar10, cifar100, or a folder of parquet files train-*.parquet and test-*.parquet."""
     train_size: AtLeastOne | None = None
@@ -263,7 +264,7 @@ class RunSpec:
     """Where the parquet files of `data` lie (None: where its name says); no part of what makes two runs the same."""
 
     def __post_init__(self) -> None:
-        if self.model not in OWN_NETWORKS:  # whose check needs no torch
+        if re.fullmatch(r"[\w.]+:\w+", self.model) is None and self.model not in OWN_NETWORKS:  # no torch for these
             from flatminima.lab.networks import MODEL_NAMES
 
             require_one_of("model", self.model, MODEL_NAMES)

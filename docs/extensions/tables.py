@@ -121,8 +121,8 @@ def starts() -> Table:
     header = ("network", "plain", "best of the grid", "suggested", "suggested − best", "suggested − plain")
     caption = (
         f"Means over {len(seeds)} seeds, the differences paired, with standard errors. The suggestion is within two of "
-        f"them of the grid's best (or better) on {near} of {len(rows)} networks, and better than plain training by more "
-        f"than two on {better}"
+        f"them of the grid's best (or better) on {near} of {len(rows)} networks, and better than plain training by "
+        f"more than two on {better}"
     )
     return Table("Test error (%)", header, tuple(rows), caption)
 

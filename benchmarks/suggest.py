@@ -5,9 +5,8 @@
 
 Networks of the lab and of Transformers, on scikit-learn's digits with and without wrong labels; at the end of training,
 without choosing the epoch. The suggestion is made once, on the fresh network. The rule's one constant that matters, how
-strong the penalty is to be beside the gradient, was chosen on seeds 1000 and 1001 of "mlp, wrong labels" and
-"small-cnn, wrong labels" (longer trainings), which take no part here. Finished runs are kept in the record, and not
-repeated by a second call.
+strong the penalty is to be beside the gradient, was chosen on seeds 1000 to 1002 of the lab's networks (in part longer
+trainings), which take no part here. Finished runs are kept in the record, and not repeated by a second call.
 """
 
 from __future__ import annotations
@@ -76,9 +75,8 @@ class Case:
 
     def data(self, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Training images and labels, test images and labels."""
-        images, labels = (
-            torch.cat(parts) for parts in zip(*(part.tensors() for part in load_data("digits")), strict=True)
-        )
+        parts = [part.tensors() for part in load_data("digits")]
+        images, labels = (torch.cat(both) for both in zip(*parts, strict=True))
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(labels), generator=generator)
         images, labels = (images[order] - images.mean()) / images.std(), labels[order]

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima import Landscape, landscape
-from flatminima.errors import FlatminimaError, NonFiniteError
+from flatminima import Landscape, exact_hessian, landscape
+from flatminima.errors import FlatminimaError, NonFiniteError, UndefinedMeasureError
 from flatminima.measures import evaluate
+from flatminima.measures.hessian_products import SMALL
 from flatminima.network import samples_of
 
 STEPS = 5
@@ -101,6 +102,58 @@ def test_between_ends_at_the_others(data: tuple[Tensor, Tensor]) -> None:
     assert [corner.item() for corner in corners] == pytest.approx(
         [mean_loss(m, data) for m in (model, first, second)], rel=1e-10
     )
+
+
+def test_hessian_directions_are_its_top_eigenvectors(data: tuple[Tensor, Tensor]) -> None:
+    model = network()
+    values, vectors = torch.linalg.eigh(exact_hessian(model, *data))
+    assert len(values) > SMALL  # so that they are iterated
+    extent = 1e-3
+    line = landscape(model, data, directions="hessian", extent=extent, steps=3, progress=False)
+    plane = landscape(model, data, directions="hessian", dimensions=2, extent=extent, steps=3, progress=False)
+    assert plane.eigenvalues == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-6)
+    assert line.eigenvalues == pytest.approx(plane.eigenvalues[:1], rel=1e-6)
+    below, middle, above = line.losses
+    assert (below - 2 * middle + above) / extent**2 == pytest.approx(line.eigenvalues[0], rel=1e-3)
+    parts = torch.split(vectors[:, -1], [p.numel() for p in model.parameters()])
+    top = {name: part.view_as(p) for (name, p), part in zip(model.named_parameters(), parts, strict=True)}
+    by_hand = [mean_loss(moved_by_hand(model, top, step * extent), data) for step in (-1, 0, 1)]
+    assert sorted(line.losses) == pytest.approx(sorted(by_hand), abs=1e-11)  # an eigenvector has no sign
+    torch.testing.assert_close(plane.to_tensor()[:, 1], line.to_tensor(), rtol=0, atol=1e-11)
+
+
+def test_of_a_small_network_the_whole_hessian_is_formed(data: tuple[Tensor, Tensor]) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 3).double(), data[0].flatten(1)[:, :4]
+    found = landscape(model, (inputs, data[1]), directions="hessian", dimensions=2, steps=3, progress=False)
+    values = torch.linalg.eigvalsh(exact_hessian(model, inputs, data[1]))
+    assert found.eigenvalues == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-10)
+    assert Landscape.from_json(found.to_json()) == found
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_iterations_that_do_not_converge_and_wrong_derivatives_are_refused(
+    data: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linalg = pytest.importorskip("scipy.sparse.linalg")
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise linalg.ArpackNoConvergence("No convergence (10 iterations, 0/1 eigenvectors converged)", [], [])
+
+    monkeypatch.setattr(linalg, "eigsh", fails)
+    with pytest.raises(UndefinedMeasureError, match=r"the Lanczos iterations failed: .*No convergence"):
+        landscape(network(), data, directions="hessian", steps=3, progress=False)
+    with pytest.raises(FlatminimaError, match="fewer trainable parameters than directions"):
+        landscape(_Scaled(), data, directions="hessian", dimensions=2, steps=3, progress=False)
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :3] * self.factor
 
 
 def test_accuracies_stand_beside_the_losses(data: tuple[Tensor, Tensor]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flatminima.lab.experiments import SHORT_NAMES, RankCorrelation, Summary, read_summaries
-from flatminima.tables import Table
+from flatminima.tables import Table, rounded
 
 ROOT = Path(__file__).parents[2]
 RESULTS, BENCHMARKS = ROOT / "results", ROOT / "benchmarks" / "results"
@@ -96,6 +98,40 @@ def _at(points: Sequence[Mapping[str, float]], alpha: float = 1e-4) -> Mapping[s
     return next(point for point in points if point["alpha"] == alpha)
 
 
+def starts() -> Table:
+    """Test errors with the suggested settings, beside the best β of a grid on the same seeds and plain training."""
+    record = json.loads((BENCHMARKS / "suggest.json").read_text(encoding="utf-8"))
+    rows, near, better, seeds = [], 0, 0, set()
+    for case, arms in record["runs"].items():
+        common = sorted(set.intersection(*map(set, arms.values())), key=int)
+        if len(common) < 2:
+            continue
+        seeds |= set(common)
+        errors = {arm: [100 * runs[seed]["test_error"] for seed in common] for arm, runs in arms.items()}
+        plain, suggested = errors.pop("plain"), errors.pop("suggested")
+        best = min(errors, key=lambda beta: statistics.fmean(errors[beta]))
+        chosen = [arms["suggested"][seed]["settings"]["beta"] for seed in common]
+        behind = _with_error([a - b for a, b in zip(suggested, errors[best], strict=True)])
+        gained = _with_error([a - b for a, b in zip(suggested, plain, strict=True)])
+        near += behind[0] <= 2 * behind[1]
+        better += gained[0] < -2 * gained[1]
+        cells = [rounded(*_with_error(plain)), f"{rounded(*_with_error(errors[best]))} (β {best})"]
+        cells.append(f"{rounded(*_with_error(suggested))} (β {min(chosen):g} to {max(chosen):g})")
+        rows.append((case, *cells, rounded(*behind, signed=True), rounded(*gained, signed=True)))
+    header = ("network", "plain", "best of the grid", "suggested", "suggested − best", "suggested − plain")
+    caption = (
+        f"Means over {len(seeds)} seeds, the differences paired, with standard errors. The suggestion is within two of "
+        f"them of the grid's best (or better) on {near} of {len(rows)} networks, and better than plain training by "
+        f"more than two on {better}"
+    )
+    return Table("Test error (%)", header, tuple(rows), caption)
+
+
+def _with_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
 def origin_of(file: str) -> str:
     """What made a benchmark's record, and on what."""
     environment = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["environment"]
@@ -106,5 +142,6 @@ BENCHMARK_TABLES = {
     "gram": ("gram.json", cost_of_gram),
     "regularizer": ("regularizer.json", cost_of_steps),
     "finite-differences": ("finite_differences.json", cosines),
+    "suggest": ("suggest.json", starts),
 }
 """By name: the record and what makes its table."""

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,15 +31,24 @@ from flatminima.errors import (
 )
 from flatminima.files import write_file
 from flatminima.losses import Loss
-from flatminima.measures import evaluate, jsonable
-from flatminima.network import Data, Samples, moved, samples_of, undone_if_interrupted
+from flatminima.measures import DataSurface, evaluate, hessian_of, jsonable, top_eigenpairs
+from flatminima.network import (
+    Data,
+    Samples,
+    evaluating,
+    moved,
+    samples_of,
+    true_precision,
+    undisturbed,
+    undone_if_interrupted,
+)
 from flatminima.parallel import is_sharded
 from flatminima.progress import ProgressBar
 
 if TYPE_CHECKING:  # an extra
     from matplotlib.axes import Axes
 
-Directions = Literal["random", "between"]
+Directions = Literal["random", "hessian", "between"]
 
 Direction = dict[str, Tensor]
 """What is added to parameters and buffers by name; others stay."""
@@ -53,12 +63,14 @@ class Landscape:
         coordinates: along each direction, in units of its length; the minimum is at 0.
         losses: at every grid point, the first direction's coordinate varying slowest; NaN where it is not finite.
         accuracies: likewise the fraction classified rightly; empty for losses that classify nothing.
+        eigenvalues: of ``"hessian"``, each direction's: the loss's second derivative along it; else empty.
     """
 
     directions: Directions
     coordinates: tuple[tuple[float, ...], ...]
     losses: tuple[float, ...]
     accuracies: tuple[float, ...] = ()
+    eigenvalues: tuple[float, ...] = ()
 
     def to_tensor(self) -> Tensor:
         """The losses in float64, with a dimension for each direction: (steps,) or (steps, steps)."""
@@ -96,6 +108,7 @@ class Landscape:
                 tuple(tuple(axis) for axis in values["coordinates"]),
                 _read_numbers(values["losses"]),
                 _read_numbers(values["accuracies"]),
+                tuple(values.get("eigenvalues", ())),  # which came later
             )
         except (ValueError, TypeError, KeyError) as error:
             raise FlatminimaError(f"not a landscape: {one_line(error)}") from None
@@ -153,20 +166,25 @@ def landscape(
         loss: as for :func:`flatminima.measure`.
         directions: ``"random"``: Gaussian, each filter (row of a weight: what feeds one output) scaled to the norm of
             the network's own, biases and normalizations left alone (Li et al. 2018, Sec. 4), so that networks whose
-            layers have different scales can be compared. ``"between"``: from the model towards one or two others,
-            whose floating-point buffers (running statistics) are mixed as well (Goodfellow et al. 2015).
+            layers have different scales can be compared. ``"hessian"``: along the eigenvectors of the Hessian of this
+            mean loss with the largest eigenvalues, of all trainable parameters, at length 1 and not scaled by filters,
+            since they would be eigenvectors no more (as Yao et al. 2020, PyHessian). ``"between"``: from the model
+            towards one or two others, whose floating-point buffers (running statistics) are mixed as well (Goodfellow
+            et al. 2015).
         to: the others for ``"between"``: models, or their ``state_dict``; two span a plane.
-        dimensions: of ``"random"``: a line or a plane.
-        extent: of ``"random"``: the grid reaches from -extent to extent. ``"between"`` always reaches from half a way
+        dimensions: of ``"random"`` and ``"hessian"``: a line or a plane.
+        extent: likewise: the grid reaches from -extent to extent. ``"between"`` always reaches from half a way
             behind the model to half a way past the other (from -0.5 to 1.5; the others are at 1).
         steps: grid points a direction; odd, and of ``"between"`` 5, 9, 13, ..., so that the minima are among them.
-        seed: draws the random directions; the same ones for networks of the same shapes.
+        seed: draws the random directions; the same ones for networks of the same shapes. Of ``"hessian"``, the vector
+            that its Lanczos iterations begin with.
         path: a file that keeps what is done, so that an interrupted call goes on.
         progress: show a bar with the time left on a terminal.
 
     Raises:
         FlatminimaError: for arguments out of range, weights that do not fit the model's, sharded models, or a file that
-            holds another landscape.
+            holds another landscape; without scipy for ``"hessian"``.
+        UndefinedMeasureError: if the Hessian is not right, as PyTorch gives it, or the iterations do not converge.
         NonFiniteError: if the loss at the model's own weights is not finite.
 
     Example:
@@ -177,26 +195,31 @@ def landscape(
         ((-1.0, -0.5, 0.0, 0.5, 1.0),)
     """
     others = [to] if isinstance(to, (nn.Module, Mapping)) else list(to)
-    require_one_of("directions", directions, ("random", "between"))
+    require_one_of("directions", directions, ("random", "hessian", "between"))
     _require_others(directions, len(others))
     require(dimensions in (1, 2), f"dimensions must be 1 or 2, got {dimensions!r}")
     require_positive("extent", extent)
     require_integer("steps", steps)
     require(steps >= 3 and steps % 2 == 1, f"steps must be odd, 3 or more, got {steps}")
     require(
-        directions == "random" or steps % 4 == 1,
+        directions != "between" or steps % 4 == 1,
         f"steps must be 5, 9, 13, 17, 21 ... for directions='between', so that both ends are grid points, got {steps}",
     )
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     require(not sharded, "a sharded model has no whole weights to move: load its checkpoint into one process")
+    samples = samples_of(data)
+    eigenvalues: tuple[float, ...] = ()
     if directions == "random":
         chosen = [_random_direction(model, seed, number) for number in range(dimensions)]
+        axes = [_grid(-extent, extent, steps)] * dimensions
+    elif directions == "hessian":
+        eigenvalues, chosen = _eigenvectors(model, samples, loss, dimensions, seed, progress)
         axes = [_grid(-extent, extent, steps)] * dimensions
     else:
         chosen = [_difference(model, other) for other in others]
         axes = [_grid(-0.5, 1.5, steps)] * len(others)
-    found = Landscape(directions, tuple(axes), (), ())
-    return _evaluated(model, samples_of(data), loss, chosen, found, None if path is None else Path(path), progress)
+    found = Landscape(directions, tuple(axes), (), (), eigenvalues)
+    return _evaluated(model, samples, loss, chosen, found, None if path is None else Path(path), progress)
 
 
 def _require_others(directions: Directions, count: int) -> None:
@@ -222,6 +245,40 @@ def _random_direction(model: nn.Module, seed: int, number: int) -> Direction:
             direction[name] = scaled.view(weight.shape).to(weight)
     require(len(direction) > 0, "the model has no trainable weights of two or more dimensions to move")
     return direction
+
+
+def _eigenvectors(
+    model: nn.Module, samples: Samples, loss: Loss, count: int, seed: int, progress: bool
+) -> tuple[tuple[float, ...], list[Direction]]:
+    """The largest eigenvalues of the Hessian, and their eigenvectors, of length 1 (Yao et al. 2020, PyHessian)."""
+    evaluate(model, samples, loss)  # refuses a network with NaN, and data that it does not take, as such
+    surface = DataSurface(model, samples, loss, _SAMPLES_AT_ONCE)
+    require(
+        sum(weight.numel() for weight in surface.parameters.values()) >= count,
+        f"the model has fewer trainable parameters than directions: dimensions={count}",
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as stack:
+        for state in (undisturbed(model), evaluating(model), true_precision(), torch.enable_grad()):
+            stack.enter_context(state)
+        stack.enter_context(needing("curvature", "a landscape along the Hessian's eigenvectors"))
+        bar = stack.enter_context(ProgressBar("Hessian products", None, enabled=progress))
+        hessian = stack.enter_context(hessian_of(surface, generator))
+        hessian.after_product = bar.advance
+        values, vectors = top_eigenpairs(hessian, count, generator)
+    sizes = [weight.numel() for weight in surface.parameters.values()]
+    directions = [
+        {
+            name: part.view_as(weight).to(weight)
+            for (name, weight), part in zip(surface.parameters.items(), torch.split(vector, sizes), strict=True)
+        }
+        for vector in vectors.unbind(1)
+    ]
+    return tuple(values.tolist()), directions
+
+
+_SAMPLES_AT_ONCE = 300
+"""Of which a Hessian product takes a third, as it goes back through two passes."""
 
 
 def _difference(model: nn.Module, other: nn.Module | Mapping[str, Tensor]) -> Direction:

@@ -59,7 +59,7 @@ def test_costs_are_those_of_the_record_and_say_what_is_off(made: ModuleType) -> 
     assert cells["resnet20"]["opacus"] == "–"
 
 
-@pytest.mark.parametrize("name", ["gram", "regularizer", "finite-differences"])
+@pytest.mark.parametrize("name", ["gram", "regularizer", "finite-differences", "suggest"])
 def test_tables_of_benchmarks_are_whole(name: str, made: ModuleType) -> None:
     table = made.BENCHMARK_TABLES[name][1]()
     assert table.rows

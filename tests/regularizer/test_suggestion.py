@@ -69,14 +69,14 @@ def test_the_regularizer_finds_what_was_aimed_at() -> None:
     ratios, clipped = [], 0.0
     for inputs, targets in seen:
         model.zero_grad()
+        state = torch.get_rng_state()
         regularizer.penalize(lambda batch: F.cross_entropy(model(batch[0]), batch[1]), (inputs, targets))
         ratios.append(regularizer.diagnostics()["penalty_to_gradient"])
-        state = torch.get_rng_state()
+        torch.set_rng_state(state)  # the same sub-batches once more
         regularizer.backward(F.cross_entropy, inputs, targets)
-        torch.set_rng_state(state)
         clipped = regularizer.diagnostics()["clip_rate"]
     assert sorted(ratios)[2] == pytest.approx(found.penalty_to_gradient, rel=1e-6)
-    assert clipped == pytest.approx(found.clip_rate, abs=0.2)
+    assert clipped == found.clip_rate
 
 
 def test_a_stronger_penalty_is_one_of_more_weight() -> None:

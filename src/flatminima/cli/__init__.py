@@ -1,7 +1,4 @@
-"""The command line: ``flatminima demo | train | measure | compare | track | evaluate | reproduce``.
-
-Parse, call, print.
-"""
+"""The command line: ``flatminima demo | train | measure | compare | track | evaluate | reproduce``."""
 
 import sys
 

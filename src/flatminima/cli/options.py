@@ -104,11 +104,16 @@ class Train:
 
     Under torchrun its processes share the run, each with a device of its own and an equal part of every mini-batch.
 
+    --model takes a network of your own as package.module:factory: a function that returns a torch.nn.Module, given
+    num_classes and in_channels if it has arguments of these names. It sees images of its data's size, normalized.
+
     RECIPE is one of the paper's trainings, and the options below change it. Without RECIPE it is that of the --model,
     digits for --data digits, or else resnet20. --regularizer, or any of its options, switches the regularizer on; and
     --sam, or any of its options, sharpness-aware minimization in its place.
 
     Example: flatminima train resnet20 --data cifar10 --epochs 3
+
+    Example: flatminima train digits --model mypackage.nets:build
 
     Example: torchrun --nproc-per-node 2 -m flatminima train resnet20 --data cifar10
     """

@@ -33,6 +33,10 @@ class UnlikeClassesWarning(FlatminimaWarning):
     """A network has more outputs than its data have classes: they may be numbered in another way."""
 
 
+class ChangedCodeWarning(FlatminimaWarning):
+    """The code of a user's own network is not what it was when the network was trained."""
+
+
 class ResumedElsewhereWarning(FlatminimaWarning):
     """A run goes on in another environment than it began in: it is valid, but its bits are not reproducible."""
 

@@ -10,6 +10,8 @@ from flatminima.measures.catalogue import (
 from flatminima.measures.comparing import compare
 from flatminima.measures.comparison import Comparison, comparison_of
 from flatminima.measures.evaluation import evaluate
+from flatminima.measures.hessian_products import hessian_of, top_eigenpairs
+from flatminima.measures.loss_surface import DataSurface
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions
 from flatminima.measures.registry import CATALOGUE, Measure, Selection, catalogued, selected
@@ -21,6 +23,7 @@ __all__ = [
     "CATALOGUE",
     "Characterization",
     "Comparison",
+    "DataSurface",
     "Estimate",
     "Measure",
     "MeasureOptions",
@@ -34,6 +37,7 @@ __all__ = [
     "compare",
     "comparison_of",
     "evaluate",
+    "hessian_of",
     "input_jacobian_norms",
     "jsonable",
     "measure",
@@ -41,4 +45,5 @@ __all__ = [
     "selected",
     "settings_in_words",
     "spectral_density",
+    "top_eigenpairs",
 ]

@@ -1,4 +1,4 @@
-"""Products with the Hessian of the mean loss of a trial's subset, for networks of any size.
+"""Products with the Hessian of a mean loss, and its top eigenvectors, for networks of any size.
 
 They are formed by differentiating the gradient once more. curvlinops' own operator differentiates forward over
 PyTorch's ``jacrev``, which with PyTorch 2.13 gives a wrong Hessian where there is a layer normalization. The other way,
@@ -9,7 +9,7 @@ looked at first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import UndefinedMeasureError, first_line
-from flatminima.measures.loss_surface import gradients_with_graph
-from flatminima.measures.trial import Trial
+from flatminima.measures.loss_surface import Surface, gradients_with_graph
 from flatminima.torch_compat import eager_stance, graph_of, has_no_derivative, raises_when_differentiated
+
+SMALL = 30
+"""Up to so many parameters the whole matrix is formed."""
 
 _PASSES_AT_ONCE = 3
 """A product takes the memory of so many forward and backward passes, as it goes back through both."""
@@ -30,19 +32,20 @@ _SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-7}
 
 
 class Hessian:
-    """The Hessian of the mean loss of a trial's subset over the trainable parameters, a matrix for vectors on the CPU.
+    """The Hessian of the mean loss over the trainable parameters, a matrix for vectors on the CPU.
 
-    Where memory holds the whole subset, its gradient is formed once for all products.
+    Where memory holds all samples, the gradient is formed once for all products.
     """
 
-    def __init__(self, trial: Trial) -> None:
-        at_once = max(1, trial.samples_at_once // _PASSES_AT_ONCE)
-        self._trial = dataclasses.replace(trial, samples_at_once=at_once)
-        self._parameters = list(trial.parameters.values())
+    def __init__(self, surface: Surface) -> None:
+        at_once = max(1, surface.samples_at_once // _PASSES_AT_ONCE)
+        self._surface = dataclasses.replace(surface, samples_at_once=at_once)
+        self._parameters = list(surface.parameters.values())
         self._sizes = [parameter.numel() for parameter in self._parameters]
-        self._gradient = next(self._gradients()) if at_once >= len(trial.targets) else None
+        self._gradient = next(self._gradients()) if at_once >= surface.size else None
         self.shape = len(self), len(self)
         self.dtype, self.device = self._parameters[0].dtype, torch.device("cpu")
+        self.after_product: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return sum(self._sizes)
@@ -80,10 +83,11 @@ class Hessian:
         product = torch.zeros_like(vector)
         for gradient in self._gradients() if self._gradient is None else [self._gradient]:
             product += self._derivative(gradient, direction).to(product.device)
+        self.after_product()
         return product
 
     def _gradients(self) -> Iterator[tuple[Tensor, ...]]:
-        for gradient in gradients_with_graph(self._trial, self._parameters):
+        for gradient in gradients_with_graph(self._surface, self._parameters):
             if any(raises_when_differentiated(node) for node in graph_of(gradient)):
                 raise _no_second_derivative("a function is marked once_differentiable")
             yield gradient
@@ -104,16 +108,53 @@ class Hessian:
 
 
 @contextmanager
-def hessian_of(trial: Trial) -> Iterator[Hessian]:
-    """The Hessian of a trial's subset, found to be symmetric.
+def hessian_of(surface: Surface, generator: torch.Generator) -> Iterator[Hessian]:
+    """The Hessian of a mean loss, found to be symmetric by vectors that ``generator`` draws.
 
     Raises:
         UndefinedMeasureError: for networks without a right second derivative, and for sharded ones.
     """
     with eager_stance(), sdpa_kernel(SDPBackend.MATH):  # compiled calls and fused attention have no second derivative
-        hessian = Hessian(trial)
-        hessian.require_symmetry(trial.generator())
+        hessian = Hessian(surface)
+        hessian.require_symmetry(generator)
         yield hessian
+
+
+def top_eigenpairs(hessian: Hessian, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The algebraically largest eigenvalues, descending, and their eigenvectors: ARPACK's Lanczos iterations (scipy).
+
+    Of a small Hessian all are formed.
+
+    Args:
+        hessian: (W, W).
+        count: how many.
+        generator: draws the vector that the iterations begin with.
+
+    Returns:
+        (count,) and (W, count), float64 on the CPU; eigenvectors are of length 1, their largest entries positive.
+
+    Raises:
+        UndefinedMeasureError: the iterations fail, or do not converge.
+        ModuleNotFoundError: without scipy.
+    """
+    if len(hessian) <= SMALL:
+        values, vectors = (found.flip(-1)[..., :count] for found in torch.linalg.eigh(hessian.dense().double()))
+    else:
+        from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+        dtype = str(hessian.dtype).removeprefix("torch.")
+        operator = LinearOperator(hessian.shape, matvec=hessian.times_array, dtype=dtype)
+        start = torch.randn(len(hessian), generator=generator, dtype=torch.float64).to(hessian.dtype)
+        tolerance = torch.finfo(hessian.dtype).eps ** 0.5  # of the eigenvector: the eigenvalue's is its square
+        try:
+            found = eigsh(operator, k=count, which="LA", v0=start.numpy(), tol=tolerance)
+        except ArpackError as error:
+            raise UndefinedMeasureError(f"the Lanczos iterations failed: {first_line(error)}") from None
+        values, vectors = (torch.from_numpy(array).double() for array in found)
+        order = values.argsort(descending=True)
+        values, vectors = values[order], vectors[:, order]
+    largest = vectors.abs().argmax(0, keepdim=True)
+    return values, vectors * vectors.gather(0, largest).sign()
 
 
 def _no_second_derivative(reason: str) -> UndefinedMeasureError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -98,6 +98,16 @@ class Trial:
     def adaptive_gram(self) -> FactoredGram:
         """The Gram matrix of J diag(|w|) in factored form: ``gram`` itself where gradients are scale-invariant."""
         return self.gram if self.options.scale_invariant else self.form(scale_invariant=True)
+
+    @property
+    def size(self) -> int:
+        """N', samples that the loss is the mean of."""
+        return len(self.targets)
+
+    def parts(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """The subset's samples, as many at a time as memory holds a forward and backward pass of."""
+        for part in self.chunks:
+            yield take(self.inputs, part), self.targets[part]
 
     @property
     def chunks(self) -> list[slice]:

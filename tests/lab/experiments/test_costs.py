@@ -57,6 +57,11 @@ def test_evaluations_and_held_out_images_are_counted() -> None:
     assert cost(task(everything)).training == pytest.approx(21 * 50 * 10 + (700 + 1097) / 3)
 
 
+def test_a_run_that_stops_by_its_fit_looks_at_it_after_every_epoch() -> None:
+    stopping = replace(SPEC, stop_at_loss=0.1)
+    assert cost(task(stopping)).training == pytest.approx(UPDATES + EVALUATION + 10 * 100 / 3)
+
+
 def test_measuring_is_counted_twice_and_robustness_once() -> None:
     how = Measuring(subset_size=10, trials=3, robustness_samples=4)
     assert cost(task(SPEC, how)).measuring == pytest.approx(2 * 3 * 10 * 2 + 3 * 4 * 10 / 3)

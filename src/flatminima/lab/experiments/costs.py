@@ -65,6 +65,8 @@ def cost(task: Task) -> Cost:
     epochs = -(-updates // per_epoch)
     evaluations = -(-epochs // spec.evaluate_every)
     evaluated = evaluations * (sizes.test + spec.validation) + trained
+    if spec.stop_at_loss is not None:
+        evaluated += epochs * trained  # how well it fits is looked at after every epoch
     penalized = updates - min(_start_epoch(spec) * per_epoch, updates)
     training = spec.batch_size * (updates + penalized * _extra(spec)) + FORWARD * evaluated
     return Cost(training, sum(_measuring(how, sizes.classes) for how in task.ways))

@@ -187,7 +187,10 @@ def table_1(preset: Preset, chosen: Winners) -> Experiment:
             "Does training with the regularizer (+reg, Algorithm 1) lower the test error? In the paper it does for "
             "every network. Beside it, and not in the paper: the same penalty by exact Hessian-vector products (hvp), "
             f"SAM with its usual ρ = {SharpnessAwareSpec.rho}, and plain training that is {MATCHED_COST} times as long "
-            "and so costs as much. " + (_RIVALS if preset.rivals else "") + _how_chosen(preset, searched)
+            "and so costs as much. "
+            + _how_rarely(preset)
+            + (_RIVALS if preset.rivals else "")
+            + _how_chosen(preset, searched)
         ),
         answers="comparison",
         contrast=(REGULARIZED, PLAIN),
@@ -249,6 +252,13 @@ def described(regularizer: RegularizerSpec) -> str:
     """The searched hyper-parameters in a line."""
     norm = regularizer.max_grad_norm
     return f"β={regularizer.beta:g}, M={regularizer.num_sub_batches}, τ={'∞' if norm is None else f'{norm:g}'}"
+
+
+def _how_rarely(preset: Preset) -> str:
+    said = [
+        f"With every={k} the penalty comes at every {k}th update alone, {k} times as strong. " for k in preset.every
+    ]
+    return "".join(said)
 
 
 def _how_chosen(preset: Preset, searched: list[str]) -> str:

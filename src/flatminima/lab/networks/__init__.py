@@ -2,7 +2,14 @@
 
 from flatminima.lab.networks import hugging_face, timm_networks
 from flatminima.lab.networks.checkpoints import assign_weights, load_weights
-from flatminima.lab.networks.foreign import OpenedNetwork, inputs_of, is_model_source, open_network, resolve_device
+from flatminima.lab.networks.foreign import (
+    OpenedNetwork,
+    inputs_of,
+    is_model_source,
+    new_network,
+    open_network,
+    resolve_device,
+)
 from flatminima.lab.networks.kinds import MODEL_KINDS, ModelKind
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model, network
 
@@ -18,6 +25,7 @@ __all__ = [
     "is_model_source",
     "load_weights",
     "network",
+    "new_network",
     "open_network",
     "resolve_device",
     "timm_networks",

@@ -74,6 +74,27 @@ def open_network(source: str, checkpoint: Path | None, data: OwnData, reading: R
     return OpenedNetwork(model, inputs, preparation)
 
 
+def new_network(source: str, images: ImageSet) -> nn.Module:
+    """A network to be trained on images: one of ours, with fresh weights, or what a factory makes.
+
+    Args:
+        source: ``resnet20`` and the like, or ``package.module:factory``, called as by :func:`open_network`.
+        images: what it is for.
+
+    Raises:
+        FlatminimaError: There is no such network, the factory fails, or what it returns does not take the images.
+    """
+    if ":" not in source:
+        return build_model(source, num_classes=images.num_classes, in_channels=images.channels)
+    if source.partition(":")[0] in MODEL_KINDS:
+        raise FlatminimaError(f"model {source} is for measuring: to train it, return it from package.module:factory")
+    model = made_by_factory(source, "model", {"num_classes": images.num_classes, "in_channels": images.channels})
+    if not isinstance(model, nn.Module):
+        raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
+    _check_takes(model, images, source)
+    return model
+
+
 def inputs_of(
     source: str, model: nn.Module, data: OwnData, reading: Reading | None = None
 ) -> tuple[ImageSet | Pictures | ReadySamples, Preparation | None]:

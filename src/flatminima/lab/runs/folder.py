@@ -57,7 +57,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, root: Path | str, spec: RunSpec) -> RunFolder:
-        """The folder of ``spec`` under ``root``: named by the network and the spec's digest."""
+        """The folder of ``spec`` under ``root``: named by the network, or its factory, and the spec's digest."""
         return cls(Path(root) / spec.name)
 
     @property

@@ -24,7 +24,7 @@ from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, type_of
 from flatminima.lab.runs.own_measures import options_of, selection_of, sources_of
 from flatminima.lab.runs.records import RunProgress
-from flatminima.lab.runs.sets import digest_of_images, initial_network, load_run
+from flatminima.lab.runs.sets import code_of_model, digest_of_images, initial_network, load_run
 from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import digest_of
 from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
@@ -209,7 +209,7 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     del options["memory_gib"]
     if _FROM_INITIAL in {measure.name for measure in selection_of(how).measures}:
         options["initial"] = True  # what was measured before runs knew their initial weights is no answer
-    if sources := sources_of(how):
+    if sources := sources_of(how) | code_of_model(folder.read_spec()):
         options["sources"] = sources
     if not how.per_parameter:
         del options["per_parameter"]  # as questions were before there was this one

@@ -33,14 +33,14 @@ def selection_of(how: Measuring) -> Selection:
 
 def sources_of(how: Measuring) -> dict[str, str]:
     """Digests of the modules that measures of the user's own are in, by the measures' names."""
-    return {name: _digest_of_module(own) for name, own in _own(how).items()}
+    return {name: digest_of_module(own) for name, own in _own(how).items()}
 
 
 def _own(how: Measuring) -> dict[str, Callable[..., Any]]:
     return {name: found_by_name(name, "measure") for name in how.own}
 
 
-def _digest_of_module(function: Callable[..., Any]) -> str:
+def digest_of_module(function: Callable[..., Any]) -> str:
     """Of the text of the module that a function is from; of nothing, where it has none."""
     module = inspect.getmodule(function)
     try:

@@ -20,7 +20,7 @@ from flatminima.errors import NonFiniteError
 from flatminima.lab.data import ImageSet, augment
 from flatminima.lab.networks import assign_weights
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunResult
-from flatminima.lab.runs.sets import TrainingSets, initial_network
+from flatminima.lab.runs.sets import TrainingSets, code_of_model, initial_network
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, derived_seed
 from flatminima.lab.runs.ways import way_of
 from flatminima.measures import evaluate
@@ -273,7 +273,7 @@ class Session:
             "threads": torch.get_num_threads(),
         }
         found |= {"processes": self.processes.size} if self.processes.size > 1 else {}
-        return found | ({"compiled": True} if self.is_compiled else {})
+        return found | ({"compiled": True} if self.is_compiled else {}) | code_of_model(self.spec)
 
     def _compiled(self) -> nn.Module:
         torch.compiler.reset()  # graphs of earlier runs count towards a limit, past which the network runs eagerly

@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, warn
 from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
-from flatminima.lab.networks import assign_weights, build_model
+from flatminima.lab.errors import ChangedCodeWarning
+from flatminima.lab.networks import assign_weights, new_network
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.own_measures import digest_of_module
 from flatminima.lab.runs.spec import RunSpec, derived_seed
 from flatminima.lab.storage import bytes_of, digest_of
+from flatminima.lab.user_code import found_by_name
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,12 @@ def initial_network(spec: RunSpec, images: ImageSet) -> nn.Module:
         images: some of its images.
     """
     torch.manual_seed(derived_seed(spec.seed, "weights", 0))
-    return build_model(spec.model, num_classes=images.num_classes, in_channels=images.images.shape[1])
+    return new_network(spec.model, images)
+
+
+def code_of_model(spec: RunSpec) -> dict[str, str]:
+    """A digest of the module that a user's own network is from, as an entry of a run's environment; none of ours."""
+    return {"model": digest_of_module(found_by_name(spec.model, "model"))[:12]} if ":" in spec.model else {}
 
 
 def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpec, nn.Module, ImageSet, ImageSet]:
@@ -73,6 +81,9 @@ def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpe
     Raises:
         FlatminimaError: The folder is no run's, the run is unfinished or failed, a file is damaged, or the data are
             no longer those the network was trained on.
+
+    Warns:
+        ChangedCodeWarning: The module that a user's own network is from is another than when it was trained.
     """
     folder = RunFolder(path)
     spec = folder.read_spec()
@@ -80,6 +91,8 @@ def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpe
     sets = load_sets(spec, cache_dir=cache_dir)
     if sets.digest() != result.data_digest:
         raise FlatminimaError(f"the data {spec.source!r} have changed since {folder.path} was trained; train it again")
-    model = build_model(spec.model, num_classes=sets.train.num_classes, in_channels=sets.train.images.shape[1])
+    model = new_network(spec.model, sets.train)
+    if code_of_model(spec).get("model") != result.environment.get("model"):
+        warn(f"the code of model {spec.model} has changed since {folder.path} was trained", ChangedCodeWarning)
     assign_weights(model, folder.read_checkpoint(), source=folder.checkpoint)
     return spec, model.eval(), sets.clean, sets.test

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
@@ -248,7 +249,8 @@ class RunSpec:
     """
 
     model: str = "resnet20"
-    """Network: cnn, resnet20, wrn28-2, densenet-bc-100, resnet8, resnet8-wide, or for the digits small-cnn, mlp."""
+    """Network: cnn, resnet20, wrn28-2, densenet-bc-100, resnet8, resnet8-wide, for the digits small-cnn, mlp; or
+    package.module:factory."""
     data: str = "cifar10"
     """Data set: digits, cifar10, cifar100, or a folder of parquet files train-*.parquet and test-*.parquet."""
     train_size: AtLeastOne | None = None
@@ -294,7 +296,7 @@ class RunSpec:
     """Where the parquet files of `data` lie (None: where its name says); no part of what makes two runs the same."""
 
     def __post_init__(self) -> None:
-        if self.model not in OWN_NETWORKS:  # whose check needs no torch
+        if re.fullmatch(r"[\w.]+:\w+", self.model) is None and self.model not in OWN_NETWORKS:  # no torch for these
             from flatminima.lab.networks import MODEL_NAMES
 
             require_one_of("model", self.model, MODEL_NAMES)
@@ -317,7 +319,7 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Its folder's: the network and the key."""
+        """Its folder's: the network, or its factory, and the key."""
         return name_of_run(self.identity())
 
     def identity(self) -> dict[str, Any]:
@@ -373,7 +375,7 @@ class RunSpec:
 
 def name_of_run(identity: dict[str, Any]) -> str:
     """:attr:`RunSpec.name` of a run that is known by its :meth:`RunSpec.identity` alone, of another version maybe."""
-    return f"{identity.get('model')}-{_key_of(identity)}"
+    return f"{str(identity.get('model')).rpartition(':')[2]}-{_key_of(identity)}"
 
 
 def _key_of(identity: dict[str, Any]) -> str:

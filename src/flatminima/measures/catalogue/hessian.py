@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import torch
 
-from flatminima.errors import UndefinedMeasureError, first_line
-from flatminima.measures.hessian_products import hessian_of
+from flatminima.errors import UndefinedMeasureError
+from flatminima.measures.hessian_products import SMALL, hessian_of, top_eigenpairs
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
 
 PRODUCTS = 30
-"""Hessian-vector products for the trace; up to so many parameters the whole matrix is formed."""
+"""Hessian-vector products for the trace."""
 
 
 @catalogued("top eigenvalue of the Hessian", cost="costly", source="Keskar et al. 2017; ARPACK's Lanczos iterations")
@@ -24,21 +24,8 @@ def hessian_top_eigenvalue(trial: Trial) -> float:
         UndefinedMeasureError: without the extra, for networks without a right second derivative, or if the
             iterations fail.
     """
-    with hessian_of(trial) as hessian:
-        if len(hessian) <= PRODUCTS:
-            return float(torch.linalg.eigvalsh(hessian.dense())[-1])
-        with _extra():
-            from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
-
-        dtype = str(hessian.dtype).removeprefix("torch.")
-        operator = LinearOperator(hessian.shape, matvec=hessian.times_array, dtype=dtype)
-        start = torch.randn(len(hessian), generator=trial.generator(), dtype=torch.float64).to(hessian.dtype)
-        tolerance = torch.finfo(hessian.dtype).eps ** 0.5  # of the eigenvector: the eigenvalue's is its square
-        try:
-            (top,) = eigsh(operator, k=1, which="LA", v0=start.numpy(), tol=tolerance, return_eigenvectors=False)
-        except ArpackError as error:
-            raise UndefinedMeasureError(f"the Lanczos iterations failed: {first_line(error)}") from None
-        return float(top)
+    with hessian_of(trial, trial.generator()) as hessian, _extra():
+        return float(top_eigenpairs(hessian, 1, trial.generator())[0])
 
 
 @catalogued("trace of the Hessian", cost="costly", source="Meyer et al. 2021, Hutch++ (curvlinops)")
@@ -50,8 +37,8 @@ def hessian_trace(trial: Trial) -> float:
     Raises:
         UndefinedMeasureError: without the extra, or for networks without a right second derivative.
     """
-    with hessian_of(trial) as hessian:
-        if len(hessian) <= PRODUCTS:
+    with hessian_of(trial, trial.generator()) as hessian:
+        if len(hessian) <= SMALL:
             return float(hessian.dense().trace())
         with _extra():
             from curvlinops import hutchpp_trace

@@ -62,7 +62,7 @@ def spectral_density(trial: Trial, *, probes: int = 1, steps: int = STEPS) -> Sp
         FlatminimaError: for less than one probe or two steps.
     """
     require(probes >= 1 and steps >= 2, f"it takes a probe and two steps, got {probes} and {steps}")
-    with hessian_of(trial) as hessian:
+    with hessian_of(trial, trial.generator()) as hessian:
         if len(hessian) <= steps:
             eigenvalues = torch.linalg.eigvalsh(hessian.dense().double())
             return SpectralDensity(eigenvalues, torch.full_like(eigenvalues, 1 / len(eigenvalues)))

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flatminima.errors import UndefinedMeasureError
 from flatminima.losses import is_single_label
-from flatminima.measures.loss_surface import parts_of_subset
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
 from flatminima.network import back_like, call_model_without_graph, moved
@@ -59,7 +58,7 @@ def _hits_under_noise(trial: Trial, sigma: float) -> int:
 def _hits(trial: Trial) -> list[Tensor]:
     """Whether each sample's label has the largest logit."""
     found = []
-    for inputs, targets in parts_of_subset(trial):
+    for inputs, targets in trial.parts():
         logits = call_model_without_graph(trial.model, inputs)
         if not is_single_label(trial.loss, logits):
             raise UndefinedMeasureError("accuracy is defined for the cross entropy of one label per sample alone")

@@ -42,12 +42,15 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 nitpicky = True
-suppress_warnings = ["sphinx_autodoc_typehints.forward_reference"]  # of what is imported for type checkers alone
+suppress_warnings = [  # of what is imported for type checkers alone
+    "sphinx_autodoc_typehints.forward_reference",
+    "sphinx_autodoc_typehints.guarded_import",
+]
 # Names of other packages: their inventories lie elsewhere, and the site is built without a network.
 nitpick_ignore_regex = [
     (
         r"py:.*",
-        r"(torch|numpy|np|rich|matplotlib|os|lightning|transformers|accelerate|pandas|pd|collections|pathlib)\..*",
+        r"(torch|numpy|np|rich|matplotlib|os|scipy|lightning|transformers|accelerate|pandas|pd|collections|pathlib)\..*",
     ),
     (r"py:.*", r"(Tensor|nn\.\w+|\w*NDArray\w*)"),
     (r"py:.*", r"(optional|callable|Callable|ArrayLike|Path|Any|Trainer|LightningModule|Callback)"),

@@ -6,6 +6,7 @@ frames of the traceback, and runs its ``finally`` when these are freed: too late
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -100,6 +101,7 @@ class Before:
             return
         traceback.clear_frames(interruption.__traceback__)
         traceback.clear_frames(error.__traceback__)
+        gc.collect()  # and of those in cycles
         leave_func_levels(self._func_levels)
         for module, mode in self._modes:
             if module.training != mode:

@@ -91,10 +91,11 @@ def test_a_page_takes_comparisons_alone_and_folders_that_can_be_written(tmp_path
         fm.report(two(), tmp_path / "file" / "page.html")
 
 
-def test_without_jinja_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib", "scipy"])
+def test_without_its_packages_the_extra_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "flatminima.pages.writing", raising=False)
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(FlatminimaError, match=r"a page needs jinja2: pip install 'flatminima\[report\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(FlatminimaError, match=rf"a page needs {package}: pip install 'flatminima\[report\]'"):
         fm.report(two(), tmp_path / "page.html")
 
 

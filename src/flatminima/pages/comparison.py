@@ -35,7 +35,10 @@ def report(comparison: Comparison, path: str | os.PathLike[str]) -> Path:
     """
     if not isinstance(comparison, Comparison):
         raise FlatminimaError(f"report takes a comparison, got {type(comparison).__name__}: compare the models first")
-    with needing("report", "a page"):
+    with needing("report", "a page"):  # named before what is a part of it: pictures, and intervals in the findings
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+
         from flatminima.pages.writing import write_page
     page = Path(path)
     write_page(

@@ -1,11 +1,11 @@
 """How good a start is ``flatminima.suggest``? Test errors of networks trained with it, without, and over a grid of β.
 
     python benchmarks/suggest.py --threads 1
-    python benchmarks/suggest.py --seeds 0 1 2 3 4 --cases mlp vit --threads 1
+    python benchmarks/suggest.py --seeds 10 11 --cases mlp --threads 1
 
 Networks of the lab and of Transformers, on scikit-learn's digits with and without wrong labels; at the end of training,
-without choosing the epoch. The suggestion is made once, on the fresh network. The rule's one constant that matters, how
-strong the penalty is to be beside the gradient, was chosen on seeds 1000 to 1002 of the lab's networks (in part longer
+without choosing the epoch. The suggestion is made once, on the fresh network. The rule's constants, how strong the
+penalty is to be beside the gradient and the range of τ, were chosen on seeds 0 and 1000 to 1002 (in part longer
 trainings), which take no part here. Finished runs are kept in the record, and not repeated by a second call.
 """
 
@@ -85,13 +85,13 @@ class Case:
         return images[: self.images], train_labels, images[self.images :], labels[self.images :]
 
 
-ADAM: dict[str, Any] = {"optimizer": torch.optim.AdamW, "options": (("lr", 3e-3), ("weight_decay", 0.01))}
+ADAM: dict[str, Any] = {"optimizer": torch.optim.AdamW, "options": (("lr", 1e-2), ("weight_decay", 0.01))}
 CASES = {
-    "mlp": Case(lambda: build_model("mlp", in_channels=1), epochs=12, wrong=0),
     "mlp, wrong labels": Case(lambda: build_model("mlp", in_channels=1), epochs=12, wrong=96),
     "small-cnn, wrong labels": Case(lambda: build_model("small-cnn", in_channels=1), epochs=8, wrong=96),
-    "Transformers' ViT": Case(vit, epochs=12, wrong=0, **ADAM),
     "Transformers' ResNet, wrong labels": Case(resnet, epochs=8, wrong=96),
+    "mlp": Case(lambda: build_model("mlp", in_channels=1), epochs=12, wrong=0),
+    "Transformers' ViT": Case(vit, epochs=12, wrong=0, **ADAM),
 }
 
 
@@ -134,7 +134,7 @@ def trained(case: Case, seed: int, arm: str) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark and write its record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     options = harness.parse(parser)
     torch.set_num_threads(options.threads)
@@ -142,8 +142,8 @@ def main() -> None:
     path = harness.RESULTS / f"{name}.json"
     runs: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())["runs"] if path.exists() else {}
     with harness.warnings_ignored():
-        for seed in options.seeds:
-            for case in options.cases:
+        for case in options.cases:
+            for seed in options.seeds:
                 for arm in (PLAIN, SUGGESTED, *(f"{beta:g}" for beta in BETAS)):
                     own = runs.setdefault(case, {}).setdefault(arm, {})
                     if str(seed) in own:

@@ -120,9 +120,9 @@ def starts() -> Table:
         rows.append((case, *cells, rounded(*behind, signed=True), rounded(*gained, signed=True)))
     header = ("network", "plain", "best of the grid", "suggested", "suggested − best", "suggested − plain")
     caption = (
-        f"Means over {len(seeds)} seeds, the differences paired, with standard errors. The suggestion is within two of "
-        f"them of the grid's best (or better) on {near} of {len(rows)} networks, and better than plain training by "
-        f"more than two on {better}"
+        f"Means over {len(seeds)} seeds, the differences paired, with standard errors. The suggestion is no more than "
+        f"two of these behind the grid's best on {near} of {len(rows)} networks, and more than two better than plain "
+        f"training on {better}"
     )
     return Table("Test error (%)", header, tuple(rows), caption)
 

@@ -39,7 +39,7 @@ _CURVATURE = 0.1  # a penalty further from α · trace than this share of it ask
 
 _SAMPLES = 8  # of a sub-batch, if the batch has enough for
 _FEWEST, _MOST = 4, 16  # sub-batches: the range that the paper searches
-_SMALLEST_TAU = 1.0  # the least that the paper searches: gradients may grow after a quiet beginning
+_SMALLEST_TAU, _LARGEST_TAU = 1.0, 5.0  # gradients may grow after a quiet beginning, and fall after a steep one
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +59,7 @@ class Suggestion:
         penalty_to_gradient: β‖∇R_α‖ / ‖mean_i g_i‖ at these settings: what was aimed at, but for β's rounding.
         rounding_share: the estimated part of ‖∇R_α‖ that is rounding error.
         penalty_to_trace: R_α / (α · trace): 1 where the loss is straight on the way of the finite difference.
-        clip_rate: the fraction of penalized gradients that τ clips; of plain ones it clips none.
+        clip_rate: the fraction of penalized gradients that τ clips at these weights.
         batch_size: samples of the largest batch.
         batches: how many were looked at.
     """
@@ -95,7 +95,11 @@ class Suggestion:
             ("α, alpha", f"{self.alpha:g}", f"{self.rounding_share:.1%} rounding, {curvature:.1%} curvature"),
             ("β, beta", f"{self.beta:g}", f"β∇R is {self.penalty_to_gradient:.2g} of the main gradient"),
             ("M, num_sub_batches", f"{self.num_sub_batches}", f"sub-batches of {samples:.3g} samples"),
-            ("τ, max_grad_norm", f"{self.max_grad_norm:g}", f"clips {self.clip_rate:.0%} of gradients, no plain ones"),
+            (
+                "τ, max_grad_norm",
+                f"{self.max_grad_norm:g}",
+                f"clips {self.clip_rate:.0%} of gradients by now",
+            ),
         ]
         if self.estimator == "hvp":
             rows.append(("estimator", "hvp", "the finite difference is rounding"))
@@ -129,7 +133,7 @@ def suggest(
 
     α is the paper's unless its finite difference rounds or curves too much. M is the largest up to 16 with sub-batches
     of 8 samples, or fewer where a batch is small, that divides the batch if one does. τ is the largest plain gradient's
-    norm, and at least 1. β makes the penalty's gradient ``penalty_to_gradient`` times the main one, so it follows the
+    norm, within 1 and 5. β makes the penalty's gradient ``penalty_to_gradient`` times the main one, so it follows the
     network, the data and α.
 
     Nothing is trained, and the model, its ``.grad`` and all generators are left as they were. Give it the model as the
@@ -177,7 +181,8 @@ def suggest(
     require(gradient_norm > 0, "the loss has no gradient at these weights: there is nothing to penalize")
     require(to_gradient > 0, "the penalty has no gradient at these weights, so no beta is right: is the loss linear?")
     beta = _rounded(penalty_to_gradient / to_gradient, digits=2)
-    tau = max(_SMALLEST_TAU, _rounded_up(max(look.gradient_norm for look in looks)))
+    largest = max(look.gradient_norm for look in looks)
+    tau = min(max(_SMALLEST_TAU, _rounded_up(largest)), _LARGEST_TAU)
     return Suggestion(
         alpha=regularizer.alpha,
         beta=beta,

@@ -151,6 +151,17 @@ def test_alpha_is_smaller_where_the_loss_curves() -> None:
     assert found.penalty_to_trace == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.parametrize(("factor", "expected"), [(1e-3, 1.0), (1e3, 5.0)])
+def test_tau_is_a_usual_one_where_gradients_are_not(factor: float, expected: float) -> None:
+    assert suggest(mlp().double(), scaled(factor), batches()).max_grad_norm == expected
+
+
+def test_tau_is_the_largest_plain_gradient_rounded_up() -> None:
+    model, (batch,) = mlp().double(), batches()
+    norm = suggest(model, F.cross_entropy, batch).gradient_norm
+    assert suggest(model, scaled(2.5 / norm), batch).max_grad_norm == 3.0
+
+
 @pytest.mark.parametrize("way", ["tuple", "list", "loader", "loader's batch", "generator"])
 def test_batches_may_come_in_every_way(way: str) -> None:
     (batch,) = batches()

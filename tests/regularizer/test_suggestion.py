@@ -145,6 +145,27 @@ def test_the_exact_form_is_for_what_always_rounds() -> None:
     assert "estimator" in str(found)
 
 
+class Once(torch.autograd.Function):
+    """The identity, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def test_where_neither_form_works_it_says_so() -> None:
+    loss_fn = scaled(1e-7)
+    with pytest.raises(
+        FlatminimaError, match=r"mostly rounding at every alpha up to 0.01.*second derivatives.*float32"
+    ):
+        suggest(mlp(), lambda outputs, y: loss_fn(Once.apply(outputs), y), batches(dtype=torch.float32)[0])
+
+
 def test_alpha_is_smaller_where_the_loss_curves() -> None:
     found = suggest(mlp().double(), scaled(1e4), batches())
     assert found.alpha < 1e-4

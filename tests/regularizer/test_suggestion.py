@@ -145,10 +145,42 @@ def test_the_exact_form_is_for_what_always_rounds() -> None:
     assert "estimator" in str(found)
 
 
+class Once(torch.autograd.Function):
+    """The identity, without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def test_where_neither_form_works_it_says_so() -> None:
+    loss_fn = scaled(1e-7)
+    with pytest.raises(
+        FlatminimaError, match=r"mostly rounding at every alpha up to 0.01.*second derivatives.*float32"
+    ):
+        suggest(mlp(), lambda outputs, y: loss_fn(Once.apply(outputs), y), batches(dtype=torch.float32)[0])
+
+
 def test_alpha_is_smaller_where_the_loss_curves() -> None:
     found = suggest(mlp().double(), scaled(1e4), batches())
     assert found.alpha < 1e-4
     assert found.penalty_to_trace == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1e-3, 1.0), (1e3, 5.0)])
+def test_tau_is_a_usual_one_where_gradients_are_not(factor: float, expected: float) -> None:
+    assert suggest(mlp().double(), scaled(factor), batches()).max_grad_norm == expected
+
+
+def test_tau_is_the_largest_plain_gradient_rounded_up() -> None:
+    model, (batch,) = mlp().double(), batches()
+    norm = suggest(model, F.cross_entropy, batch).gradient_norm
+    assert suggest(model, scaled(2.5 / norm), batch).max_grad_norm == 3.0
 
 
 @pytest.mark.parametrize("way", ["tuple", "list", "loader", "loader's batch", "generator"])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flatminima.choices import Estimator
-from flatminima.errors import require, require_integer, require_positive
+from flatminima.errors import FlatminimaError, one_line, require, require_integer, require_positive
 from flatminima.network import (
     batch_size,
     device_of,
@@ -151,8 +151,8 @@ def suggest(
         The settings and their reasons.
 
     Raises:
-        FlatminimaError: for what are no batches, a value outside its range, a penalty without a gradient, or what the
-            regularizer refuses.
+        FlatminimaError: for what are no batches, a value outside its range, a penalty that has no gradient or rounds
+            in every form, or what the regularizer refuses.
 
     Example:
         >>> import torch
@@ -288,7 +288,13 @@ def _with_good_alpha(regularizer: FisherTraceRegularizer, loss_fn: LossFunction,
         looks = looks_with(10 * regularizer.alpha)
     if _median(looks, "rounding_share") > _ROUNDING:
         regularizer.estimator = "hvp"
-        return looks_with(_ALPHA)
+        try:
+            return looks_with(_ALPHA)
+        except FlatminimaError as error:
+            raise FlatminimaError(
+                f"the finite difference is mostly rounding at every alpha up to {_LARGEST_ALPHA:g}, and the exact form "
+                f"is no way out ({one_line(error)}): keep the whole model in float32"
+            ) from error
     while abs(_median(looks, "penalty_to_trace") - 1) > _CURVATURE and regularizer.alpha > _SMALLEST_ALPHA:
         smaller = looks_with(regularizer.alpha / 10)
         if _median(smaller, "rounding_share") > _ROUNDING:

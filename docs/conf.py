@@ -63,6 +63,7 @@ nitpick_ignore_regex = [
         r"flatminima\.(files|network|pages|palette|parallel|pictures|tables|progress|sampling|torch_compat)\..*",
     ),
     (r"py:.*", r"flatminima\.gramian\.(checks|parts\.Part|rules\.base)"),
+    (r"py:.*", r"flatminima\.measures\.hessian_products\.Hessian"),
     (r"py:.*", r"flatminima\.protocols\.ledger\.Minima"),
     (r"py:.*", r"(.*\.)?(Loss|PathName|Cost|Fisher|Measures|MeasureFunction|Inputs|Data|Labels|Closure)"),
 ]

@@ -85,3 +85,14 @@ def test_every_command_is_in_the_reference() -> None:
     from flatminima.cli.commands import COMMANDS
 
     assert set(re.findall(r"\{command-help\} (\S+)", REFERENCE)) == {"flatminima", *COMMANDS}
+
+
+def test_the_citation_names_the_version_and_the_changelog_has_it() -> None:
+    """The version stands in pyproject.toml; the files that must repeat it agree."""
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]  # type: ignore[index]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.search(rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)$", changelog, re.M)
+    assert released is not None
+    assert f"version: {version}\ndate-released: {released[1]}\n" in citation
+    assert changelog.index("## [Unreleased]") < released.start()

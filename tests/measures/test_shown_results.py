@@ -311,3 +311,11 @@ def test_notebooks_show_names_as_text() -> None:
     assert "&lt;i&gt;a&lt;/i&gt;" in page
     assert "<i>" not in page
     assert "<table>" in both["b"]._repr_html_()
+
+
+def test_estimates_without_an_error_are_equal_on_every_python() -> None:
+    single, none = fm.Estimate.of([1.5]), fm.Estimate.of([math.nan])
+    assert single == fm.Estimate.of([1.5])
+    assert hash(single) == hash(fm.Estimate.of([1.5]))
+    assert none == fm.Estimate.of([math.nan])
+    assert single not in (fm.Estimate.of([1.6]), none, 1.5)

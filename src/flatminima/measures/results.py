@@ -42,6 +42,12 @@ class Estimate:
     standard_error: float
     per_trial: tuple[float, ...]
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all is equal: ``math.nan`` to itself too, which data classes no longer have from Python 3.13 on."""
+        if not isinstance(other, Estimate):
+            return NotImplemented
+        return (self.mean, self.standard_error, self.per_trial) == (other.mean, other.standard_error, other.per_trial)
+
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
         """The estimate from one value per trial; NaN where all of them are."""

@@ -32,6 +32,7 @@ from flatminima.lab.experiments import (
 )
 from flatminima.lab.jobs import Executor, Failure
 from flatminima.lab.reports import failure_lines, line_of, progress_line, tables, watch, write_reports
+from flatminima.progress import ProgressBar, track
 
 REPORT_SECONDS = 120.0
 """How often the page is brought up to date while runs go on; it takes some seconds."""
@@ -95,15 +96,16 @@ class Study(abc.ABC):
             FlatminimaError: the data cannot be loaded.
         """
         used = {setting.spec.source for name in self.names for setting in self.experiment(name).settings}
-        for source in sorted(used):
+        for source in track(sorted(used), "reading data", progress):
             load_data(source)  # now, and not in every run: what is wrong is said once, and what is slow is done once
         failures: dict[str, str] = {}
         try:
             for name in self.names:
                 self._run(name, failures, progress, tell)
         finally:
-            summaries = [self.summary(name, failures) for name in self.names]
-            self.report(summaries)
+            with ProgressBar("writing the page", None, enabled=progress):
+                summaries = [self.summary(name, failures) for name in self.names]
+                self.report(summaries)
         return summaries
 
     def _run(self, name: str, failures: dict[str, str], progress: bool, tell: Callable[[str], None] | None) -> None:

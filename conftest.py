@@ -57,6 +57,14 @@ def process_state() -> Iterator[None]:
     assert after == before, "the test leaves another state of the process than it has found"
 
 
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on how long its work takes: lines of progress are for those that want them."""
+    from flatminima import progress
+
+    monkeypatch.setattr(progress, "LINE_SECONDS", (1e9, 1e9, 1e9))
+
+
 def _state() -> dict[str, Any]:
     """All that our calls change for a while; imported here, since conftest must set the number of threads first."""
     import torch

@@ -119,7 +119,7 @@ class Tracker:
             require_number("time_share", time_share)
             require(0 < time_share < 1, f"time_share must lie between 0 and 1, got {time_share}")
         self._data = data
-        self._options = MeasureOptions(trials=10, progress=False) if options is None else options
+        self._options = MeasureOptions(trials=10) if options is None else options
         self._every, self._time_share = every, time_share
         self._path = None if path is None else Path(path)
         self.epochs = read_epochs(self._path) if self._path is not None and self._path.exists() else []

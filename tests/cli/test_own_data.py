@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from flatminima import cli
+from flatminima import Comparison, cli
 from flatminima import measure as measure_in_python
 from support.command_line import MEASURE, error_of
 from support.own_data import class_folders, sentences, text_classifier, tokenizer_of_words, write_image, written
@@ -90,6 +90,17 @@ def test_checkpoints_are_compared_on_photos(here: Path, capsys: pytest.CaptureFi
     assert found["characterizations"]["a"]["num_samples"] == 24
     assert list(found["normalizations"]) == ["a", "1.pt"]
     assert "warning: 1.pt: the weights are" in err
+
+
+def test_a_page_a_figure_and_a_table_for_a_paper_come_with_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--report", "page.html", "--plot", "figures/parts.svg", "--table", "tables/minima.tex")
+    found, _ = said(capsys, "compare", "a=0.pt", "b=1.pt", *STRANGER, "--normalize", "none", *files)
+    assert "<svg" in Path("page.html").read_text()
+    assert "sensitivity" in Path("figures/parts.svg").read_text()
+    assert Path("tables/minima.tex").read_text() == Comparison.from_json(json.dumps(found)).to_latex()
+    compare = ["compare", "a=0.pt", "b=1.pt", *STRANGER]
+    assert "give it the suffix .tex or .md" in error_of(capsys, [*compare, "--table", "t.csv"])
+    assert "give it one of the suffixes ." in error_of(capsys, [*compare, "--plot", "parts"])
 
 
 def test_a_loader_of_ones_own_is_taken_as_it_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,10 +28,10 @@ from flatminima.cli.options import (
     Train,
     parse,
 )
-from flatminima.cli.output import Report, say, standard_output_kept_clean
+from flatminima.cli.output import Report, say, standard_output_kept_clean, starting
 from flatminima.cli.track import track
-from flatminima.errors import FlatminimaError, require_one_of
-from flatminima.files import require_writable
+from flatminima.errors import FlatminimaError, needing, require_one_of
+from flatminima.files import require_writable, write_file
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import RECIPES
 
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 def _demo(given: list[str]) -> tuple[bool, Report]:
     options = parse(Demo, given, prog="demo")
     with standard_output_kept_clean(options.output):
-        from flatminima.lab import demo
-        from flatminima.lab.experiments import json_of
-        from flatminima.lab.study import table
+        with starting():
+            from flatminima.lab import demo
+            from flatminima.lab.experiments import json_of
+            from flatminima.lab.study import table
 
         report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
         page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({report.seconds:.0f} s).")
@@ -69,8 +70,9 @@ def _train(given: list[str]) -> tuple[bool, Report]:
         [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
     )
     with standard_output_kept_clean(options.output):
-        from flatminima.lab.networks import resolve_device
-        from flatminima.lab.runs import RunFolder, train
+        with starting():
+            from flatminima.lab.networks import resolve_device
+            from flatminima.lab.runs import RunFolder, train
 
         folder = RunFolder.of(options.root, spec)
         before = folder.status
@@ -129,7 +131,8 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError(f"--model needs its training data too: add --data {_SOME_DATA}")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
     with standard_output_kept_clean(options.output):
-        from flatminima.lab.runs import load_network, measure_images, measure_run
+        with starting():
+            from flatminima.lab.runs import load_network, measure_images, measure_run
 
         prepared: dict[str, Preparations] = {}
         if foreign.model is None:
@@ -192,10 +195,10 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     prepared: dict[str, Preparations] = {}
     with standard_output_kept_clean(options.output):
-        if options.report is not None:
-            require_writable(options.report)  # now, not after all measuring
+        _require_places(options)  # now, not after all measuring
 
-        from flatminima.lab.runs import compare_loaded, compare_runs, load_networks
+        with starting():
+            from flatminima.lab.runs import compare_loaded, compare_runs, load_networks
 
         if options.data is None:
             comparison = compare_runs(paths, how, **where)
@@ -213,7 +216,30 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
 
         body["report"] = str(report(comparison, options.report))
         shown.append(Text(f"\n{options.report} shows it in pictures."))
+    if options.plot is not None:
+        from flatminima.pictures import write_picture
+
+        write_picture(comparison.plot().figure, options.plot)
+        shown.append(Text(f"\n{options.plot} shows γ̂'s parts."))
+    if options.table is not None:
+        is_latex = options.table.suffix == ".tex"
+        write_file(options.table, comparison.to_latex() if is_latex else comparison.to_markdown())
+        shown.append(Text(f"\n{options.table} has the table."))
     return options.output.json, Report(body, Group(*shown))
+
+
+def _require_places(options: Compare) -> None:
+    """Refuse files that could not be written."""
+    if options.report is not None:
+        require_writable(options.report)
+    if options.plot is not None:
+        with needing("plot", "a picture"):
+            from flatminima.pictures import require_picture
+        require_picture(options.plot)
+    if options.table is not None:
+        if options.table.suffix not in (".tex", ".md"):
+            raise FlatminimaError(f"cannot write the table {options.table}: give it the suffix .tex or .md")
+        require_writable(options.table)
 
 
 def _named(run: str) -> tuple[str, Path]:
@@ -227,10 +253,11 @@ def _named(run: str) -> tuple[str, Path]:
 def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
     with standard_output_kept_clean(options.output):
-        from flatminima.lab import reproduce
-        from flatminima.lab.experiments import EXPERIMENTS, json_of
-        from flatminima.lab.jobs import Executor, Local, Ray, WorkerPool, available_cores
-        from flatminima.lab.study import table
+        with starting():
+            from flatminima.lab import reproduce
+            from flatminima.lab.experiments import EXPERIMENTS, json_of
+            from flatminima.lab.jobs import Executor, Local, Ray, WorkerPool, available_cores
+            from flatminima.lab.study import table
 
         known = [*EXPERIMENTS, "all"]
         for name in options.experiments:

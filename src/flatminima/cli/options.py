@@ -41,7 +41,7 @@ class Output:
     json: Flag = False
     """Print one JSON object on standard output and nothing else."""
     no_progress: Flag = False
-    """Show no progress bars; otherwise they appear on a terminal, for what takes longer than two seconds."""
+    """Show no progress: on a terminal bars with the time left, for what takes longer than a second, else lines."""
     debug: Flag = False
     """Show where in the code an error comes from (as FLATMINIMA_DEBUG=1 does)."""
 
@@ -215,7 +215,7 @@ class Compare:
 
     Example: flatminima compare a.safetensors b.safetensors --model mypackage.nets:build --data cifar10
 
-    Example: flatminima compare runs/resnet20-* --per-parameter --report page.html
+    Example: flatminima compare runs/resnet20-* --report page.html --plot parts.pdf --table table.tex
     """
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
@@ -229,6 +229,10 @@ class Compare:
     reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
     report: Annotated[Path | None, arg(aliases=("-o",))] = None
     """Also write a page with pictures: which minimum, by how much, is that sure, how much of it is training loss."""
+    plot: Path | None = None
+    """Also draw γ̂'s parts for every minimum, into a file .pdf, .svg, .png and the like."""
+    table: Path | None = None
+    """Also write the table for a paper: .tex (booktabs) or .md."""
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""

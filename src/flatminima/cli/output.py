@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from flatminima.cli.options import PROGRAM, Output
 from flatminima.errors import one_line
 from flatminima.launch import rank_and_size
-from flatminima.progress import silent
+from flatminima.progress import ProgressBar, silent
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ def standard_output_kept_clean(output: Output) -> Iterator[None]:
     """What other code prints goes to standard error: standard output is the report's. And bars only if wanted."""
     with contextlib.redirect_stdout(sys.stderr), silent(output.no_progress):
         yield
+
+
+def starting() -> ProgressBar:
+    """A bar for what imports torch and all that stands on it, which may take many seconds."""
+    return ProgressBar("starting", None)
 
 
 def say(text: str, *, by_any: bool = False) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from flatminima.cli.options import NETWORKS, SOURCES, MeasuringOptions, Output, ReadingOptions, parse
-from flatminima.cli.output import Report, say, standard_output_kept_clean
+from flatminima.cli.output import Report, say, standard_output_kept_clean, starting
 from flatminima.errors import FlatminimaError, needing, require
 from flatminima.files import require_writable
 
@@ -60,9 +60,10 @@ def track(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("track needs the training data: add --data")
     require(options.test_data is not None or options.test_split is None, "--test-split goes with --test-data")
     with standard_output_kept_clean(options.output):
-        from flatminima.lab.data import open_data, open_test_data
-        from flatminima.lab.reports import tracked_table, write_tracked_picture
-        from flatminima.lab.runs import Subject, in_order, measure_checkpoints, said_order
+        with starting():
+            from flatminima.lab.data import open_data, open_test_data
+            from flatminima.lab.reports import tracked_table, write_tracked_picture
+            from flatminima.lab.runs import Subject, in_order, measure_checkpoints, said_order
 
         checkpoints = in_order(options.checkpoints)
         require_writable(options.out)

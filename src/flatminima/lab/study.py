@@ -35,6 +35,7 @@ from flatminima.lab.experiments import (
 )
 from flatminima.lab.jobs import Executor, Failure
 from flatminima.lab.reports import failure_lines, line_of, progress_line, tables, watch, write_json, write_reports
+from flatminima.progress import ProgressBar, track
 
 REPORT_SECONDS = 120.0
 """How often the page is brought up to date while runs go on; it takes some seconds. Its JSON has every run at once."""
@@ -103,7 +104,7 @@ class Study(abc.ABC):
             FlatminimaError: the data cannot be loaded.
         """
         left = [task for name in self.names for task in State.of(self.tasks(name), {}, self.archive).left]
-        for source in sorted({task.setting.spec.source for task in left}):
+        for source in track(sorted({task.setting.spec.source for task in left}), "reading data", progress):
             load_data(source)  # now, and not in every run: what is wrong is said once, and what is slow is done once
         failures: dict[str, str] = {}
         journal = _Journal(self, failures)
@@ -111,8 +112,9 @@ class Study(abc.ABC):
             for name in self.names:
                 self._run(name, failures, journal, progress, tell)
         finally:
-            summaries = [self.summary(name, failures) for name in self.names]
-            self.report(summaries)
+            with ProgressBar("writing the page", None, enabled=progress):
+                summaries = [self.summary(name, failures) for name in self.names]
+                self.report(summaries)
         return summaries
 
     def _run(

@@ -19,6 +19,7 @@ from flatminima.lab.experiments.experiment import Record, Task
 from flatminima.lab.networks import build_model, resolve_device
 from flatminima.lab.runs import FisherPenaltySpec, Measuring, RegularizerSpec, RunSpec, UnitResidualSpec
 from flatminima.measures import robustness_sample_count
+from flatminima.progress import track
 
 FORWARD = 1 / 3
 """A forward pass in forward-backwards: two products backward for each one forward."""
@@ -133,7 +134,7 @@ def prices(tasks: Sequence[Task], records: Sequence[Record]) -> dict[tuple[str, 
     by_kind = {kind(task): task.setting.spec for task in tasks}
     return {
         kind: sum(known) / len(known) if known else _seconds_per_image(*kind, by_kind[kind].source)
-        for kind, known in found.items()
+        for kind, known in track(found.items(), "timing updates", total=len(found))
     }
 
 

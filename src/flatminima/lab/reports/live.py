@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import rich.table
@@ -26,16 +27,12 @@ LOOK_SECONDS = 1.0
 def watch(
     ended: Iterable[tuple[int, Outcome]], total: int, runs: Sequence[Task], description: str, enabled: bool = True
 ) -> Iterator[tuple[int, Outcome]]:
-    """Yield what has ``ended``; on a terminal, show meanwhile how far each of the ``runs`` in progress is.
+    """Yield what has ``ended``; show meanwhile how far each of the ``runs`` in progress is.
 
-    An overall bar of ``total`` runs, and beneath it a line for every run in progress: epoch, loss, time left. On
-    standard error, once it has taken two seconds; gone at the end.
+    On a terminal, an overall bar of ``total`` runs, and beneath it a line for every run in progress: epoch, loss, time
+    left; on standard error, once it has taken a second; gone at the end. Elsewhere the same in a line now and then.
     """
-    console = progress.terminal(enabled)
-    if console is None:
-        yield from ended
-        return
-    view = _View(total, runs, description, console)
+    view = _View(total, runs, description, progress.terminal(enabled), enabled)
     try:
         for number, outcome in ended:
             view.end(failed=isinstance(outcome, Failure))
@@ -47,8 +44,11 @@ def watch(
 class _View:
     """Looks at the folders once a second, in a thread of its own."""
 
-    def __init__(self, total: int, runs: Sequence[Task], description: str, console: Console) -> None:
-        self._total, self._runs, self._console = total, runs, console
+    def __init__(
+        self, total: int, runs: Sequence[Task], description: str, console: Console | None, enabled: bool
+    ) -> None:
+        self._total, self._runs = total, runs
+        self._width = None if console is None else console.width
         # of processes that were killed, until something newer stands there
         self._stale = [run.folder.progress_written() for run in runs]
         self._ended = self._failed = 0
@@ -57,8 +57,11 @@ class _View:
         self._live = Live(console=console, transient=True, auto_refresh=False, get_renderable=self._table)
         self._overall = self._bars.add_task(description, total=total, status="", loss="")
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._look_on, daemon=True)
-        self._thread.start()
+        self._lines_of_text = progress.Lines(self._said, enabled)
+        self._thread = None
+        if console is not None:
+            self._thread = threading.Thread(target=self._look_on, daemon=True)
+            self._thread.start()
 
     def end(self, *, failed: bool) -> None:
         self._ended += 1
@@ -66,7 +69,9 @@ class _View:
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+        self._lines_of_text.close()
         if self._live.is_started:  # otherwise `stop` prints an empty line
             self._live.stop()
 
@@ -81,8 +86,18 @@ class _View:
     def _table(self) -> rich.table.Table:
         """As wide as the terminal, but for the ``^C`` that it may write after the last line."""
         table = self._bars.make_tasks_table(self._bars.tasks)
-        table.width = max(1, self._console.width - len(" ^C"))
+        table.width = None if self._width is None else max(1, self._width - len(" ^C"))
         return table
+
+    def _said(self) -> str:
+        """In words: how many runs have ended, how far the others are, the time left."""
+        self._look()
+        overall, *others = self._bars.tasks
+        left = overall.time_remaining
+        parts = [f"{overall.description}: {overall.fields['status']}"]
+        parts += [] if left is None else [f"{timedelta(seconds=int(left))} left"]
+        parts += [f"{each.description.strip()} {each.fields['status']}" for each in others]
+        return ", ".join(parts)
 
     def _look(self) -> None:
         begun = 0.0

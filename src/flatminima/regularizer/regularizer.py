@@ -339,7 +339,8 @@ class FisherTraceRegularizer:
             "fisher_trace": float(step.trace),
             "penalty": float(step.penalty),
             "beta": self._last_beta,
-            **shares._asdict(),
+            "penalty_to_gradient": shares.penalty_to_gradient,
+            "rounding_share": shares.rounding_share,
         }
         if step.grad_norm is not None:
             found |= {"grad_norm": float(step.grad_norm), "clip_rate": float(self._clipped_steps) / self.step}

@@ -234,6 +234,12 @@ def test_wrong_arguments_are_refused(data: tuple[Tensor, Tensor], options: dict[
         landscape(network(), data, progress=False, **options)
 
 
+def test_half_precision_has_no_eigenvectors(data: tuple[Tensor, Tensor]) -> None:
+    halves = data[0].bfloat16(), data[1]
+    with pytest.raises(UndefinedMeasureError, match=r"0.weight is torch.bfloat16, too coarse for second derivatives"):
+        landscape(network().to(torch.bfloat16), halves, directions="hessian", steps=3, progress=False)
+
+
 def test_a_network_with_nan_is_refused(data: tuple[Tensor, Tensor]) -> None:
     model = network()
     with torch.no_grad():

@@ -29,6 +29,12 @@ def build(num_classes, in_channels):
 def narrow(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3, num_classes))
 
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+def frozen():
+    return nn.Linear(64, 10).requires_grad_(False)
+
 def nothing():
     return None
 """
@@ -57,12 +63,18 @@ def test_it_is_trained_measured_and_known_again_by_its_code(tmp_path: Path, caps
     importlib.reload(sys.modules["networks_to_train"])
     with pytest.warns(ChangedCodeWarning, match="the code of model networks_to_train:build has changed"):
         load_run(folder)
+    assert cli.main([*TRAIN, "--model", "networks_to_train:build"]) == 0
+    said = capsys.readouterr().err
+    assert "has changed since" in said
+    assert "remove that folder to train it anew" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
         ("networks_to_train:narrow", "does not take images of shape (1, 8, 8)"),
+        ("networks_to_train:few", "has 3 outputs, but the data have 10 classes"),
+        ("networks_to_train:frozen", "it has no trainable parameters"),
         ("networks_to_train:nothing", "it returned NoneType, not a torch.nn.Module"),
         ("networks_to_train:bild", "has no function or class 'bild' (did you mean 'build'?)"),
         ("nowhere_to_be_found:build", "cannot import 'nowhere_to_be_found'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flatminima import Characterization, cli, measure
 from flatminima.cli.main import INTERRUPTED
 from flatminima.lab.runs import tracked as tracking_of_checkpoints
 from flatminima.lab.runs.measuring import measure_images
+from flatminima.sampling import draw_subsets
 from support.command_line import MEASURE, error_of
 from support.lazily import needs
 from support.own_data import class_folders, sentences, text_classifier, tokenizer_of_words, written
@@ -114,6 +116,27 @@ def test_what_is_kept_is_not_measured_again_but_other_weights_are(
     assert again["checkpoints"][1] == whole["checkpoints"][1]
 
 
+def test_data_that_changed_where_no_subset_is_and_other_code_are_measured_again(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unused = min(set(range(24)) - set(draw_subsets(24, 20, 1, 0)[0]))
+    relabelled = f"(torch.arange(24) + (torch.arange(24) == {unused})) % 2)"
+
+    def measured(module: str) -> dict[str, Any]:
+        Path("tracked_networks.py").write_text(module)
+        monkeypatch.delitem(sys.modules, "tracked_networks", raising=False)
+        assert cli.main(["track", "run/epoch-2.pt", *WHAT, *MEASURE, "--trials", "1", "--json"]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)["checkpoints"][0]["characterization"]
+        return found
+
+    first = measured(NETWORKS)
+    second = measured(NETWORKS.replace("torch.arange(24) % 2)", relabelled))
+    assert second["train_loss"] != first["train_loss"]
+    assert second["log_det_fisher"] == first["log_det_fisher"]
+    measured(NETWORKS.replace("def build():", "def build():  # other code, whose weights are the same"))
+    assert len(Path("tracked.jsonl").read_text().splitlines()) == 3
+
+
 def test_a_checkpoint_that_cannot_be_measured_is_left_out_with_a_line(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +210,10 @@ def test_a_guessed_normalization_is_that_of_the_runs_last_checkpoint(
     alone, _ = tracked(capsys, "run/photos-2.pt", *given)
     means = [row["preparation"]["mean"] for row in found["checkpoints"]]
     assert means == [alone["checkpoints"][0]["preparation"]["mean"]] * 2
+    assert err.count("does not say how its images were normalized") == 1
+    torch.save({name: tensor * torch.nan for name, tensor in model.state_dict().items()}, "run/photos-3.pt")
+    diverged, err = tracked(capsys, *(f"run/photos-{n}.pt" for n in (1, 2, 3)), *given, status=1)
+    assert [row["preparation"]["mean"] for row in diverged["checkpoints"]] == means
     assert err.count("does not say how its images were normalized") == 1
 
 

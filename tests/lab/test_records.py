@@ -15,13 +15,13 @@ import torch
 from flatminima import cli
 from flatminima.errors import FlatminimaError
 from flatminima.lab import study
-from flatminima.lab.experiments import Archive, Record, Summary, Task, json_of, presets, read_summaries
+from flatminima.lab.experiments import Archive, Record, Summary, Task, json_of, presets, read_summaries, write_winners
 from flatminima.lab.experiments.experiment import perform
 from flatminima.lab.experiments.paper import REGULARIZED
 from flatminima.lab.jobs import Local
 from flatminima.lab.reports import pages
 from flatminima.lab.reproduce import Reproduction
-from flatminima.lab.runs import Measuring
+from flatminima.lab.runs import Measuring, RegularizerSpec
 
 RESULTS = Path(__file__).parents[2] / "results"
 SCENARIO = "scenario-1"
@@ -198,6 +198,8 @@ def test_runs_are_taken_across_tables_and_search(tmp_path: Path, performed: list
     winner = float(search.chosen["MLP, digits"].split(",")[0].removeprefix("β="))
     assert one.specs[f"MLP, digits / {REGULARIZED}"]["regularizer"]["beta"] == winner
     assert {record.run for record in one.records} == {record.run for record in two.records}
+    write_winners(asked.folder, {"a network that the records have not": RegularizerSpec(beta=3)})
+    assert asked.summary("table-1").specs == one.specs
     assert all(record.indicators == {} for record in one.records)
     assert len(one.left) == 6
     assert reproduction(tmp_path / "third", "table-2", records=records).summary("table-2").left == ()

@@ -166,6 +166,11 @@ def test_where_neither_form_works_it_says_so() -> None:
         suggest(mlp(), lambda outputs, y: loss_fn(Once.apply(outputs), y), batches(dtype=torch.float32)[0])
 
 
+def test_alpha_is_at_least_its_smallest_and_a_round_number() -> None:
+    found = suggest(mlp().double(), lambda outputs, _: (1e3 * outputs).sin().mean(), batches())
+    assert found.alpha == 1e-6
+
+
 def test_alpha_is_smaller_where_the_loss_curves() -> None:
     found = suggest(mlp().double(), scaled(1e4), batches())
     assert found.alpha < 1e-4

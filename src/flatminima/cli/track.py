@@ -74,7 +74,9 @@ def track(given: list[str]) -> tuple[bool, Report]:
         say(f"the order: {said_order(checkpoints)}")
         reading = options.reading.plain()
         opened = open_data(options.data, reading)
-        test = None if options.test_data is None else open_test_data(options.test_data, reading, options.test_split)
+        test = None
+        if options.test_data is not None:
+            test = open_test_data(options.test_data, reading, options.test_split, classes=opened.classes)
         for each in (opened, test):
             if each is not None and each.about:
                 say(each.about)

@@ -110,7 +110,7 @@ class Reproduction(Study):
 
     def experiment(self, name: str) -> Experiment:
         """One of them, with what the search has chosen so far."""
-        chosen = read_winners(self.folder) or self._archived_winners
+        chosen = {**self._archived_winners, **read_winners(self.folder)}
         return build_experiment(name, self._preset, chosen=chosen, data=self.data, seeds=self.seeds)
 
     @functools.cached_property

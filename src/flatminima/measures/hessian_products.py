@@ -112,8 +112,13 @@ def hessian_of(surface: Surface, generator: torch.Generator) -> Iterator[Hessian
     """The Hessian of a mean loss, found to be symmetric by vectors that ``generator`` draws.
 
     Raises:
-        UndefinedMeasureError: for networks without a right second derivative, and for sharded ones.
+        UndefinedMeasureError: for networks without a right second derivative, for sharded ones, and for half precision.
     """
+    for name, parameter in surface.parameters.items():
+        if parameter.dtype not in _SYMMETRY:
+            raise UndefinedMeasureError(
+                f"parameter {name} is {parameter.dtype}, too coarse for second derivatives: pass a copy in float32"
+            )
     with eager_stance(), sdpa_kernel(SDPBackend.MATH):  # compiled calls and fused attention have no second derivative
         hessian = Hessian(surface)
         hessian.require_symmetry(generator)

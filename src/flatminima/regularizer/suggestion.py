@@ -33,7 +33,7 @@ PENALTY_TO_GRADIENT = 2.0
 """What β aims at by default. Chosen on seeds that the record of ``benchmarks/suggest.py`` leaves out."""
 
 _ALPHA = 1e-4  # the paper's, kept unless rounding or curvature speak against it
-_SMALLEST_ALPHA, _LARGEST_ALPHA = 1e-6, 1e-2
+_LARGER_ALPHAS, _SMALLER_ALPHAS = (1e-3, 1e-2), (1e-5, 1e-6)
 _ROUNDING = 0.1  # a rounding share beyond this asks for a larger α
 _CURVATURE = 0.1  # a penalty further from α · trace than this share of it asks for a smaller one
 
@@ -136,8 +136,8 @@ def suggest(
     norm, within 1 and 5. β makes the penalty's gradient ``penalty_to_gradient`` times the main one, so it follows the
     network, the data and α.
 
-    Nothing is trained, and the model, its ``.grad`` and all generators are left as they were. Give it the model as the
-    penalty will find it: in training mode, fresh from its initialization, or where ``start_step`` is.
+    Nothing is trained, and the model, its ``.grad`` and the global generators are left as they were. Give it the model
+    as the penalty will find it: in training mode, fresh from its initialization, or where ``start_step`` is.
     ``docs/how-to/does-it-work.md`` says how often the suggestion was right, and what to do from there.
 
     Args:
@@ -284,23 +284,26 @@ def _with_good_alpha(regularizer: FisherTraceRegularizer, loss_fn: LossFunction,
         return looks
 
     looks = looks_with(_ALPHA)
-    while _median(looks, "rounding_share") > _ROUNDING and regularizer.alpha < _LARGEST_ALPHA:
-        looks = looks_with(10 * regularizer.alpha)
+    for larger in _LARGER_ALPHAS:
+        if _median(looks, "rounding_share") > _ROUNDING:
+            looks = looks_with(larger)
     if _median(looks, "rounding_share") > _ROUNDING:
         regularizer.estimator = "hvp"
         try:
             return looks_with(_ALPHA)
         except FlatminimaError as error:
             raise FlatminimaError(
-                f"the finite difference is mostly rounding at every alpha up to {_LARGEST_ALPHA:g}, and the exact form "
-                f"is no way out ({one_line(error)}): keep the whole model in float32"
+                f"the finite difference is mostly rounding at every alpha up to {_LARGER_ALPHAS[-1]:g}, and the exact "
+                f"form is no way out ({one_line(error)}): keep the whole model in float32"
             ) from error
-    while abs(_median(looks, "penalty_to_trace") - 1) > _CURVATURE and regularizer.alpha > _SMALLEST_ALPHA:
-        smaller = looks_with(regularizer.alpha / 10)
-        if _median(smaller, "rounding_share") > _ROUNDING:
-            regularizer.alpha *= 10
+    for smaller in _SMALLER_ALPHAS if regularizer.alpha == _ALPHA else ():  # a larger one was needed against rounding
+        if abs(_median(looks, "penalty_to_trace") - 1) <= _CURVATURE:
             break
-        looks = smaller
+        before, found = regularizer.alpha, looks_with(smaller)
+        if _median(found, "rounding_share") > _ROUNDING:
+            regularizer.alpha = before
+            break
+        looks = found
     return looks
 
 

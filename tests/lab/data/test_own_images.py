@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError
-from flatminima.lab.data import ImageSet, Normalization, Pictures, load_data, open_data
+from flatminima.lab.data import ImageSet, Normalization, Pictures, load_data, open_data, open_test_data
 from flatminima.lab.reading import Reading
 from support.messages import one_line
 from support.own_data import class_folders, write_image
@@ -203,3 +203,11 @@ def test_a_source_that_is_nothing_is_one_line_that_says_what_there_is(tmp_path: 
     said = one_line(caught)
     for kind in ("digits, cifar10", "class folders", "hf:NAME", ".npz", "package.module:factory"):
         assert kind in said
+
+
+def test_test_data_of_other_classes_are_refused_as_their_numbers_mean_others(tmp_path: Path) -> None:
+    trained = open_data(str(class_folders(tmp_path / "train", classes=("ant", "bee", "cat"))))
+    there = str(class_folders(tmp_path / "test", classes=("ant", "cat")))
+    with pytest.raises(FlatminimaError, match=r"class 1 is cat, in the training data bee: give test data of the same"):
+        open_test_data(there, Reading(), classes=trained.classes)
+    assert open_test_data(there, Reading(), classes=("ant", "cat")).classes == ("ant", "cat")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flatminima.errors import FlatminimaError
 from flatminima.lab.runs import in_order, said_order
 
 
@@ -21,6 +22,7 @@ from flatminima.lab.runs import in_order, said_order
         ("a/resnet20-5.pt", "a", "number", 5),
         ("a/epoch-4/model.pt", "a", "epoch", 4),
         ("a/3/weights.pt", "a", "number", 3),
+        ("a/epoch-4/weights/model.pt", "a", "epoch", 4),
         ("17=a/best.pt", "a", "number", 17),
     ],
 )
@@ -33,6 +35,14 @@ def test_a_name_says_the_number_and_what_it_counts(
     path.mkdir() if name.endswith("/") else path.touch()
     (found,) = in_order([name])
     assert (found.path, found.run, found.unit, found.number) == (path, run, unit, number)
+
+
+def test_numbers_further_up_are_no_checkpoints_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("user2/run").mkdir(parents=True)
+    Path("user2/run/best.pt").touch()
+    with pytest.raises(FlatminimaError, match="no number in its name"):
+        in_order(["user2/run/best.pt"])
 
 
 def test_the_order_is_that_of_numbers_run_by_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

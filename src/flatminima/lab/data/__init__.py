@@ -2,6 +2,7 @@
 
 from flatminima.lab.data.augmentation import augment, confuse, hold_out
 from flatminima.lab.data.cache import Decoded
+from flatminima.lab.data.contents import digest_of_data
 from flatminima.lab.data.images import ImageSet
 from flatminima.lab.data.normalization import FROM_DATA, NORMALIZATIONS, Normalization
 from flatminima.lab.data.own import open_data, open_test_data
@@ -29,6 +30,7 @@ __all__ = [
     "augment",
     "confuse",
     "data_set",
+    "digest_of_data",
     "hold_out",
     "hub_data_set",
     "load_data",

@@ -117,6 +117,10 @@ class Pictures:
         """The images at ``indices`` as they lie there, grey or RGB: what networks' own transforms take."""
         return self._each(self._places(indices), lambda image: _converted(image, channels))
 
+    def encoded(self, indices: Sequence[int]) -> Sequence[bytes | Path | Image.Image]:
+        """The images at ``indices`` as their source has them."""
+        return self.source.encoded(self._places(indices))
+
     def subset(self, indices: Sequence[int] | Tensor) -> Pictures:
         """The images at ``indices``, in that order."""
         chosen = torch.as_tensor(indices)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError, did_you_mean, first_line, warn
+from flatminima.errors import FlatminimaError, did_you_mean, first_line, require, warn
 from flatminima.lab.data import ImageSet, OwnData, Pictures, Preparation, ReadySamples, Texts
 from flatminima.lab.errors import UnlikeClassesWarning
 from flatminima.lab.networks.checkpoints import load_weights
@@ -82,7 +82,8 @@ def new_network(source: str, images: ImageSet) -> nn.Module:
         images: what it is for.
 
     Raises:
-        FlatminimaError: There is no such network, the factory fails, or what it returns does not take the images.
+        FlatminimaError: There is no such network, the factory fails, or what it returns does not take the images or has
+            nothing to train.
     """
     if ":" not in source:
         return build_model(source, num_classes=images.num_classes, in_channels=images.channels)
@@ -91,6 +92,8 @@ def new_network(source: str, images: ImageSet) -> nn.Module:
     model = made_by_factory(source, "model", {"num_classes": images.num_classes, "in_channels": images.channels})
     if not isinstance(model, nn.Module):
         raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
+    trainable = any(parameter.requires_grad for parameter in model.parameters())
+    require(trainable, f"model {source}: it has no trainable parameters: let some require a gradient")
     _check_takes(model, images, source)
     return model
 

@@ -46,8 +46,8 @@ class Checkpoint:
 def in_order(given: Sequence[str]) -> list[Checkpoint]:
     """Checkpoints run by run, each run's by their numbers.
 
-    The number is the one in the last part of the path that has any: behind ``step`` or ``epoch``, or the last; of a
-    finished run's folder its epochs.
+    The number is the one in the last part of the path that has any behind ``step`` or ``epoch``; or else the last in
+    the name or its folder's, as numbers further up say something else; of a finished run's folder its epochs.
 
     Args:
         given: paths, or ``NUMBER=PATH`` where the name does not say it.
@@ -79,14 +79,14 @@ def _numbered(text: str) -> Checkpoint:
     path = _existing(text)
     if (path / "spec.json").is_file():
         return Checkpoint(path, str(path.parent), RunFolder(path).require_result().epochs, _EPOCHS)
-    for part in (path, *path.parents):
+    for height, part in enumerate((path, *path.parents)):
         name = part.name if part.is_dir() else part.stem
         trainer = _TRAINER.fullmatch(name)
         if trainer is not None:
             return Checkpoint(path, str(part.parent), int(trainer[1]), _STEPS)
         for unit, pattern in _COUNTS:
             match = pattern.search(name)
-            if match is not None:
+            if match is not None and (unit != _NUMBERS or height <= 1):
                 return Checkpoint(path, str(part.parent), int(match[1]), unit)
     raise FlatminimaError(f"{text}: no number in its name says when it was written: give it as NUMBER={text}")
 

@@ -209,7 +209,7 @@ def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
     del options["memory_gib"]
     if _FROM_INITIAL in {measure.name for measure in selection_of(how).measures}:
         options["initial"] = True  # what was measured before runs knew their initial weights is no answer
-    if sources := sources_of(how) | code_of_model(folder.read_spec()):
+    if sources := sources_of(how) | code_of_model(folder.read_spec().model):
         options["sources"] = sources
     if not how.per_parameter:
         del options["per_parameter"]  # as questions were before there was this one

@@ -273,7 +273,7 @@ class Session:
             "threads": torch.get_num_threads(),
         }
         found |= {"processes": self.processes.size} if self.processes.size > 1 else {}
-        return found | ({"compiled": True} if self.is_compiled else {}) | code_of_model(self.spec)
+        return found | ({"compiled": True} if self.is_compiled else {}) | code_of_model(self.spec.model)
 
     def _compiled(self) -> nn.Module:
         torch.compiler.reset()  # graphs of earlier runs count towards a limit, past which the network runs eagerly

@@ -11,9 +11,10 @@ from torch import nn
 from flatminima.errors import FlatminimaError, warn
 from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
 from flatminima.lab.errors import ChangedCodeWarning
-from flatminima.lab.networks import assign_weights, new_network
+from flatminima.lab.networks import MODEL_KINDS, assign_weights, new_network
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.own_measures import digest_of_module
+from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.spec import RunSpec, derived_seed
 from flatminima.lab.storage import bytes_of, digest_of
 from flatminima.lab.user_code import found_by_name
@@ -67,9 +68,15 @@ def initial_network(spec: RunSpec, images: ImageSet) -> nn.Module:
     return new_network(spec.model, images)
 
 
-def code_of_model(spec: RunSpec) -> dict[str, str]:
-    """A digest of the module that a user's own network is from, as an entry of a run's environment; none of ours."""
-    return {"model": digest_of_module(found_by_name(spec.model, "model"))[:12]} if ":" in spec.model else {}
+def code_of_model(model: str) -> dict[str, str]:
+    """A digest of the module that a user's own network is from, as an entry of a run's environment; of no other."""
+    own = ":" in model and model.partition(":")[0] not in MODEL_KINDS
+    return {"model": digest_of_module(found_by_name(model, "model"))[:12]} if own else {}
+
+
+def has_changed_code(spec: RunSpec, result: RunResult) -> bool:
+    """Whether the module that a user's own network is from is another than when it was trained."""
+    return code_of_model(spec.model).get("model") != result.environment.get("model")
 
 
 def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpec, nn.Module, ImageSet, ImageSet]:
@@ -92,7 +99,7 @@ def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpe
     if sets.digest() != result.data_digest:
         raise FlatminimaError(f"the data {spec.source!r} have changed since {folder.path} was trained; train it again")
     model = new_network(spec.model, sets.train)
-    if code_of_model(spec).get("model") != result.environment.get("model"):
+    if has_changed_code(spec, result):
         warn(f"the code of model {spec.model} has changed since {folder.path} was trained", ChangedCodeWarning)
     assign_weights(model, folder.read_checkpoint(), source=folder.checkpoint)
     return spec, model.eval(), sets.clean, sets.test

@@ -25,15 +25,17 @@ from flatminima.errors import (
     warn,
 )
 from flatminima.files import write_file
-from flatminima.lab.data import Normalization, OwnData, TrainingData
+from flatminima.lab.data import Normalization, OwnData, TrainingData, digest_of_data
 from flatminima.lab.errors import GuessedNormalizationWarning
 from flatminima.lab.networks import resolve_device
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs.checkpoints import Checkpoint
+from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring import measure_images
 from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_checkpoint
 from flatminima.lab.runs.own_measures import sources_of
+from flatminima.lab.runs.sets import code_of_model
 from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import bytes_of, digest_of, read_text
 from flatminima.measures import Characterization, evaluate
@@ -121,31 +123,50 @@ def measure_checkpoints(
         FlatminimaWarning: what loading and measuring warn of, once for all checkpoints.
     """
     file, found, said = _File(path), list[TrackedCheckpoint](), set[str]()
-    last = {checkpoint.run: checkpoint for checkpoint in checkpoints}
+    contents = _contents(subject)
     readings: dict[str, Reading] = {}
     with ProgressBar("checkpoints", len(checkpoints), enabled=progress, elapsed=True) as bar:
         for checkpoint in checkpoints:
             with _warning_once(checkpoint.path, said):
                 if checkpoint.run not in readings:
-                    readings[checkpoint.run] = _reading_of(last[checkpoint.run], subject)
+                    of_same = [each for each in checkpoints if each.run == checkpoint.run]
+                    readings[checkpoint.run] = _reading_of(of_same, subject)
                 of_run = dataclasses.replace(subject, reading=readings[checkpoint.run])
                 network = load_checkpoint(checkpoint.path, of_run.data, of_run.model, of_run.reading)
-                tracked = _tracked(checkpoint, network, subject.test, how, file, device, progress)
+                unchanged = contents | {"code": _code(checkpoint.path, subject.model)}
+                tracked = _tracked(checkpoint, network, subject.test, how, unchanged, file, device, progress)
             found += [] if tracked is None else [tracked]
             bar.advance()
     return found
 
 
-def _reading_of(last: Checkpoint, subject: Subject) -> Reading:
-    """How a run's checkpoints read their data: where that is a guess, the one at its last."""
-    with recorded_warnings() as recorded:
-        preparation = load_checkpoint(last.path, subject.data, subject.model, subject.reading).preparation
-    guesses = [warning for warning in recorded if isinstance(warning, GuessedNormalizationWarning)]
-    for guess in guesses:
-        warn(str(guess), GuessedNormalizationWarning)
-    if guesses and isinstance(preparation, Normalization):
-        return dataclasses.replace(subject.reading, normalize=preparation.as_text())
+def _reading_of(checkpoints: Sequence[Checkpoint], subject: Subject) -> Reading:
+    """How a run's checkpoints read their data: where that is a guess, the one at the last whose weights are finite."""
+    for last in reversed(checkpoints):
+        with recorded_warnings() as recorded:
+            network = load_checkpoint(last.path, subject.data, subject.model, subject.reading)
+        if not all(bool(parameter.isfinite().all()) for parameter in network.model.parameters()):
+            continue
+        guesses = [warning for warning in recorded if isinstance(warning, GuessedNormalizationWarning)]
+        for guess in guesses:
+            warn(str(guess), GuessedNormalizationWarning)
+        if guesses and isinstance(network.preparation, Normalization):
+            return dataclasses.replace(subject.reading, normalize=network.preparation.as_text())
+        break
     return subject.reading
+
+
+def _contents(subject: Subject) -> dict[str, Any]:
+    """Digests of all data, as the training loss and the test error are over all of them."""
+    sets = {"data": subject.data} | ({} if subject.test is None else {"test": subject.test})
+    return {"contents": {name: digest_of_data(data) for name, data in sets.items()}}
+
+
+def _code(path: Path, model: str | None) -> dict[str, str]:
+    """A digest of the module that a user's own network is from: the weights do not say what is done with them."""
+    folder = RunFolder(path)
+    source = folder.read_spec().model if path.is_dir() and not folder.is_empty else model
+    return {} if source is None else code_of_model(source)
 
 
 def _tracked(
@@ -153,13 +174,14 @@ def _tracked(
     network: LoadedNetwork,
     test: OwnData | None,
     how: Measuring,
+    unchanged: dict[str, Any],
     file: _File,
     device: str,
     progress: bool,
 ) -> TrackedCheckpoint | None:
     """One checkpoint's measures: from the file, or taken now and kept there; None with a warning if there are none."""
     tested = None if test is None else network.prepared(test)
-    asked = _question(network, tested, how, device)
+    asked = unchanged | _question(network, tested, how, device)
     line = file.answer(asked)
     if line is None:
         try:
@@ -183,7 +205,7 @@ def _tested(network: LoadedNetwork, tested: TrainingData) -> dict[str, float]:
 
 
 def _question(network: LoadedNetwork, tested: TrainingData | None, how: Measuring, device: str) -> dict[str, Any]:
-    """What must be equal for kept measures to be the answer."""
+    """What must be equal for kept measures to be the answer, beside the data's contents and the code."""
     first = draw_subsets(len(network.data), how.subset_size, 1, how.seed)[0]
     sets: dict[str, tuple[Samples, list[int]]] = {"data": (network.data, first)}
     if tested is not None:

@@ -19,6 +19,7 @@ import torch
 from flatminima.errors import FlatminimaError, NonFiniteError, warn
 from flatminima.lab.data import Normalization
 from flatminima.lab.errors import (
+    ChangedCodeWarning,
     DamagedFileError,
     DamagedRunWarning,
     ResumedElsewhereWarning,
@@ -31,7 +32,7 @@ from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.interrupts import Breaks, deferred_interrupt
 from flatminima.lab.runs.records import CheckpointNote, ResumePoint, RunProgress, RunResult
 from flatminima.lab.runs.session import Session, processes_of
-from flatminima.lab.runs.sets import TrainingSets, load_sets
+from flatminima.lab.runs.sets import TrainingSets, has_changed_code, load_sets
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec
 from flatminima.lab.runs.ways import name_of
 from flatminima.network import float32_products
@@ -98,6 +99,7 @@ def train(
 
     Warns:
         DamagedRunWarning: A file of the folder was damaged, so the run starts over.
+        ChangedCodeWarning: The run is finished, and the module that a user's own network is from has changed since.
         ResumedElsewhereWarning: The run began with other versions, threads or processes, on another device, or
             compiled and goes on uncompiled, or the other way round.
     """
@@ -107,6 +109,12 @@ def train(
     with contextlib.ExitStack() as held:
         found = processes.first(lambda: _open(folder, spec, wait, held))
         if isinstance(found, RunResult):
+            if has_changed_code(spec, found):
+                warn(
+                    f"the code of model {spec.model} has changed since {folder.path}, whose result this is, was "
+                    "trained: remove that folder to train it anew",
+                    ChangedCodeWarning,
+                )
             return found
         with silent(not progress):
             sets = _load(spec, cache_dir, processes)

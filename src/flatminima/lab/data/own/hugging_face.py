@@ -69,7 +69,7 @@ def open_hugging_face(source: str, reading: Reading) -> Opened:
     if _is_image(rows.features[inputs[0]]):
         labels, classes, about = _labels(rows, reading, where)
         pictures = Pictures.of(_Rows(rows, inputs[0], where), labels, classes, reading)
-        return Opened(pictures, said.format("images", about))
+        return Opened(pictures, said.format("images", about), _names(rows, reading, where))
     columns = rows.select_columns(list(inputs))
 
     def texts(places: Sequence[int]) -> tuple[list[str], ...]:
@@ -88,7 +88,8 @@ def open_hugging_face(source: str, reading: Reading) -> Opened:
         if reading.label_column is not None:
             raise
         return Opened(Texts(where, texts, places, None, None, str(error)), said.format("texts", "no labels"))
-    return Opened(Texts(where, texts, places, labels[places], classes), said.format("texts", about))
+    of_texts = Texts(where, texts, places, labels[places], classes)
+    return Opened(of_texts, said.format("texts", about), _names(rows, reading, where))
 
 
 def _with_text(texts: Callable[[Sequence[int]], tuple[list[str], ...]], count: int) -> Tensor:
@@ -112,6 +113,11 @@ def _labels(rows: Any, reading: Reading, where: str) -> tuple[Tensor, int, str]:
     labels = labels_of(np.asarray(values), f"{where}: labels in column {name!r}")
     classes = classes_of(labels, getattr(rows.features[name], "num_classes", None), where)
     return labels, classes, f"labels from {name!r} ({classes} classes)"
+
+
+def _names(rows: Any, reading: Reading, where: str) -> tuple[str, ...]:
+    """Of the classes, where the labels declare them."""
+    return tuple(getattr(rows.features[_label_column(rows, reading, where)], "names", None) or ())
 
 
 def _load(name: str, source: str) -> Any:

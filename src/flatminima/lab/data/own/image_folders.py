@@ -70,6 +70,7 @@ def open_image_folder(source: str, reading: Reading) -> Opened:
         pictures,
         f"{where}: {len(files)} {kind} images from the class folders as labels, {len(classes)} classes, numbered in "
         f"this order: {names}",
+        tuple(each.name for each in classes),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import torch
@@ -61,24 +62,34 @@ def open_data(source: str, reading: Reading | None = None) -> Opened:
     return dataclasses.replace(opened, data=_drawn(data, source, reading.train_size))
 
 
-def open_test_data(source: str, reading: Reading, split: str | None = None) -> Opened:
+def open_test_data(source: str, reading: Reading, split: str | None = None, *, classes: tuple[str, ...] = ()) -> Opened:
     """Data to test a network on, read as its training data are, all of them.
 
     Args:
         source: As for :func:`open_data`.
         reading: Of the training data; its ``split`` and ``train_size`` are not looked at.
         split: The part (None: ``test`` where there are parts, else all).
+        classes: Names of the training data's, in their order, where they have names.
 
     Raises:
-        FlatminimaError: As :func:`open_data` does.
+        FlatminimaError: As :func:`open_data` does, or these have other classes, or theirs in another order: the numbers
+            would mean others.
     """
     whole = dataclasses.replace(reading, train_size=None, split="train")
     try:
-        return open_data(source, dataclasses.replace(whole, split=split or "test"))
+        opened = open_data(source, dataclasses.replace(whole, split=split or "test"))
     except NoPartsError:
         if split is not None:
             raise
-        return open_data(source, whole)
+        opened = open_data(source, whole)
+    if classes and opened.classes:
+        for number, (trained, tested) in enumerate(itertools.zip_longest(classes, opened.classes)):
+            require(
+                trained == tested,
+                f"test data {source}: class {number} is {tested or 'missing'}, in the training data "
+                f"{trained or 'missing'}: give test data of the same classes, in the same order",
+            )
+    return opened
 
 
 def _beside(source: str) -> list[str]:

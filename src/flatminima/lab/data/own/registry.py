@@ -22,6 +22,8 @@ class Opened:
     data: OwnData
     about: str | None = None
     """One line; None where nothing was guessed."""
+    classes: tuple[str, ...] = ()
+    """Their names in the order of their numbers, where they have names."""
 
 
 Opener = Callable[[str, Reading], Opened]

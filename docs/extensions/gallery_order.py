@@ -9,6 +9,8 @@ ORDER = (
     "train_with_lightning.py",
     "train_with_transformers.py",
     "train_with_accelerate.py",
+    "follow_a_training.py",
+    "look_around_minima.py",
     "measure_adapters.py",
     "write_your_own_measure.py",
     "write_a_rule.py",

@@ -41,6 +41,21 @@ def test_all_ways_of_training_under_label_noise_run() -> None:
     assert {arm: len(errors) for arm, errors in found["errors"].items()} == dict.fromkeys(found["arms"], 2)
 
 
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
+def test_a_followed_training_has_its_parts_every_other_epoch() -> None:
+    found = run_example("follow_a_training", EPOCHS=4)
+    assert [epoch.epoch for epoch in found["tracker"].epochs] == [2, 4]
+    assert all({"residual", "sensitivity", "diversity"} <= set(epoch.measures) for epoch in found["tracker"].epochs)
+
+
+def test_the_line_between_two_minima_ends_at_their_losses() -> None:
+    found = run_example("look_around_minima", EPOCHS=4, STEPS=3)
+    inputs, targets = found["train_set"]
+    ends = [found["nn"].functional.cross_entropy(found[name](inputs), targets).item() for name in ("small", "large")]
+    assert [float(found["between"].losses[place]) for place in (5, 15)] == pytest.approx(ends, rel=1e-5)
+    assert found["steepest"].eigenvalues[0] > 0
+
+
 @pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
 def test_own_measures_stand_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_example("write_your_own_measure", EPOCHS=5, TRIALS=2)

@@ -16,10 +16,11 @@ PICTURES = {"light": ("#1a1a1b", "#fefefe"), "dark": ("#e6e9ee", "#15181d")}
 """Ink and paper."""
 
 EXPERIMENTS = {
-    "I, random labels (digits, matched fit)": ("digits-matched", "scenario-1"),
-    "I, random labels (CIFAR-10)": ("small", "scenario-1"),
-    "II, augmentation (CIFAR-10, fresh seeds)": ("small-fresh", "scenario-2"),
-    "III, batch size (CIFAR-10)": ("small", "scenario-3"),
+    "I, random labels": ("small-fresh", "scenario-1"),
+    "II, augmentation": ("small-fresh", "scenario-2"),
+    "III, batch size": ("small-fresh", "scenario-3"),
+    "I, random labels (matched fit)": ("small-matched", "scenario-1"),
+    "II, augmentation (matched fit)": ("small-matched", "scenario-2"),
 }
 """Of the picture and of the table: a folder of results, and one of its experiments."""
 
@@ -27,6 +28,7 @@ MEASURES = (
     "log_det_fisher",
     "log_det_unit_fisher",
     "sensitivity",
+    "diversity",
     "spectral_radius",
     "fisher_trace",
     "robustness",
@@ -112,7 +114,7 @@ def draw(path: Path, ink: str, paper: str) -> None:
                 if tau is None or not tau.defined:
                     panel.text(0, row, "not measured", ha="center", va="center", fontsize=7)
                     continue
-                own = name in ("log_det_fisher", "log_det_unit_fisher", "sensitivity")
+                own = name in ("log_det_fisher", "log_det_unit_fisher", "sensitivity", "diversity")
                 panel.plot([tau.low, tau.high], [row, row], color=ink, lw=1.2)
                 panel.plot(tau.tau, row, "o" if own else "s", color=ink, mfc=ink if own else paper, ms=5)
             panel.axvline(0, color=ink, lw=0.6, ls=":")

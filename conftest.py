@@ -57,12 +57,14 @@ def process_state() -> Iterator[None]:
     assert after == before, "the test leaves another state of the process than it has found"
 
 
-@pytest.fixture(autouse=True)
-def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on how long its work takes: lines of progress are for those that want them."""
+@pytest.fixture(autouse=True, scope="session")
+def no_lines_of_progress() -> Iterator[None]:
+    """No test, nor what a module's tests share, depends on how long its work takes."""
     from flatminima import progress
 
-    monkeypatch.setattr(progress, "LINE_SECONDS", (1e9, 1e9, 1e9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "LINE_SECONDS", (1e9, 1e9, 1e9))
+        yield
 
 
 def _state() -> dict[str, Any]:

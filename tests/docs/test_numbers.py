@@ -30,7 +30,7 @@ def test_a_table_that_has_lost_its_place_is_missed(made: ModuleType) -> None:
 
 def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: ModuleType) -> None:
     """What is said of measures in words has its number in a record: Kendall's τ, or a partial one."""
-    said = set(re.findall(r"(−?\d\.\d\d) \[(−?\d\.\d\d), (−?\d\.\d\d)\]", README.split("<!-- /rankings -->")[1]))
+    said = set(re.findall(r"(−?\d\.\d\d)\s\[(−?\d\.\d\d), (−?\d\.\d\d)\]", README.split("<!-- /rankings -->")[1]))
     known = set(re.findall(r"(-?\d\.\d\d) \[(-?\d\.\d\d), (-?\d\.\d\d)\]", made.rankings()))
     pages = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "results").glob("*/*.md")))
     known |= set(re.findall(r"[+]?(-?\d\.\d\d) \\\[(-?\d\.\d\d), (-?\d\.\d\d)\\\]", pages))

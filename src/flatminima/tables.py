@@ -65,9 +65,11 @@ def _rounded_together(value: float, error: float, sign: str) -> tuple[str, str, 
     """Value, error, and the power of ten that both are to be multiplied by; without an error the value alone."""
     if not (math.isfinite(error) and error > 0):
         return f"{value:{sign}.{CERTAIN_DIGITS}g}", "", ""
-    power = _power_of_ten(max(abs(value), error))
+    error = float(f"{error:.{UNCERTAIN_DIGITS - 1}e}")
+    last = _power_of_ten(error) - (UNCERTAIN_DIGITS - 1)
+    power = _power_of_ten(max(abs(round(value, -last)), error))  # as shown: 9.998 ± 0.55 is 10.00 ± 0.55
     scale = 0 if power in _PLAIN_EXPONENTS else power
-    places = UNCERTAIN_DIGITS - 1 + scale - _power_of_ten(float(f"{error:.{UNCERTAIN_DIGITS - 1}e}"))
+    places = scale - last
     mean, deviation = (_ending_at(number / 10.0**scale, places, form) for number, form in ((value, sign), (error, "")))
     return mean, deviation, f"e{scale:+03d}" if scale else ""
 

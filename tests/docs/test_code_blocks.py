@@ -150,6 +150,12 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert [link for link in LINK.findall(text) if not (path.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=names_of)
+def test_every_block_names_its_language(path: Path) -> None:
+    fences = re.findall(r"^ *```(.*)$", path.read_text(encoding="utf-8"), re.M)
+    assert "" not in fences[::2], "a block without a language is not tested"
+
+
 def test_a_block_that_is_not_run_says_why(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(
         "<!-- not run: needs a cluster -->\n```python\n1 / 0\n```\n\n```python\nx = 1\n```\n"

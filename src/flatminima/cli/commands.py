@@ -28,9 +28,9 @@ from flatminima.cli.options import (
     Train,
     parse,
 )
-from flatminima.cli.output import Report, say, standard_output_kept_clean, starting
+from flatminima.cli.output import Report, require_place_of_picture, say, standard_output_kept_clean, starting
 from flatminima.cli.track import track
-from flatminima.errors import FlatminimaError, needing, require_one_of
+from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.files import require_writable, write_file
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import RECIPES
@@ -233,9 +233,7 @@ def _require_places(options: Compare) -> None:
     if options.report is not None:
         require_writable(options.report)
     if options.plot is not None:
-        with needing("plot", "a picture"):
-            from flatminima.pictures import require_picture
-        require_picture(options.plot)
+        require_place_of_picture(options.plot)
     if options.table is not None:
         if options.table.suffix not in (".tex", ".md"):
             raise FlatminimaError(f"cannot write the table {options.table}: give it the suffix .tex or .md")

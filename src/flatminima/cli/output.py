@@ -6,12 +6,13 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
 
 from flatminima.cli.options import PROGRAM, Output
-from flatminima.errors import one_line
+from flatminima.errors import needing, one_line
 from flatminima.launch import rank_and_size
 from flatminima.progress import ProgressBar, silent
 
@@ -31,6 +32,13 @@ def standard_output_kept_clean(output: Output) -> Iterator[None]:
     """What other code prints goes to standard error: standard output is the report's. And bars only if wanted."""
     with contextlib.redirect_stdout(sys.stderr), silent(output.no_progress):
         yield
+
+
+def require_place_of_picture(path: Path) -> None:
+    """Refuse a picture that could not be drawn or written, before the work that it shows."""
+    with needing("plot", "a picture"):
+        from flatminima.pictures import require_picture
+    require_picture(path)
 
 
 def starting() -> ProgressBar:

@@ -12,8 +12,8 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from flatminima.cli.options import NETWORKS, SOURCES, MeasuringOptions, Output, ReadingOptions, parse
-from flatminima.cli.output import Report, say, standard_output_kept_clean, starting
-from flatminima.errors import FlatminimaError, needing, require
+from flatminima.cli.output import Report, require_place_of_picture, say, standard_output_kept_clean, starting
+from flatminima.errors import FlatminimaError, require
 from flatminima.files import require_writable
 
 TRIALS = 10
@@ -68,9 +68,7 @@ def track(given: list[str]) -> tuple[bool, Report]:
         checkpoints = in_order(options.checkpoints)
         require_writable(options.out)
         if options.plot is not None:
-            with needing("plot", "a picture"):
-                from flatminima.pictures import require_picture
-            require_picture(options.plot)
+            require_place_of_picture(options.plot)
         say(f"the order: {said_order(checkpoints)}")
         reading = options.reading.plain()
         opened = open_data(options.data, reading)

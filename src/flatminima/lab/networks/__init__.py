@@ -10,7 +10,7 @@ from flatminima.lab.networks.foreign import (
     open_network,
     resolve_device,
 )
-from flatminima.lab.networks.kinds import MODEL_KINDS, ModelKind
+from flatminima.lab.networks.kinds import MODEL_KINDS, ModelKind, is_factory
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model, network
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "build_model",
     "hugging_face",
     "inputs_of",
+    "is_factory",
     "is_model_source",
     "load_weights",
     "network",

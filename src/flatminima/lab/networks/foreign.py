@@ -13,7 +13,7 @@ from flatminima.errors import FlatminimaError, did_you_mean, first_line, require
 from flatminima.lab.data import ImageSet, OwnData, Pictures, Preparation, ReadySamples, Texts
 from flatminima.lab.errors import UnlikeClassesWarning
 from flatminima.lab.networks.checkpoints import load_weights
-from flatminima.lab.networks.kinds import MODEL_KINDS
+from flatminima.lab.networks.kinds import MODEL_KINDS, kind_of
 from flatminima.lab.networks.paper import MODEL_NAMES, build_model
 from flatminima.lab.reading import Reading
 from flatminima.lab.user_code import made_by_factory, others_errors
@@ -57,13 +57,11 @@ def open_network(source: str, checkpoint: Path | None, data: OwnData, reading: R
     Warns:
         UnlikeClassesWarning: The network has more outputs than the data have classes.
     """
-    prefix, _, name = source.partition(":")
-    kind = MODEL_KINDS.get(prefix) if ":" in source else None
+    kind = kind_of(source)
     if kind is None and isinstance(data, Texts):
         raise _no_tokenizer(source, data)  # before its checkpoint is found not to fit the texts' classes
-    model = _built(source, checkpoint, data) if kind is None else kind.build(name, data, checkpoint is None)
-    if not isinstance(model, nn.Module):
-        raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
+    made = _built(source, checkpoint, data) if kind is None else kind.build(_name_in(source), data, checkpoint is None)
+    model = _as_module(made, source)
     if checkpoint is not None:
         with others_errors(f"model {source}: loading its checkpoint failed"):
             load_weights(model, checkpoint)
@@ -87,11 +85,10 @@ def new_network(source: str, images: ImageSet) -> nn.Module:
     """
     if ":" not in source:
         return build_model(source, num_classes=images.num_classes, in_channels=images.channels)
-    if source.partition(":")[0] in MODEL_KINDS:
+    if kind_of(source) is not None:
         raise FlatminimaError(f"model {source} is for measuring: to train it, return it from package.module:factory")
-    model = made_by_factory(source, "model", {"num_classes": images.num_classes, "in_channels": images.channels})
-    if not isinstance(model, nn.Module):
-        raise FlatminimaError(f"model {source}: it returned {type(model).__name__}, not a torch.nn.Module")
+    given = {"num_classes": images.num_classes, "in_channels": images.channels}
+    model = _as_module(made_by_factory(source, "model", given), source)
     trainable = any(parameter.requires_grad for parameter in model.parameters())
     require(trainable, f"model {source}: it has no trainable parameters: let some require a gradient")
     _check_takes(model, images, source)
@@ -106,9 +103,8 @@ def inputs_of(
     Raises:
         FlatminimaError: Texts, for a network without a tokenizer, and whatever its transforms refuse.
     """
-    prefix, _, name = source.partition(":")
-    kind = MODEL_KINDS.get(prefix) if ":" in source else None
-    own = None if kind is None else kind.prepare(name, model, data, reading or Reading())
+    kind = kind_of(source)
+    own = None if kind is None else kind.prepare(_name_in(source), model, data, reading or Reading())
     return own if own is not None else _as_they_are(source, data)
 
 
@@ -127,6 +123,16 @@ def resolve_device(name: str) -> torch.device:
     except Exception as error:
         raise FlatminimaError(f"device {name!r} cannot be used here ({first_line(error)}): choose another") from error
     return device
+
+
+def _name_in(source: str) -> str:
+    return source.partition(":")[2]
+
+
+def _as_module(made: Any, source: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise FlatminimaError(f"model {source}: it returned {type(made).__name__}, not a torch.nn.Module")
+    return made
 
 
 def _built(source: str, checkpoint: Path | None, data: OwnData) -> Any:

@@ -31,3 +31,14 @@ class ModelKind:
 
 MODEL_KINDS: dict[str, ModelKind] = {}
 """By prefix."""
+
+
+def kind_of(source: str) -> ModelKind | None:
+    """What a source with a prefix is; None for a factory, and for one of our networks."""
+    prefix, colon, _ = source.partition(":")
+    return MODEL_KINDS.get(prefix) if colon else None
+
+
+def is_factory(source: str) -> bool:
+    """Whether a source is ``package.module:factory``."""
+    return ":" in source and kind_of(source) is None

@@ -203,23 +203,37 @@ def compare_loaded(
     return comparison_of(measured)
 
 
-def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
-    """What must be equal for kept measures to be the answer."""
+def question(how: Measuring, device: str, weights: str, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What must be equal for kept measures of a network to be the answer.
+
+    Args:
+        how: how it is measured.
+        device: where.
+        weights: a digest of the network.
+        sources: digests of the user's own modules that take part, by what they are for.
+    """
     options = dataclasses.asdict(how)
     del options["memory_gib"]
-    if _FROM_INITIAL in {measure.name for measure in selection_of(how).measures}:
-        options["initial"] = True  # what was measured before runs knew their initial weights is no answer
-    if sources := sources_of(how) | code_of_model(folder.read_spec().model):
-        options["sources"] = sources
+    if sources:
+        options["sources"] = dict(sources)
     if not how.per_parameter:
         del options["per_parameter"]  # as questions were before there was this one
     return {
         **options,
         "measures": list(how.measures),  # as JSON has it
         "device": resolve_device(device).type,
-        "weights": digest_of(folder.checkpoint.read_bytes()),
+        "weights": weights,
         "flatminima": importlib.metadata.version("flatminima"),
     }
+
+
+def _question(folder: RunFolder, how: Measuring, device: str) -> dict[str, Any]:
+    """Of a run."""
+    sources = sources_of(how) | code_of_model(folder.read_spec().model)
+    asked = question(how, device, digest_of(folder.checkpoint.read_bytes()), sources)
+    if _FROM_INITIAL in {measure.name for measure in selection_of(how).measures}:
+        asked["initial"] = True  # what was measured before runs knew their initial weights is no answer
+    return asked
 
 
 def _answer(folder: RunFolder, asked: dict[str, Any]) -> KeptMeasures | None:

@@ -11,7 +11,7 @@ from torch import nn
 from flatminima.errors import FlatminimaError, warn
 from flatminima.lab.data import ImageSet, confuse, hold_out, load_data
 from flatminima.lab.errors import ChangedCodeWarning
-from flatminima.lab.networks import MODEL_KINDS, assign_weights, new_network
+from flatminima.lab.networks import assign_weights, is_factory, new_network
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.own_measures import digest_of_module
 from flatminima.lab.runs.records import RunResult
@@ -70,8 +70,7 @@ def initial_network(spec: RunSpec, images: ImageSet) -> nn.Module:
 
 def code_of_model(model: str) -> dict[str, str]:
     """A digest of the module that a user's own network is from, as an entry of a run's environment; of no other."""
-    own = ":" in model and model.partition(":")[0] not in MODEL_KINDS
-    return {"model": digest_of_module(found_by_name(model, "model"))[:12]} if own else {}
+    return {"model": digest_of_module(found_by_name(model, "model"))[:12]} if is_factory(model) else {}
 
 
 def has_changed_code(spec: RunSpec, result: RunResult) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -27,11 +26,10 @@ from flatminima.errors import (
 from flatminima.files import write_file
 from flatminima.lab.data import Normalization, OwnData, TrainingData, digest_of_data
 from flatminima.lab.errors import GuessedNormalizationWarning
-from flatminima.lab.networks import resolve_device
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs.checkpoints import Checkpoint
 from flatminima.lab.runs.folder import RunFolder
-from flatminima.lab.runs.measuring import measure_images
+from flatminima.lab.runs.measuring import measure_images, question
 from flatminima.lab.runs.measuring_options import Measuring
 from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_checkpoint
 from flatminima.lab.runs.own_measures import sources_of
@@ -42,8 +40,6 @@ from flatminima.measures import Characterization, evaluate
 from flatminima.network import Samples, tensors_of
 from flatminima.progress import ProgressBar
 from flatminima.sampling import draw_subsets
-
-_TESTED = 100  # samples that tell one test set from another
 
 
 @plain_dataclass(frozen=True)
@@ -207,29 +203,17 @@ def _tested(network: LoadedNetwork, tested: TrainingData) -> dict[str, float]:
 def _question(network: LoadedNetwork, tested: TrainingData | None, how: Measuring, device: str) -> dict[str, Any]:
     """What must be equal for kept measures to be the answer, beside the data's contents and the code."""
     first = draw_subsets(len(network.data), how.subset_size, 1, how.seed)[0]
-    sets: dict[str, tuple[Samples, list[int]]] = {"data": (network.data, first)}
-    if tested is not None:
-        sets["test"] = (tested, list(range(min(len(tested), _TESTED))))
-    digests = {name: _digest_of(samples, indices) for name, (samples, indices) in sets.items()}
+    prepared = _digest_of(network.data, first)
     require(
-        tested is None or len(tested) != len(network.data) or _digest_of(tested, first) != digests["data"],
+        tested is None or len(tested) != len(network.data) or _digest_of(tested, first) != prepared,
         "the test data are the training data: name others, or the part to test on",
     )
     weights = network.model.state_dict()
-    options = dataclasses.asdict(how)
-    del options["memory_gib"]
-    return {
-        **options,
-        "measures": list(how.measures),  # as JSON has it
-        **digests,
-        "sources": sources_of(how),
-        "weights": digest_of(
-            repr(network.model).encode(),
-            *(part for name, tensor in weights.items() for part in (name.encode(), bytes_of(tensor))),
-        ),
-        "device": resolve_device(device).type,
-        "flatminima": importlib.metadata.version("flatminima"),
-    }
+    digest = digest_of(
+        repr(network.model).encode(),
+        *(part for name, tensor in weights.items() for part in (name.encode(), bytes_of(tensor))),
+    )
+    return question(how, device, digest, sources_of(how)) | {"prepared": prepared}
 
 
 def _digest_of(samples: Samples, indices: Sequence[int]) -> str:

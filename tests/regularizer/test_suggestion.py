@@ -134,8 +134,8 @@ def scaled(factor: float) -> Any:
 
 
 def test_alpha_is_larger_where_the_difference_rounds() -> None:
-    found = suggest(mlp(), scaled(1e-3), batches(dtype=torch.float32)[0])
-    assert found.alpha > 1e-4
+    found = suggest(mlp(), scaled(3e-3), batches(dtype=torch.float32)[0])  # far from both borders, on any processor
+    assert (found.alpha, found.estimator) == (1e-2, "finite-difference")
     assert 0 < found.rounding_share <= 0.1
 
 

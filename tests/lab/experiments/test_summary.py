@@ -9,7 +9,7 @@ import pytest
 from flatminima.errors import FlatminimaError
 from flatminima.lab.experiments.analysis import summarize
 from flatminima.lab.experiments.experiment import Experiment
-from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, scenario_3, table_1
+from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, SAM, scenario_3, table_1
 from flatminima.lab.experiments.presets import PRESETS
 from flatminima.lab.experiments.summary import Summary, Unfinished
 from support.records import record_of
@@ -62,6 +62,25 @@ def test_comparisons_say_whether_the_claim_holds(gain: float, said: str) -> None
     (pooled,) = summary.pooled
     assert pooled.pairs == 35
     assert pooled.p_sign == pytest.approx(2 / 2**35)
+
+
+def test_every_way_of_training_stands_against_the_regularizer_and_against_plain_training() -> None:
+    experiment = table_1(PRESETS["paper"], {})
+    case = experiment.cases[0]
+    gains = {PLAIN: 0.0, REGULARIZED: -0.01, SAM: -0.04}
+    records = [
+        record_of(case, arm, seed, 0.1 + 0.001 * seed * (1 + gain) + gain)
+        for arm, gain in gains.items()
+        for seed in range(3)
+    ]
+    summary = summarize(experiment, records)
+    means = {(d.case, d.arm, d.against): d.mean for d in (*summary.differences, *summary.pooled)}
+    pairs = {(REGULARIZED, PLAIN): -0.01, (REGULARIZED, SAM): 0.03, (SAM, PLAIN): -0.04}
+    assert set(means) == {(where, *pair) for where in (case, None) for pair in pairs}
+    for (where, *pair), mean in means.items():
+        assert mean == pytest.approx(pairs[pair[0], pair[1]], abs=1e-4), where
+    assert any(line.startswith("SAM against plain: test error is lower in 1 of 1 cases") for line in summary.verdict)
+    assert summary.verdict[1].startswith(f"{case}: the regularizer helps: test error -1.0 points")
 
 
 def test_networks_that_have_not_fitted_are_counted() -> None:

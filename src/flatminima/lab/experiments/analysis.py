@@ -89,13 +89,15 @@ def spread(records: Sequence[Record], quantity: str) -> Spread | None:
 def _contrasts(
     experiment: Experiment, records: Sequence[Record], quantity: str, *, pooled: bool = False
 ) -> tuple[Contrast, ...]:
-    """The contrast's first arm minus every other, by case or over all of them."""
-    ours = (experiment.contrast or experiment.arms)[0]
+    """By case or over all of them, the contrast's first arm minus every other, then all others minus its second."""
+    ours, baseline = experiment.contrast or experiment.arms[:2]
+    others = [arm for arm in experiment.arms if arm not in (ours, baseline)]
+    pairs = [(ours, baseline), *((ours, other) for other in others), *((other, baseline) for other in others)]
     return tuple(
-        Contrast(**vars(found), arm=ours, against=other, case=case)
+        Contrast(**vars(found), arm=arm, against=against, case=case)
         for case in ([None] if pooled else experiment.cases)
-        for other in experiment.arms
-        if other != ours and (found := _paired(select(records, case=case), ours, other, quantity)) is not None
+        for arm, against in pairs
+        if (found := _paired(select(records, case=case), arm, against, quantity)) is not None
     )
 
 

@@ -141,7 +141,7 @@ class Summary:
     evaluation: Evaluation | None = None
     """What the protocols say of a ranking's measures."""
     differences: tuple[Contrast, ...] = ()
-    """A comparison's, by case: the first arm of the contrast minus every other."""
+    """A comparison's, by case: the contrast's first arm minus every other, and all others minus its second."""
     pooled: tuple[Contrast, ...] = ()
     """Likewise, over all cases."""
     beside: Mapping[str, tuple[Contrast, ...]] = field(default_factory=dict)

@@ -80,7 +80,8 @@ def _comparison(summary: Summary) -> list[str]:
     scale, unit = _scale(summary.quantity)
     what, sentences = SHORT_NAMES[summary.quantity], []
     for pooled in summary.pooled:
-        single = [difference for difference in summary.differences if difference.against == pooled.against]
+        pair = (pooled.arm, pooled.against)
+        single = [difference for difference in summary.differences if (difference.arm, difference.against) == pair]
         lower = sum(difference.mean < 0 for difference in single)
         clearly = sum(difference.high < 0 for difference in single)
         sentences.append(
@@ -91,7 +92,7 @@ def _comparison(summary: Summary) -> list[str]:
         )
     if not sentences:
         return ["There is no pair to compare yet.", *_unfitted(summary.records)]
-    claimed = [d for d in summary.differences if summary.contrast is not None and d.against == summary.contrast[1]]
+    claimed = [d for d in summary.differences if (d.arm, d.against) == summary.contrast]
     if claimed:
         clearly, lower = sum(d.high < 0 for d in claimed), sum(d.mean < 0 for d in claimed)
         holds = "holds" if clearly == len(claimed) else "holds in tendency"

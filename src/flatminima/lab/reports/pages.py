@@ -192,7 +192,7 @@ def _claim_table(summary: Summary, scale: float) -> Table:
     header += (f"paper: {gain_of}", "ours − paper's") if told else ()
     rows: list[tuple[str, ...]] = []
     for case in summary.cases:
-        gain = next((d for d in summary.differences if (d.case, d.against) == (case, against)), None)
+        gain = next((d for d in summary.differences if (d.case, d.arm, d.against) == (case, ours, against)), None)
         row = [case, *_cells(summary, case, summary.quantity), _difference(gain, scale)]
         if told:
             row += [_mean_std(published.get((case, arm))) for arm in told]
@@ -206,21 +206,21 @@ def _claim_table(summary: Summary, scale: float) -> Table:
 
 def _beside_table(summary: Summary) -> Table:
     """Differences in the other quantities that are drawn."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for name, differences in summary.beside.items():
         for d in differences:
-            cells.setdefault((str(d.case), d.against), {})[name] = _difference(d, _scale(name), ".3g")
-    ours = (summary.contrast or summary.arms)[0]
-    rows = tuple(
-        (f"{case}: {ours} − {against}", *(found.get(name, "–") for name in summary.beside))
-        for (case, against), found in cells.items()
-    )
+            cells.setdefault(_pair(d), {})[name] = _difference(d, _scale(name), ".3g")
+    rows = tuple((pair, *(found.get(name, "–") for name in summary.beside)) for pair, found in cells.items())
     return Table("Beside it, mean (95 % interval)", ("paired by seed", *map(_label, summary.beside)), rows)
+
+
+def _pair(difference: Contrast) -> str:
+    return f"{'all' if difference.case is None else difference.case}: {difference.arm} − {difference.against}"
 
 
 def _tests(difference: Contrast, scale: float) -> tuple[str, ...]:
     return (
-        f"{'all' if difference.case is None else difference.case}: {difference.arm} − {difference.against}",
+        _pair(difference),
         _difference(difference, scale),
         f"{difference.below} of {difference.pairs}",
         number(difference.p_t, ".2g"),

@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "III, batch size": ("small-fresh", "scenario-3"),
     "I, random labels (matched fit)": ("small-matched", "scenario-1"),
     "II, augmentation (matched fit)": ("small-matched", "scenario-2"),
+    "III, batch size (matched fit)": ("small-matched", "scenario-3"),
 }
 """Of the picture and of the table: a folder of results, and one of its experiments."""
 

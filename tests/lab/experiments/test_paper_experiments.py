@@ -140,7 +140,7 @@ def test_table_1_has_the_papers_recipes_and_the_fair_comparisons() -> None:
 def test_table_1_has_further_rivals_where_they_are_affordable(preset: PresetName) -> None:
     table = built("table-1", preset)
     kinds = {GRADIENT_NORM: GradientNormSpec, FISHER_PENALTY: FisherPenaltySpec, UNIT_RESIDUALS: UnitResidualSpec}
-    assert table.arms[5:] == list(kinds)
+    assert table.arms[5:] == ["+reg, every=10", *kinds]
     specs = {(s.case, s.arm): s.spec for s in table.settings}
     for case in table.cases:
         for arm, kind in kinds.items():

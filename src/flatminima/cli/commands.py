@@ -28,12 +28,13 @@ from flatminima.cli.options import (
     Train,
     parse,
 )
-from flatminima.cli.output import Report, require_place_of_picture, say, standard_output_kept_clean, starting
+from flatminima.cli.output import Report, require_place_of_picture, say, starting, working
 from flatminima.cli.track import track
 from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.files import require_writable, write_file
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import RECIPES
+from flatminima.progress import track_parts
 
 if TYPE_CHECKING:
     from flatminima.lab.data import Normalization, OwnData, Preparation
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 def _demo(given: list[str]) -> tuple[bool, Report]:
     options = parse(Demo, given, prog="demo")
-    with standard_output_kept_clean(options.output):
+    with working("demo", options.output):
         with starting():
             from flatminima.lab import demo
             from flatminima.lab.experiments import json_of
@@ -69,7 +70,7 @@ def _train(given: list[str]) -> tuple[bool, Report]:
     spec = options.run.spec(
         [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
     )
-    with standard_output_kept_clean(options.output):
+    with working("train", options.output):
         with starting():
             from flatminima.lab.networks import resolve_device
             from flatminima.lab.runs import RunFolder, train
@@ -130,13 +131,14 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
     if foreign.model is not None and foreign.data is None:
         raise FlatminimaError(f"--model needs its training data too: add --data {_SOME_DATA}")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
-    with standard_output_kept_clean(options.output):
+    with working("measure", options.output):
         with starting():
             from flatminima.lab.runs import load_network, measure_images, measure_run
 
         prepared: dict[str, Preparations] = {}
         if foreign.model is None:
-            measured = {str(path): measure_run(path, how, **where) for path in options.runs}
+            runs = track_parts({str(path): path for path in options.runs})
+            measured = {name: measure_run(path, how, **where) for name, path in runs}
         else:
             data = _opened_data(foreign.data, reading)
             network = load_network(foreign.model, foreign.checkpoint, data, reading)
@@ -194,7 +196,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("--normalize goes with --model; run folders know how their images were normalized")
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     prepared: dict[str, Preparations] = {}
-    with standard_output_kept_clean(options.output):
+    with working("compare", options.output):
         _require_places(options)  # now, not after all measuring
 
         with starting():
@@ -250,7 +252,7 @@ def _named(run: str) -> tuple[str, Path]:
 
 def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
-    with standard_output_kept_clean(options.output):
+    with working("reproduce", options.output):
         with starting():
             from flatminima.lab import reproduce
             from flatminima.lab.experiments import EXPERIMENTS, json_of

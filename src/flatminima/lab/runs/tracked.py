@@ -38,7 +38,7 @@ from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import bytes_of, digest_of, read_text
 from flatminima.measures import Characterization, evaluate
 from flatminima.network import Samples, tensors_of
-from flatminima.progress import ProgressBar
+from flatminima.progress import track_parts
 from flatminima.sampling import draw_subsets
 
 
@@ -121,18 +121,17 @@ def measure_checkpoints(
     file, found, said = _File(path), list[TrackedCheckpoint](), set[str]()
     contents = _contents(subject)
     readings: dict[str, Reading] = {}
-    with ProgressBar("checkpoints", len(checkpoints), enabled=progress, elapsed=True) as bar:
-        for checkpoint in checkpoints:
-            with _warning_once(checkpoint.path, said):
-                if checkpoint.run not in readings:
-                    of_same = [each for each in checkpoints if each.run == checkpoint.run]
-                    readings[checkpoint.run] = _reading_of(of_same, subject)
-                of_run = dataclasses.replace(subject, reading=readings[checkpoint.run])
-                network = load_checkpoint(checkpoint.path, of_run.data, of_run.model, of_run.reading)
-                unchanged = contents | {"code": _code(checkpoint.path, subject.model)}
-                tracked = _tracked(checkpoint, network, subject.test, how, unchanged, file, device, progress)
-            found += [] if tracked is None else [tracked]
-            bar.advance()
+    by_name = {f"{each.run} {each.unit} {each.number}": each for each in checkpoints}
+    for _, checkpoint in track_parts(by_name, progress):
+        with _warning_once(checkpoint.path, said):
+            if checkpoint.run not in readings:
+                of_same = [each for each in checkpoints if each.run == checkpoint.run]
+                readings[checkpoint.run] = _reading_of(of_same, subject)
+            of_run = dataclasses.replace(subject, reading=readings[checkpoint.run])
+            network = load_checkpoint(checkpoint.path, of_run.data, of_run.model, of_run.reading)
+            unchanged = contents | {"code": _code(checkpoint.path, subject.model)}
+            tracked = _tracked(checkpoint, network, subject.test, how, unchanged, file, device, progress)
+        found += [] if tracked is None else [tracked]
     return found
 
 

@@ -28,7 +28,7 @@ from flatminima.cli.options import (
     Train,
     parse,
 )
-from flatminima.cli.output import Report, require_place_of_picture, say, starting, working
+from flatminima.cli.output import Report, require_place_of_picture, say, starting, with_files, working
 from flatminima.cli.track import track
 from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.files import require_writable, write_file
@@ -51,10 +51,11 @@ def _demo(given: list[str]) -> tuple[bool, Report]:
             from flatminima.lab.study import table
 
         report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
-        page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({report.seconds:.0f} s).")
+        page = options.out / "report.html"
+        shown = Text(f"\n{page} shows it in pictures ({report.seconds:.0f} s).")
         status = int(any(summary.failures for summary in report.summaries))
-        found = {"experiments": json_of(report.summaries), "seconds": report.seconds}
-        return options.output.json, Report(found, Group(table(report.summaries), page), status)
+        found = with_files({"experiments": json_of(report.summaries), "seconds": report.seconds}, report=page)
+        return options.output.json, Report(found, Group(table(report.summaries), shown), status)
 
 
 def _train(given: list[str]) -> tuple[bool, Report]:
@@ -216,7 +217,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     if options.report is not None:
         from flatminima.pages.comparison import report
 
-        body["report"] = str(report(comparison, options.report))
+        report(comparison, options.report)
         shown.append(Text(f"\n{options.report} shows it in pictures."))
     if options.plot is not None:
         from flatminima.pictures import write_picture
@@ -227,6 +228,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         is_latex = options.table.suffix == ".tex"
         write_file(options.table, comparison.to_latex() if is_latex else comparison.to_markdown())
         shown.append(Text(f"\n{options.table} has the table."))
+    body = with_files(body, report=options.report, plot=options.plot, table=options.table)
     return options.output.json, Report(body, Group(*shown))
 
 
@@ -291,7 +293,8 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
         status = int(any(summary.failures for summary in summaries))
-        return options.output.json, Report(json_of(summaries), Group(table(summaries), page), status)
+        found = with_files({"experiments": json_of(summaries)}, report=reproduction.page)
+        return options.output.json, Report(found, Group(table(summaries), page), status)
 
 
 COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {

@@ -44,6 +44,11 @@ def require_place_of_picture(path: Path) -> None:
     require_picture(path)
 
 
+def with_files(body: dict[str, Any], **files: Path | None) -> dict[str, Any]:
+    """The JSON of a command, with the files that it has written under the names of the options that say where."""
+    return body | {name: str(path) for name, path in files.items() if path is not None}
+
+
 def starting() -> ProgressBar:
     """A bar for what imports torch and all that stands on it, which may take many seconds."""
     return ProgressBar("starting", None)

@@ -30,7 +30,7 @@ from flatminima.cli.options import (
 )
 from flatminima.cli.output import Report, require_place_of_picture, say, starting, with_files, working
 from flatminima.cli.track import track
-from flatminima.errors import FlatminimaError, require_one_of
+from flatminima.errors import FlatminimaError, require, require_one_of
 from flatminima.files import require_writable, write_file
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import RECIPES
@@ -50,8 +50,9 @@ def _demo(given: list[str]) -> tuple[bool, Report]:
             from flatminima.lab.experiments import json_of
             from flatminima.lab.study import table
 
-        report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
         page = options.out / "report.html"
+        require_writable(page)
+        report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
         shown = Text(f"\n{page} shows it in pictures ({report.seconds:.0f} s).")
         status = int(any(summary.failures for summary in report.summaries))
         found = with_files({"experiments": json_of(report.summaries), "seconds": report.seconds}, report=page)
@@ -186,6 +187,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     paths, reading = dict(map(_named, options.runs)), options.reading.plain()
     if len(paths) < len(options.runs):
         raise FlatminimaError("two of them have the same name: give them as NAME=FOLDER")
+    require(all(paths), "a name is empty: give NAME=FOLDER, or the folder alone")
     if options.model is not None and options.data is None:
         raise FlatminimaError(f"--model needs the training data too: add --data {_SOME_DATA}")
     if options.data is None and reading != Reading():
@@ -287,6 +289,7 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             shown = reproduce.plan_table(plan, reproduction.workers)
             rows = [dataclasses.asdict(row) for row in plan]
             return options.output.json, Report({"plan": rows, "workers": reproduction.workers}, shown)
+        require_writable(reproduction.page)
         if options.no_runs:
             summaries = reproduction.report_finished()
         else:

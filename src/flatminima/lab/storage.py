@@ -70,8 +70,10 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         FlatminimaError: Its folder cannot be written to.
     """
+    beside = path.with_name(f".{path.name}.lock")
     try:
-        lock = filelock.FileLock(path.with_name(f".{path.name}.lock")).acquire(poll_interval=0.01)
+        beside.touch()  # where it cannot be made, filelock would wait for ever
+        lock = filelock.FileLock(beside).acquire(poll_interval=0.01)
     except OSError as error:
         raise unwritable(path, error) from None
     with lock:

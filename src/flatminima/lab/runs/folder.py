@@ -129,6 +129,12 @@ class RunFolder:
             DamagedFileError: There is none (it is no run folder), or it is damaged.
         """
         if not self._file("spec.json").is_file():
+            if not self.path.exists():
+                raise DamagedFileError(f"there is no run folder {self.path}")
+            if self.path.is_file():
+                raise DamagedFileError(
+                    f"{self.path} is a file, not a run folder: for a checkpoint name its model and its data too"
+                )
             raise DamagedFileError(
                 f"{self.path} is not a run folder: it has no spec.json; give a folder that `train` wrote"
             )

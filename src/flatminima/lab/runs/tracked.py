@@ -241,8 +241,8 @@ class _File:
         if path.exists():
             try:
                 self._lines = [parse(_Line, line) for line in read_text(path).splitlines()]
-            except FlatminimaError as error:
-                raise FlatminimaError(f"{path} is not what track wrote: name another file ({error})") from None
+            except FlatminimaError:
+                raise FlatminimaError(f"{path} is not what track wrote: name another file") from None
 
     def answer(self, asked: dict[str, Any]) -> _Line | None:
         return next((line for line in self._lines if line.asked == asked), None)

@@ -130,10 +130,10 @@ class RunFolder:
         """
         if not self._file("spec.json").is_file():
             if not self.path.exists():
-                raise DamagedFileError(f"there is no run folder {self.path}")
+                raise DamagedFileError(f"{self.path} is not a run folder: there is no such folder")
             if self.path.is_file():
                 raise DamagedFileError(
-                    f"{self.path} is a file, not a run folder: for a checkpoint name its model and its data too"
+                    f"{self.path} is not a run folder but a file: for a checkpoint name its model and its data too"
                 )
             raise DamagedFileError(
                 f"{self.path} is not a run folder: it has no spec.json; give a folder that `train` wrote"

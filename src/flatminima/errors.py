@@ -96,6 +96,10 @@ class IdlePenaltyWarning(FlatminimaWarning):
     """The penalty's gradient is so much smaller than the main one that the regularizer does nothing."""
 
 
+class NotTrainingWarning(FlatminimaWarning):
+    """Settings for a training are asked for a model in eval mode, which computes something else than in training."""
+
+
 class NoisyPenaltyWarning(FlatminimaWarning):
     """The penalty's gradient is mostly rounding error."""
 

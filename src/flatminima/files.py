@@ -55,6 +55,8 @@ def require_writable(path: Path) -> None:
 def _make_folder_of(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise FlatminimaError(f"cannot write {path}: {path.parent} is no folder; choose another one") from None
     except OSError as error:
         raise unwritable(path, error) from None
 

@@ -209,17 +209,18 @@ def landscape(
     require(not sharded, "a sharded model has no whole weights to move: load its checkpoint into one process")
     samples = samples_of(data)
     eigenvalues: tuple[float, ...] = ()
-    if directions == "random":
-        chosen = [_random_direction(model, seed, number) for number in range(dimensions)]
-        axes = [_grid(-extent, extent, steps)] * dimensions
-    elif directions == "hessian":
-        eigenvalues, chosen = _eigenvectors(model, samples, loss, dimensions, seed, progress)
-        axes = [_grid(-extent, extent, steps)] * dimensions
-    else:
-        chosen = [_difference(model, other) for other in others]
-        axes = [_grid(-0.5, 1.5, steps)] * len(others)
-    found = Landscape(directions, tuple(axes), (), (), eigenvalues)
-    return _evaluated(model, samples, loss, chosen, found, None if path is None else Path(path), progress)
+    with ProgressBar("preparing", None, enabled=progress):
+        if directions == "random":
+            chosen = [_random_direction(model, seed, number) for number in range(dimensions)]
+            axes = [_grid(-extent, extent, steps)] * dimensions
+        elif directions == "hessian":
+            eigenvalues, chosen = _eigenvectors(model, samples, loss, dimensions, seed, progress)
+            axes = [_grid(-extent, extent, steps)] * dimensions
+        else:
+            chosen = [_difference(model, other) for other in others]
+            axes = [_grid(-0.5, 1.5, steps)] * len(others)
+        found = Landscape(directions, tuple(axes), (), (), eigenvalues)
+        return _evaluated(model, samples, loss, chosen, found, None if path is None else Path(path), progress)
 
 
 def _require_others(directions: Directions, count: int) -> None:

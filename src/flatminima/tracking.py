@@ -161,7 +161,7 @@ class Tracker:
             return None
         before = perf_counter()
         try:
-            found = self._measured(model)
+            found = self._measured(model, processes)
         except (NonFiniteError, RankDeficientError) as error:
             warn(f"epoch {epoch} is not tracked: {error}", UntrackedEpochWarning)
             return None
@@ -198,8 +198,9 @@ class Tracker:
             return True
         return self._measuring + self._last <= self._time_share * (perf_counter() - self._start)
 
-    def _measured(self, model: nn.Module) -> Characterization:
+    def _measured(self, model: nn.Module, processes: Processes) -> Characterization:
         options = {f.name: getattr(self._options, f.name) for f in dataclasses.fields(self._options)}
+        options["progress"] = self._options.progress and processes.rank == 0
         with without_autocast(model), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotAMinimumWarning)
             return measure(model, self._data, **options)

@@ -95,6 +95,7 @@ def test_compare_writes_a_page_and_shares_by_layer_where_asked_for(
     assert cli.main([*command, "--json"]) == 0
     body = capsys.readouterr().out
     assert json.loads(body)["report"] == str(page)
+    assert {"plot", "table"}.isdisjoint(json.loads(body))
     assert list(fm.Comparison.from_json(body)["plain"].shares or ()) != []
     assert cli.main(["measure", runs[0], *MEASURE, "--per-parameter"]) == 0
     assert "Shares by parameter" in capsys.readouterr().out
@@ -196,7 +197,11 @@ def test_demo_prints_the_table_and_where_the_report_is(
     assert "THE TABLE" in out
     assert "report.html" in out
     assert cli.main(["demo", "--out", str(tmp_path), "--json", "--no-progress"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"experiments": [], "seconds": 1.0}
+    assert json.loads(capsys.readouterr().out) == {
+        "experiments": [],
+        "seconds": 1.0,
+        "report": str(tmp_path / "report.html"),
+    }
     assert given == [(tmp_path, 1, True), (tmp_path, None, False)]
 
 
@@ -226,3 +231,7 @@ def test_reproduce_lists_failed_runs_and_its_status_says_so(
     said = capsys.readouterr().out
     assert "failed: 0, plain, seed 3 (mlp-" in said
     assert "no such luck" in said
+    assert cli.main([*command, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in found["experiments"]] == ["scenario-1"]
+    assert found["report"] == str(tmp_path / "digits" / "scenario-1.html")

@@ -29,6 +29,8 @@ def test_the_json_has_every_protocol_with_value_and_interval(ledger: str, capsys
     found = json.loads(capsys.readouterr().out)
     columns = {"hyper_parameters": ["lr", "optimizer"], "measures": ["x"], "test_size": 1000}
     expected = evaluate(Ledger.read(ledger, error="test_error", given="train_loss", **columns))
+    assert found.pop("report") == "evaluation.html"
+    assert Path("evaluation.html").exists()
     assert found == json.loads(json.dumps(expected.to_dict()))
     names = ("kendall", "partial_kendall", "granulated_kendall", "conditional_mutual_information", "sign_error")
     for name in names:

@@ -15,6 +15,7 @@ from flatminima import Characterization, cli, measure
 from flatminima.cli.main import INTERRUPTED
 from flatminima.lab.runs import tracked as tracking_of_checkpoints
 from flatminima.lab.runs.measuring import measure_images
+from flatminima.lab.runs.networks import load_checkpoint
 from flatminima.sampling import draw_subsets
 from support.command_line import MEASURE, error_of
 from support.lazily import needs
@@ -114,6 +115,34 @@ def test_what_is_kept_is_not_measured_again_but_other_weights_are(
     assert len(taken) == 1
     assert again["checkpoints"][0] != whole["checkpoints"][0]
     assert again["checkpoints"][1] == whole["checkpoints"][1]
+
+
+def test_what_another_command_has_written_meanwhile_stays(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_another(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(tracking_of_checkpoints, "measure_images", measure_images)
+        assert cli.main(["track", "run/epoch-2.pt", *WHAT, *MEASURE, "--trials", "1"]) == 0
+        return measure_images(*arguments, **options)
+
+    monkeypatch.setattr(tracking_of_checkpoints, "measure_images", with_another)
+    assert cli.main(["track", *CHECKPOINTS, *WHAT, *MEASURE]) == 0
+    kept = [json.loads(line) for line in Path("tracked.jsonl").read_text().splitlines()]
+    assert sorted((line["number"], line["asked"]["trials"]) for line in kept) == [(2, 1), (2, 2), (10, 2)]
+
+
+def test_every_checkpoint_is_loaded_once(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def load(path: Path, *arguments: Any) -> Any:
+        loaded.append(str(path))
+        return load_checkpoint(path, *arguments)
+
+    monkeypatch.setattr(tracking_of_checkpoints, "load_checkpoint", load)
+    assert cli.main(["track", *CHECKPOINTS, *WHAT, *MEASURE]) == 0
+    assert sorted(loaded) == sorted(CHECKPOINTS)
 
 
 def test_data_that_changed_where_no_subset_is_and_other_code_are_measured_again(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flatminima import FisherTraceRegularizer, suggest
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, NotTrainingWarning
 from support.regularizer_cases import CASES, SEED, Case, assert_same_bits, by_case, make, mlp, snapshot
 
 Batch = tuple[Tensor, Tensor]
@@ -94,6 +94,7 @@ def test_beta_grows_as_gradients_shrink() -> None:
 
 
 @by_case
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotTrainingWarning")  # a case's mode is its own
 def test_nothing_is_left_changed(case: Case) -> None:
     model, inputs, targets = make(case)
     gradient = torch.ones_like(next(model.parameters()))
@@ -120,6 +121,30 @@ def test_sub_batches_divide_the_batch_and_have_eight_samples_if_they_can(size: i
 def test_batchnorm_gets_two_samples_at_least() -> None:
     model, inputs, targets = make(CASES["batchnorm"], samples=6)
     assert suggest(model, CASES["batchnorm"].loss_fn, (inputs, targets)).num_sub_batches == 3
+
+
+def test_a_last_batch_too_short_for_batchnorm_is_left_out() -> None:
+    model, inputs, targets = make(CASES["batchnorm"], samples=17)
+    loss_fn, whole = CASES["batchnorm"].loss_fn, (inputs[:16], targets[:16])
+    torch.manual_seed(SEED)
+    alone = suggest(model, loss_fn, whole)
+    torch.manual_seed(SEED)
+    assert suggest(model, loss_fn, [whole, (inputs[16:], targets[16:])]) == alone
+    with pytest.raises(FlatminimaError, match="no statistics on a batch of 1 sample: pass larger batches"):
+        suggest(model, loss_fn, (inputs[16:], targets[16:]))
+
+
+def test_a_short_batch_without_batchnorm_counts() -> None:
+    (batch,) = batches()
+    assert suggest(mlp().double(), F.cross_entropy, [batch, (batch[0][:1], batch[1][:1])]).batches == 2
+
+
+def test_eval_mode_is_warned_of() -> None:
+    model, inputs, targets = make(CASES["batchnorm"])
+    model.eval()
+    with pytest.warns(NotTrainingWarning, match="call model.train\\(\\) before suggest"):
+        suggest(model, CASES["batchnorm"].loss_fn, (inputs, targets))
+    assert not model.training
 
 
 def test_alpha_is_the_papers_where_the_loss_is_straight_and_sharply_computed() -> None:

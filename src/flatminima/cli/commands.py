@@ -28,12 +28,13 @@ from flatminima.cli.options import (
     Train,
     parse,
 )
-from flatminima.cli.output import Report, require_place_of_picture, say, standard_output_kept_clean, starting
+from flatminima.cli.output import Report, require_place_of_picture, say, starting, with_files, working
 from flatminima.cli.track import track
-from flatminima.errors import FlatminimaError, require_one_of
+from flatminima.errors import FlatminimaError, require, require_one_of
 from flatminima.files import require_writable, write_file
 from flatminima.lab.reading import Reading
 from flatminima.lab.runs import RECIPES
+from flatminima.progress import track_parts
 
 if TYPE_CHECKING:
     from flatminima.lab.data import Normalization, OwnData, Preparation
@@ -43,17 +44,19 @@ if TYPE_CHECKING:
 
 def _demo(given: list[str]) -> tuple[bool, Report]:
     options = parse(Demo, given, prog="demo")
-    with standard_output_kept_clean(options.output):
+    with working("demo", options.output):
         with starting():
             from flatminima.lab import demo
             from flatminima.lab.experiments import json_of
             from flatminima.lab.study import table
 
+        page = options.out / "report.html"
+        require_writable(page)
         report = demo.demo(options.out, workers=options.workers, progress=not options.output.no_progress)
-        page = Text(f"\n{options.out / 'report.html'} shows it in pictures ({report.seconds:.0f} s).")
+        shown = Text(f"\n{page} shows it in pictures ({report.seconds:.0f} s).")
         status = int(any(summary.failures for summary in report.summaries))
-        found = {"experiments": json_of(report.summaries), "seconds": report.seconds}
-        return options.output.json, Report(found, Group(table(report.summaries), page), status)
+        found = with_files({"experiments": json_of(report.summaries), "seconds": report.seconds}, report=page)
+        return options.output.json, Report(found, Group(table(report.summaries), shown), status)
 
 
 def _train(given: list[str]) -> tuple[bool, Report]:
@@ -69,7 +72,7 @@ def _train(given: list[str]) -> tuple[bool, Report]:
     spec = options.run.spec(
         [name for name in REGULARIZERS if any(re.match(rf"--{name}(\.|$)", argument) for argument in rest)]
     )
-    with standard_output_kept_clean(options.output):
+    with working("train", options.output):
         with starting():
             from flatminima.lab.networks import resolve_device
             from flatminima.lab.runs import RunFolder, train
@@ -130,13 +133,14 @@ def _measure(given: list[str]) -> tuple[bool, Report]:
     if foreign.model is not None and foreign.data is None:
         raise FlatminimaError(f"--model needs its training data too: add --data {_SOME_DATA}")
     where: dict[str, Any] = {"device": options.device, "progress": not options.output.no_progress}
-    with standard_output_kept_clean(options.output):
+    with working("measure", options.output):
         with starting():
             from flatminima.lab.runs import load_network, measure_images, measure_run
 
         prepared: dict[str, Preparations] = {}
         if foreign.model is None:
-            measured = {str(path): measure_run(path, how, **where) for path in options.runs}
+            runs = track_parts({str(path): path for path in options.runs})
+            measured = {name: measure_run(path, how, **where) for name, path in runs}
         else:
             data = _opened_data(foreign.data, reading)
             network = load_network(foreign.model, foreign.checkpoint, data, reading)
@@ -183,6 +187,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     paths, reading = dict(map(_named, options.runs)), options.reading.plain()
     if len(paths) < len(options.runs):
         raise FlatminimaError("two of them have the same name: give them as NAME=FOLDER")
+    require(all(paths), "a name is empty: give NAME=FOLDER, or the folder alone")
     if options.model is not None and options.data is None:
         raise FlatminimaError(f"--model needs the training data too: add --data {_SOME_DATA}")
     if options.data is None and reading != Reading():
@@ -194,7 +199,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         raise FlatminimaError("--normalize goes with --model; run folders know how their images were normalized")
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     prepared: dict[str, Preparations] = {}
-    with standard_output_kept_clean(options.output):
+    with working("compare", options.output):
         _require_places(options)  # now, not after all measuring
 
         with starting():
@@ -214,7 +219,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     if options.report is not None:
         from flatminima.pages.comparison import report
 
-        body["report"] = str(report(comparison, options.report))
+        report(comparison, options.report)
         shown.append(Text(f"\n{options.report} shows it in pictures."))
     if options.plot is not None:
         from flatminima.pictures import write_picture
@@ -225,6 +230,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         is_latex = options.table.suffix == ".tex"
         write_file(options.table, comparison.to_latex() if is_latex else comparison.to_markdown())
         shown.append(Text(f"\n{options.table} has the table."))
+    body = with_files(body, report=options.report, plot=options.plot, table=options.table)
     return options.output.json, Report(body, Group(*shown))
 
 
@@ -250,7 +256,7 @@ def _named(run: str) -> tuple[str, Path]:
 
 def _reproduce(given: list[str]) -> tuple[bool, Report]:
     options = parse(Reproduce, given, prog="reproduce")
-    with standard_output_kept_clean(options.output):
+    with working("reproduce", options.output):
         with starting():
             from flatminima.lab import reproduce
             from flatminima.lab.experiments import EXPERIMENTS, json_of
@@ -283,13 +289,15 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             shown = reproduce.plan_table(plan, reproduction.workers)
             rows = [dataclasses.asdict(row) for row in plan]
             return options.output.json, Report({"plan": rows, "workers": reproduction.workers}, shown)
+        require_writable(reproduction.page)
         if options.no_runs:
             summaries = reproduction.report_finished()
         else:
             summaries = reproduction.run(progress=not options.output.no_progress)
         page = Text(f"\n{reproduction.page} shows it in pictures.")
         status = int(any(summary.failures for summary in summaries))
-        return options.output.json, Report(json_of(summaries), Group(table(summaries), page), status)
+        found = with_files({"experiments": json_of(summaries)}, report=reproduction.page)
+        return options.output.json, Report(found, Group(table(summaries), page), status)
 
 
 COMMANDS: dict[str, Callable[[list[str]], tuple[bool, Report]]] = {

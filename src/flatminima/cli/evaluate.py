@@ -11,7 +11,7 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from flatminima.cli.options import Output, parse
-from flatminima.cli.output import Report, standard_output_kept_clean
+from flatminima.cli.output import Report, with_files, working
 from flatminima.errors import FlatminimaError
 from flatminima.progress import ProgressBar
 
@@ -57,7 +57,7 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
     options = parse(Evaluate, given, prog="evaluate")
     if options.ledger is None:
         raise FlatminimaError("evaluate takes a ledger: a CSV file with a line of names and a row for every minimum")
-    with standard_output_kept_clean(options.output):
+    with working("evaluate", options.output):
         from flatminima.lab.reports import evidence_table, write_evaluation
         from flatminima.measures import jsonable
         from flatminima.protocols import Ledger, evaluate, read_table
@@ -82,4 +82,5 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
         write_evaluation(evaluation, options.report, source=str(options.ledger))
     lines = [Text(f"• {line}") for line in evaluation.conclusions()]
     page = Text(f"\n{options.report} shows it in pictures.")
-    return options.output.json, Report(jsonable(evaluation.to_dict()), Group(evidence_table(evaluation), *lines, page))
+    body = with_files(jsonable(evaluation.to_dict()), report=options.report)
+    return options.output.json, Report(body, Group(evidence_table(evaluation), *lines, page))

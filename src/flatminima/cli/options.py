@@ -39,7 +39,7 @@ class Output:
     """What a command prints."""
 
     json: Flag = False
-    """Print one JSON object on standard output and nothing else."""
+    """Print one JSON object on standard output and nothing else; it names the files that were written as options do."""
     no_progress: Flag = False
     """Show no progress: on a terminal bars with the time left, for what takes longer than a second, else lines."""
     debug: Flag = False

@@ -28,9 +28,12 @@ class Report:
 
 
 @contextlib.contextmanager
-def standard_output_kept_clean(output: Output) -> Iterator[None]:
-    """What other code prints goes to standard error: standard output is the report's. And bars only if wanted."""
-    with contextlib.redirect_stdout(sys.stderr), silent(output.no_progress):
+def working(command: str, output: Output) -> Iterator[None]:
+    """A bar is there from the first second to the last, if it is wanted, whatever bars there are within it.
+
+    And what other code prints goes to standard error: standard output is the report's.
+    """
+    with contextlib.redirect_stdout(sys.stderr), silent(output.no_progress), ProgressBar(command, None):
         yield
 
 
@@ -39,6 +42,11 @@ def require_place_of_picture(path: Path) -> None:
     with needing("plot", "a picture"):
         from flatminima.pictures import require_picture
     require_picture(path)
+
+
+def with_files(body: dict[str, Any], **files: Path | None) -> dict[str, Any]:
+    """The JSON of a command, with the files that it has written under the names of the options that say where."""
+    return body | {name: str(path) for name, path in files.items() if path is not None}
 
 
 def starting() -> ProgressBar:

@@ -12,7 +12,7 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from flatminima.cli.options import NETWORKS, SOURCES, MeasuringOptions, Output, ReadingOptions, parse
-from flatminima.cli.output import Report, require_place_of_picture, say, standard_output_kept_clean, starting
+from flatminima.cli.output import Report, require_place_of_picture, say, starting, with_files, working
 from flatminima.errors import FlatminimaError, require
 from flatminima.files import require_writable
 
@@ -59,7 +59,7 @@ def track(given: list[str]) -> tuple[bool, Report]:
     if options.data is None:
         raise FlatminimaError("track needs the training data: add --data")
     require(options.test_data is not None or options.test_split is None, "--test-split goes with --test-data")
-    with standard_output_kept_clean(options.output):
+    with working("track", options.output):
         with starting():
             from flatminima.lab.data import open_data, open_test_data
             from flatminima.lab.reports import tracked_table, write_tracked_picture
@@ -105,5 +105,5 @@ def track(given: list[str]) -> tuple[bool, Report]:
     ]
     done = {each.checkpoint for each in tracked}
     left_out = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint not in done]
-    body = {"checkpoints": rows, "left_out": left_out, "kept": options.out, "plot": options.plot}
+    body = with_files({"checkpoints": rows, "left_out": left_out}, out=options.out, plot=options.plot)
     return options.output.json, Report(body, Group(*shown), status=int(bool(left_out)))

@@ -6,13 +6,15 @@ may be damaged, which is a :class:`~flatminima.lab.errors.DamagedFileError` that
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -20,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
-from flatminima.files import write_whole
+from flatminima.files import unwritable, write_whole
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.schema import RECORD, parse
 
@@ -59,6 +61,23 @@ def read_record(path: Path, kind: type[Kind], **known: Any) -> Kind:
         return parse(kind, text, **known)
     except FlatminimaError as error:
         raise damaged(path, str(error)) from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file alone while it is read and written anew; another process waits for it.
+
+    Raises:
+        FlatminimaError: Its folder cannot be written to.
+    """
+    beside = path.with_name(f".{path.name}.lock")
+    try:
+        beside.touch()  # where it cannot be made, filelock would wait for ever
+        lock = filelock.FileLock(beside).acquire(poll_interval=0.01)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    with lock:
+        yield
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:

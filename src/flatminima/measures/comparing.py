@@ -15,7 +15,7 @@ from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.comparison import Comparison, comparison_of
 from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
-from flatminima.measures.preparation import prepare, processes_together
+from flatminima.measures.preparation import prepare, preparing, processes_together
 from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
 from flatminima.network import Data, samples_of, undone_if_interrupted
 
@@ -96,7 +96,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
         distributed=distributed,
         progress=progress,
     )
-    with processes_together(models.values(), options):
+    with processes_together(models.values(), options), preparing(options):
         prepared = prepare(models, samples_of(data), options)
 
         def perform(number: int) -> dict[str, TrialValues]:

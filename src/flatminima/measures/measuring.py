@@ -13,7 +13,7 @@ from flatminima.gramian import PathName
 from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
-from flatminima.measures.preparation import prepare, processes_together
+from flatminima.measures.preparation import prepare, preparing, processes_together
 from flatminima.measures.results import Characterization
 from flatminima.measures.trials import perform_trial, perform_trials
 from flatminima.network import Data, samples_of, undone_if_interrupted
@@ -98,7 +98,7 @@ def measure(  # noqa: D417 (the options are explained in one place)
         distributed=distributed,
         progress=progress,
     )
-    with processes_together([model], options):
+    with processes_together([model], options), preparing(options):
         (prepared,) = prepare({"": model}, samples_of(data), options).values()
         done = perform_trials(
             partial(perform_trial, prepared),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from torch import Tensor, nn
 
 from flatminima.errors import naming, naming_errors, require
@@ -31,7 +31,7 @@ from flatminima.network import (
     undisturbed,
 )
 from flatminima.parallel import Processes, processes_of, shared
-from flatminima.progress import track
+from flatminima.progress import ProgressBar, track
 from flatminima.sampling import draw_subsets
 from flatminima.torch_compat import without_checkpoints
 
@@ -150,7 +150,7 @@ def _prepared(planned: _Planned, train: Evaluation, options: MeasureOptions) -> 
     refuse_random(logits, _logits(model, inputs, several))
     warn_of_implausible(options.loss, take(inputs, slice(several)), targets[:several], logits, train)
     if options.progress and len(planned.plan.passes) > 1:
-        Console(stderr=True).print(f"plan: {planned.plan}", highlight=False)
+        sys.stderr.write(f"plan: {planned.plan}\n")  # which bars make room for
     return PreparedModel(
         model,
         planned.samples,
@@ -201,6 +201,11 @@ class SamplesOfModel:
         """As of the samples."""
         inputs, targets = self.samples.fetch(indices)
         return model_inputs(self.model, inputs, targets), targets
+
+
+def preparing(options: MeasureOptions) -> ProgressBar:
+    """What is shown where no other bar is."""
+    return ProgressBar("preparing", None, enabled=options.progress)
 
 
 @contextmanager

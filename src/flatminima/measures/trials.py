@@ -88,7 +88,8 @@ def perform_trials(
     """
     processes = Processes.all() if distributed else Processes()
     done: list[Outcome] = []
-    for first in track(range(0, trials, processes.size), "measuring", progress and processes.rank == 0):
+    rounds = range(0, trials, processes.size)
+    for first in track(rounds, "measuring", progress and processes.rank == 0, is_part=True):
         numbers = range(first, min(first + processes.size, trials))
         own = partial(perform, numbers[processes.rank]) if processes.rank < len(numbers) else _nothing
         done += processes.gather(own)[: len(numbers)]

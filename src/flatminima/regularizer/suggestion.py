@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from flatminima.choices import Estimator
-from flatminima.errors import FlatminimaError, one_line, require, require_integer, require_positive
+from flatminima.errors import (
+    FlatminimaError,
+    NotTrainingWarning,
+    one_line,
+    require,
+    require_integer,
+    require_positive,
+    warn,
+)
 from flatminima.network import (
     batch_size,
     device_of,
@@ -143,7 +151,8 @@ def suggest(
     Args:
         model: as for the regularizer.
         loss_fn: ``loss_fn(model_output, targets)`` → scalar, a mean over the samples.
-        batches: a batch ``(inputs, targets)`` as in training, or a loader or list of several.
+        batches: a batch ``(inputs, targets)`` as in training, or a loader or list of several. The last, short one of
+            BatchNorm's model is left out if it is too short for M.
         penalty_to_gradient: how strong the penalty is to be, > 0.
         max_batches: how many are looked at, ≥ 1.
 
@@ -153,6 +162,9 @@ def suggest(
     Raises:
         FlatminimaError: for what are no batches, a value outside its range, a penalty that has no gradient or rounds
             in every form, or what the regularizer refuses.
+
+    Warns:
+        NotTrainingWarning: if the model is in eval mode.
 
     Example:
         >>> import torch
@@ -169,12 +181,22 @@ def suggest(
     require_integer("max_batches", max_batches)
     require(max_batches >= 1, f"max_batches must be at least 1, got {max_batches}")
     require(callable(loss_fn), f"loss_fn must be a function of the model's output and targets, got {loss_fn!r}")
+    if not model.training:
+        warn(
+            "the model is in eval mode, without dropout and with BatchNorm's running statistics, so the settings are "
+            "not those of its training: call model.train() before suggest",
+            NotTrainingWarning,
+        )
     with undisturbed(model), restored_generators(model.parameters()):
         device = device_of(model)
         chosen = [map_tensors(lambda t: t.to(device), batch) for batch in islice(_each_of(batches), max_batches)]
         require(len(chosen) > 0, "there are no batches: pass (inputs, targets), or a loader or list of such")
         size = max(map(batch_size, chosen))
-        count = _number_of_sub_batches(size, at_least=2 if _has_batch_statistics(model) else 1)
+        fewest = 2 if _has_batch_statistics(model) else 1
+        require(size >= fewest, "BatchNorm has no statistics on a batch of 1 sample: pass larger batches")
+        count = _number_of_sub_batches(size, at_least=fewest)
+        if fewest > 1:
+            chosen = [batch for batch in chosen if batch_size(batch) >= fewest * count]
         regularizer = FisherTraceRegularizer(model, alpha=_ALPHA, beta=0.0, num_sub_batches=count)
         looks = _with_good_alpha(regularizer, loss_fn, chosen)
     gradient_norm, to_gradient = _median(looks, "gradient_norm"), _median(looks, "to_gradient")

@@ -37,6 +37,8 @@ class Archive:
         if not folder.is_dir():
             raise FlatminimaError(f"there is no folder {folder} to read records from")
         paths = sorted(path for path in folder.glob("*.json") if path.name != WINNERS)
+        if not paths:
+            raise FlatminimaError(f"{folder} holds no records: give a folder of experiments' JSON")
         found = cls(tuple((path, read_summaries(path)) for path in paths))
         found._entries  # noqa: B018 (refused now, not when a run is looked for)
         return found

@@ -52,6 +52,8 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
         AdaptedCheckpointWarning: Something was taken off, left out or rounded.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FlatminimaError(f"{path} is a folder, not a checkpoint: name the file in it")
     if not path.is_file():
         raise FlatminimaError(f"there is no checkpoint {path}")
     remarks: list[str] = []

@@ -32,13 +32,14 @@ def watch(
     On a terminal, an overall bar of ``total`` runs, and beneath it a line for every run in progress: epoch, loss, time
     left; on standard error, once it has taken a second; gone at the end. Elsewhere the same in a line now and then.
     """
-    view = _View(total, runs, description, progress.terminal(enabled), enabled)
-    try:
-        for number, outcome in ended:
-            view.end(failed=isinstance(outcome, Failure))
-            yield number, outcome
-    finally:
-        view.close()
+    with progress.aside():
+        view = _View(total, runs, description, progress.terminal(enabled), enabled)
+        try:
+            for number, outcome in ended:
+                view.end(failed=isinstance(outcome, Failure))
+                yield number, outcome
+        finally:
+            view.close()
 
 
 class _View:
@@ -86,7 +87,7 @@ class _View:
     def _table(self) -> rich.table.Table:
         """As wide as the terminal, but for the ``^C`` that it may write after the last line."""
         table = self._bars.make_tasks_table(self._bars.tasks)
-        table.width = None if self._width is None else max(1, self._width - len(" ^C"))
+        table.width = None if self._width is None else max(1, self._width - progress.ROOM)
         return table
 
     def _said(self) -> str:
@@ -110,6 +111,8 @@ class _View:
             elif number in self._lines:
                 self._bars.remove_task(self._lines.pop(number))
         status = f"{self._ended}/{self._total} runs" + (f", {self._failed} failed" if self._failed else "")
+        if not self._lines and self._ended < self._total:
+            status += ", starting"  # workers, or the next run
         self._bars.update(self._overall, completed=min(self._ended + begun, self._total), status=status)
 
     def _show(self, number: int, told: RunProgress) -> None:

@@ -88,6 +88,8 @@ def _numbered(text: str) -> Checkpoint:
             match = pattern.search(name)
             if match is not None and (unit != _NUMBERS or height <= 1):
                 return Checkpoint(path, str(part.parent), int(match[1]), unit)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FlatminimaError(f"{text} is a folder, not a checkpoint: give those in it, as {path / '*.pt'}")
     raise FlatminimaError(f"{text}: no number in its name says when it was written: give it as NUMBER={text}")
 
 

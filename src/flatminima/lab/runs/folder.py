@@ -129,6 +129,12 @@ class RunFolder:
             DamagedFileError: There is none (it is no run folder), or it is damaged.
         """
         if not self._file("spec.json").is_file():
+            if not self.path.exists():
+                raise DamagedFileError(f"{self.path} is not a run folder: there is no such folder")
+            if self.path.is_file():
+                raise DamagedFileError(
+                    f"{self.path} is not a run folder but a file: for a checkpoint name its model and its data too"
+                )
             raise DamagedFileError(
                 f"{self.path} is not a run folder: it has no spec.json; give a folder that `train` wrote"
             )

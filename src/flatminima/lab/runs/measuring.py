@@ -29,7 +29,7 @@ from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import digest_of
 from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
 from flatminima.network import float64_device
-from flatminima.progress import track
+from flatminima.progress import track, track_parts
 
 _FROM_INITIAL = "distance_from_initialization"
 
@@ -169,7 +169,7 @@ def compare_runs(
         models = {name: load_run(path)[1] for name, path in runs.items()}
         return compare_images(models, load_run(runs[first])[2], how, device=device, progress=progress)
     measured = {}
-    for name, path in runs.items():
+    for name, path in track_parts(runs, progress):
         with naming(name):
             measured[name] = measure_run(path, how, device=device, progress=progress)
     return comparison_of(measured)
@@ -197,7 +197,7 @@ def compare_loaded(
             "cannot be measured together until their differences are precise: leave max_standard_error out"
         )
     measured = {}
-    for name, network in networks.items():
+    for name, network in track_parts(networks, progress):
         with naming(name):
             measured[name] = measure_images(network.model, network.data, how, device=device, progress=progress)
     return comparison_of(measured)

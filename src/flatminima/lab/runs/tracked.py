@@ -35,10 +35,10 @@ from flatminima.lab.runs.networks import LoadedNetwork, NetworkInputs, load_chec
 from flatminima.lab.runs.own_measures import sources_of
 from flatminima.lab.runs.sets import code_of_model
 from flatminima.lab.schema import RECORD, parse, plain
-from flatminima.lab.storage import bytes_of, digest_of, read_text
+from flatminima.lab.storage import bytes_of, digest_of, locked, read_text
 from flatminima.measures import Characterization, evaluate
 from flatminima.network import Samples, tensors_of
-from flatminima.progress import ProgressBar
+from flatminima.progress import track_parts
 from flatminima.sampling import draw_subsets
 
 
@@ -121,35 +121,45 @@ def measure_checkpoints(
     file, found, said = _File(path), list[TrackedCheckpoint](), set[str]()
     contents = _contents(subject)
     readings: dict[str, Reading] = {}
-    with ProgressBar("checkpoints", len(checkpoints), enabled=progress, elapsed=True) as bar:
-        for checkpoint in checkpoints:
-            with _warning_once(checkpoint.path, said):
-                if checkpoint.run not in readings:
-                    of_same = [each for each in checkpoints if each.run == checkpoint.run]
-                    readings[checkpoint.run] = _reading_of(of_same, subject)
-                of_run = dataclasses.replace(subject, reading=readings[checkpoint.run])
-                network = load_checkpoint(checkpoint.path, of_run.data, of_run.model, of_run.reading)
-                unchanged = contents | {"code": _code(checkpoint.path, subject.model)}
-                tracked = _tracked(checkpoint, network, subject.test, how, unchanged, file, device, progress)
-            found += [] if tracked is None else [tracked]
-            bar.advance()
-    return found
+    for _, checkpoint in track_parts({str(each): each for each in _last_first(checkpoints)}, progress):
+        with _warning_once(checkpoint.path, said):
+            if checkpoint.run in readings:
+                network = _loaded(checkpoint, subject, readings[checkpoint.run])
+            else:
+                of_run = [each for each in checkpoints if each.run == checkpoint.run]
+                network, readings[checkpoint.run] = _load_last(of_run, subject)
+            unchanged = contents | {"code": _code(checkpoint.path, subject.model)}
+            tracked = _tracked(checkpoint, network, subject.test, how, unchanged, file, device, progress)
+        found += [] if tracked is None else [tracked]
+    return sorted(found, key=lambda each: checkpoints.index(each.checkpoint))
 
 
-def _reading_of(checkpoints: Sequence[Checkpoint], subject: Subject) -> Reading:
-    """How a run's checkpoints read their data: where that is a guess, the one at the last whose weights are finite."""
-    for last in reversed(checkpoints):
-        with recorded_warnings() as recorded:
-            network = load_checkpoint(last.path, subject.data, subject.model, subject.reading)
-        if not all(bool(parameter.isfinite().all()) for parameter in network.model.parameters()):
-            continue
-        guesses = [warning for warning in recorded if isinstance(warning, GuessedNormalizationWarning)]
-        for guess in guesses:
-            warn(str(guess), GuessedNormalizationWarning)
-        if guesses and isinstance(network.preparation, Normalization):
-            return dataclasses.replace(subject.reading, normalize=network.preparation.as_text())
-        break
-    return subject.reading
+def _last_first(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Of every run the last and then the others in their order: what is guessed at the last is needed for all."""
+    runs: dict[str, list[Checkpoint]] = {}
+    for each in checkpoints:
+        runs.setdefault(each.run, []).append(each)
+    return [each for run in runs.values() for each in (run[-1], *run[:-1])]
+
+
+def _loaded(checkpoint: Checkpoint, subject: Subject, reading: Reading) -> LoadedNetwork:
+    return load_checkpoint(checkpoint.path, subject.data, subject.model, reading)
+
+
+def _load_last(checkpoints: Sequence[Checkpoint], subject: Subject) -> tuple[LoadedNetwork, Reading]:
+    """A run's last network, and how all read their data: a guess is the one at the last whose weights are finite."""
+    with recorded_warnings() as recorded:
+        last = _loaded(checkpoints[-1], subject, subject.reading)
+    guesses = [warning for warning in recorded if isinstance(warning, GuessedNormalizationWarning)]
+    is_finite = all(bool(parameter.isfinite().all()) for parameter in last.model.parameters())
+    for warning in recorded:
+        if is_finite or warning not in guesses:
+            warn(str(warning), type(warning))
+    if not is_finite and len(checkpoints) > 1:
+        return last, _load_last(checkpoints[:-1], subject)[1]
+    if guesses and isinstance(last.preparation, Normalization):
+        return last, dataclasses.replace(subject.reading, normalize=last.preparation.as_text())
+    return last, subject.reading
 
 
 def _contents(subject: Subject) -> dict[str, Any]:
@@ -223,7 +233,7 @@ def _digest_of(samples: Samples, indices: Sequence[int]) -> str:
 
 
 class _File:
-    """What was measured, a line each; lines of other checkpoints, data or options stay."""
+    """What was measured, a line each; lines of other checkpoints, data, options and processes stay."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -231,15 +241,17 @@ class _File:
         if path.exists():
             try:
                 self._lines = [parse(_Line, line) for line in read_text(path).splitlines()]
-            except FlatminimaError as error:
-                raise FlatminimaError(f"{path} is not what track wrote: name another file ({error})") from None
+            except FlatminimaError:
+                raise FlatminimaError(f"{path} is not what track wrote: name another file") from None
 
     def answer(self, asked: dict[str, Any]) -> _Line | None:
         return next((line for line in self._lines if line.asked == asked), None)
 
     def add(self, line: _Line) -> None:
         self._lines.append(line)
-        write_file(self._path, "".join(f"{json.dumps(plain(each))}\n" for each in self._lines))
+        with locked(self._path):
+            others = read_text(self._path).splitlines() if self._path.exists() else []
+            write_file(self._path, "".join(f"{text}\n" for text in (*others, json.dumps(plain(line)))))
 
 
 @contextmanager

@@ -240,7 +240,7 @@ def _train_to_end(
     breaks = Breaks(run.processes, run.iteration, checkpoint_seconds)
     with (
         deferred_interrupt() as interrupted,
-        ProgressBar("", run.total_iterations, completed=run.iteration, enabled=progress, elapsed=True) as bar,
+        ProgressBar("", run.total_iterations, completed=run.iteration, enabled=progress) as bar,
         event_log(run, folder) as log,
         folder.watched() as note,
     ):

@@ -49,9 +49,12 @@ def open_data(source: str, reading: Reading | None = None) -> Opened:
         FlatminimaError: There is no such source, or whatever is wrong with it, naming the column, file or row.
     """
     reading = reading or Reading()
+    require(source != "", "the name of the data is empty")
     kind = next((kind for kind in reversed(KINDS) if kind.recognizes(source)), None)
     if kind is None:
         known = "; ".join(kind.described for kind in KINDS if kind.described)
+        if Path(source).is_file():
+            raise FlatminimaError(f"{source}: its name does not say what is in the file; give a folder, or {known}")
         hint = did_you_mean(source, [*LOADERS, *_beside(source)])
         raise FlatminimaError(
             f"no data {source!r}{hint}: it is neither {', '.join(LOADERS)} nor an existing "

@@ -81,3 +81,12 @@ def test_a_single_pair_proves_nothing(other: float) -> None:
     assert (found.low, found.high) == (-math.inf, math.inf)
     assert math.isnan(found.p_t)
     assert paired_difference({0: 1.0}, {1: other}) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_differences_that_are_equal_but_for_rounding_do_not_vary() -> None:
+    found = paired_difference({0: 30 / 500, 1: 20 / 500}, {0: 20 / 500, 1: 10 / 500})
+    assert found is not None
+    assert 30 / 500 - 20 / 500 != 20 / 500 - 10 / 500
+    assert found.mean == pytest.approx(0.02)
+    assert math.isnan(found.p_t)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,26 @@ def _time_and_memory(found: Mapping[str, Any] | None) -> str:
 
 def cost_of_steps() -> Table:
     """Time and peak memory of one training step."""
-    record = json.loads((BENCHMARKS / "regularizer.json").read_text(encoding="utf-8"))
-    networks = record["networks"]
+    return _table_of_steps("Time as a ratio to a plain step, and peak memory", "regularizer.json", _time_and_memory)
+
+
+def cost_of_small_steps() -> Table:
+    """Time of one training step where the networks are so small that most of it is not arithmetic."""
+    caption = "Time as a ratio to a plain step: the median, and the smallest and largest"
+    return _table_of_steps(caption, "regularizer-small.json", _time_and_range)
+
+
+def _table_of_steps(caption: str, file: str, cell: Callable[[Mapping[str, Any] | None], str]) -> Table:
+    networks = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["networks"]
     steps = list(dict.fromkeys(step for found in networks.values() for step in found))
-    rows = tuple((step, *(_time_and_memory(found.get(step)) for found in networks.values())) for step in steps)
-    return Table("Time as a ratio to a plain step, and peak memory", ("step", *networks), rows)
+    rows = tuple((step, *(cell(found.get(step)) for found in networks.values())) for step in steps)
+    return Table(caption, ("step", *networks), rows)
+
+
+def _time_and_range(found: Mapping[str, Any] | None) -> str:
+    if found is None or "ratio" not in found:
+        return "–"
+    return "{median:.2f} ({min:.2f} to {max:.2f})".format_map(found["ratio"])
 
 
 def cosines() -> Table:
@@ -141,6 +156,7 @@ def origin_of(file: str) -> str:
 BENCHMARK_TABLES = {
     "gram": ("gram.json", cost_of_gram),
     "regularizer": ("regularizer.json", cost_of_steps),
+    "regularizer-small": ("regularizer-small.json", cost_of_small_steps),
     "finite-differences": ("finite_differences.json", cosines),
     "suggest": ("suggest.json", starts),
 }

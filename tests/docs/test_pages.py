@@ -59,7 +59,20 @@ def test_costs_are_those_of_the_record_and_say_what_is_off(made: ModuleType) -> 
     assert cells["resnet20"]["opacus"] == "–"
 
 
-@pytest.mark.parametrize("name", ["gram", "regularizer", "finite-differences", "suggest"])
+def test_costs_of_small_networks_are_those_of_the_record_with_their_range(made: ModuleType) -> None:
+    """And what the pages say in words is so: where plain steps take milliseconds, sub-batches together cost less."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "regularizer-small.json").read_text(encoding="utf-8"))
+    table = made.cost_of_small_steps()
+    cells = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    one_by_one = "finite-difference, M=8, main_gradient=sub-batches"
+    for name, steps in record["networks"].items():
+        found = steps[one_by_one]["ratio"]
+        assert cells[one_by_one][name] == f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+        if name in ("digits-mlp", "small-cnn-16"):
+            assert steps[f"{one_by_one}, passes=together"]["ratio"]["median"] < found["median"]
+
+
+@pytest.mark.parametrize("name", ["gram", "regularizer", "regularizer-small", "finite-differences", "suggest"])
 def test_tables_of_benchmarks_are_whole(name: str, made: ModuleType) -> None:
     table = made.BENCHMARK_TABLES[name][1]()
     assert table.rows

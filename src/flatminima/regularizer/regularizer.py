@@ -37,7 +37,8 @@ class FisherTraceRegularizer:
     """Algorithm 1 (Jia & Su, Sec. 6): takes the place of ``loss.backward()`` in a training loop, for any optimizer.
 
     One step splits its batch at random into M sub-batches, which cost 2M sub-batch passes beside the ordinary one:
-    about three times the arithmetic of a plain step, or two times with ``main_gradient="sub-batches"``.
+    about three times the arithmetic of a plain step, or two times with ``main_gradient="sub-batches"``. On small
+    networks 2M passes take far longer than their arithmetic: see ``passes``.
 
     The penalty's passes run in float32, whatever the main pass uses, on copies of the buffers, and both passes of a
     sub-batch see one dropout mask. Weights are back to the same bits after every step, also when ``loss_fn`` raises.
@@ -58,8 +59,9 @@ class FisherTraceRegularizer:
             sub-batch's own statistics (the paper), ``"whole-batch"`` those of B at w, for one more forward pass,
             ``"running"`` the running ones.
         passes: ``"one-by-one"`` runs 2M small passes. ``"together"`` runs two by ``torch.func.vmap``, for devices that
-            small passes starve, and ``"compiled"`` has ``torch.compile`` make one graph of these. Both need memory for
-            some six tensors of M times the weights' size; what they cannot run they refuse.
+            small passes starve and for small networks (on a CPU: of ten milliseconds a plain step or less), and
+            ``"compiled"`` has ``torch.compile`` make one graph of these. Both need memory for some six tensors of M
+            times the weights' size; what they cannot run they refuse.
         parameters: the parameters whose Fisher trace is penalized (default: all). The penalty's gradient goes to all
             trainable ones.
         every: k ≥ 1; the penalty acts on every k-th step, with weight k β. The steps between are plain steps.

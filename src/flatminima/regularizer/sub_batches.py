@@ -167,11 +167,7 @@ class SubBatches(ABC):
 
     def gradients(self, loss: Tensor, *, create_graph: bool = False) -> tuple[Tensor | None, ...]:
         """g_i of every sub-batch in the form of :attr:`parameters`; None for a parameter that the loss does not use."""
-        if not loss.requires_grad:  # a constant
-            return (None,) * len(self.parameters)
-        # A function marked once_differentiable shows that it is one where the gradient that comes to it has a history.
-        seed = torch.ones_like(loss, requires_grad=True) if create_graph else None
-        return torch.autograd.grad(loss, self.parameters, seed, create_graph=create_graph, allow_unused=True)
+        return gradients_at(self.parameters, loss, create_graph=create_graph)
 
     @abstractmethod
     def moved(self, direction: list[Tensor], step: float) -> AbstractContextManager[None]:
@@ -220,6 +216,15 @@ class OneSubBatch(SubBatches):
     def buffers_left(self) -> list[Tensor]:
         """What the latest pass left in the model's buffers."""
         return [buffer.detach() for buffer in self.buffers.now()]
+
+
+def gradients_at(tensors: list[Tensor], loss: Tensor, *, create_graph: bool) -> tuple[Tensor | None, ...]:
+    """∂loss/∂t of each tensor; None for one that the loss does not use."""
+    if not loss.requires_grad:  # a constant
+        return (None,) * len(tensors)
+    # A function marked once_differentiable shows that it is one where the gradient that comes to it has a history.
+    seed = torch.ones_like(loss, requires_grad=True) if create_graph else None
+    return torch.autograd.grad(loss, tensors, seed, create_graph=create_graph, allow_unused=True)
 
 
 def scalar_loss(closure: Closure, batch: Any) -> Tensor:

@@ -209,10 +209,10 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
     command = ["reproduce", "table-1", "--preset", "digits", "--out", str(tmp_path), "--seeds", "3", "--dry-run"]
     assert cli.main([*command, "--workers", "2"]) == 0
     said = capsys.readouterr().out
-    assert "16 runs are left" in said
+    assert "36 runs are left" in said
     assert "with 2 workers" in " ".join(said.split())
     assert cli.main([*command, "--json"]) == 0
-    assert sum(row["left"] for row in json.loads(capsys.readouterr().out)["plan"]) == 16
+    assert sum(row["left"] for row in json.loads(capsys.readouterr().out)["plan"]) == 36
     assert cli.main(["reproduce", "search", "--out", str(tmp_path), "--dry-run", "--json", "--trials", "3"]) == 0
     assert [row["left"] for row in json.loads(capsys.readouterr().out)["plan"]] == [3, 3]
     assert list(tmp_path.iterdir()) == []

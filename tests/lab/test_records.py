@@ -38,6 +38,7 @@ TINY = replace(
     sub_batches=(5,),
     clipping=(5,),
     rivals={},
+    every=(),
     measuring=Measuring(subset_size=10, trials=2, robustness_samples=2, on_singular="skip"),
 )
 

@@ -52,6 +52,7 @@ TINY = replace(
     sub_batches=(5,),
     clipping=(5,),
     rivals={},
+    every=(),
     measuring=Measuring(subset_size=20, trials=3, robustness_samples=2, on_singular="skip"),
 )
 

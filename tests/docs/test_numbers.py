@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from types import ModuleType
 
 import pytest
 
+from flatminima.lab.experiments.paper import MATCHED, PLAIN, REGULARIZED, SAM
+from flatminima.lab.experiments.statistics import paired_difference
 from support.documents import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,3 +39,23 @@ def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: Module
     known |= set(re.findall(r"[+]?(-?\d\.\d\d) \\\[(-?\d\.\d\d), (-?\d\.\d\d)\\\]", pages))
     assert len(said) >= 3
     assert {tuple(number.replace("−", "-") for number in numbers) for numbers in said} <= known
+
+
+def test_the_regularizers_gain_over_ten_seeds_is_that_of_both_records() -> None:
+    records = [
+        record
+        for folder in ("small", "small-fresh")
+        for record in json.loads((ROOT / "results" / folder / "table-1.json").read_text(encoding="utf-8"))[0]["records"]
+    ]
+    errors: dict[str, dict[int, float]] = {}
+    for record in records:
+        errors.setdefault(record["arm"], {})[record["seed"]] = 100 * record["test_error"]
+    page = (ROOT / "docs" / "results" / "small-fresh.md").read_text(encoding="utf-8")
+    for against, pages in {PLAIN: (README, page), MATCHED: (README, page), SAM: (page,)}.items():
+        found = paired_difference(errors[REGULARIZED], errors[against])
+        assert found is not None
+        assert found.pairs == 10
+        gain, low, high = (f"{-value:.2f}".replace("-", "−") for value in (found.mean, found.high, found.low))
+        for text in pages:
+            assert gain in text
+            assert f"{low} to {high}" in text

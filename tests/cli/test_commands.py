@@ -214,7 +214,7 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli.main([*command, "--json"]) == 0
     assert sum(row["left"] for row in json.loads(capsys.readouterr().out)["plan"]) == 36
     assert cli.main(["reproduce", "search", "--out", str(tmp_path), "--dry-run", "--json", "--trials", "3"]) == 0
-    assert [row["left"] for row in json.loads(capsys.readouterr().out)["plan"]] == [3, 3, 3, 3]
+    assert [row["left"] for row in json.loads(capsys.readouterr().out)["plan"]] == [6, 6]
     assert list(tmp_path.iterdir()) == []
 
 

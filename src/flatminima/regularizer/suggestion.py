@@ -146,8 +146,8 @@ def suggest(
 
     Nothing is trained, and the model, its ``.grad`` and the global generators are left as they were. Give it the model
     as the penalty will find it: in training mode, fresh from its initialization, or where ``start_step`` is.
-    With wrong labels the suggestion was good, on clean ones too strong: ``docs/how-to/does-it-work.md`` has figures, and
-    what to do from there.
+    With wrong labels the suggestion was good, on clean ones too strong: ``docs/how-to/does-it-work.md`` has figures,
+    and what to do from there.
 
     Args:
         model: as for the regularizer.

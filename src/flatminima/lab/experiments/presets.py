@@ -261,7 +261,7 @@ _DIGITS = Preset(
     matched=(
         _matched(_DIGITS_RUN, 0.005, 0.02, 600, MultiStep(())),  # small enough throughout
         # the mlp cannot fit the digits under 4-crop-f
-        _matched(replace(_DIGITS_RUN, model="small-cnn"), 0.02, 0.05, 600, _EARLIER),
+        _matched(_DIGITS_CNN_RUN, 0.02, 0.05, 600, _EARLIER),
     ),
     # the least error on 300 held-out images at seed 100 (plain: 3.00 and 3.33 %); of equals the strongest, which is the
     # least like plain training

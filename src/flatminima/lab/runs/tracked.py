@@ -121,25 +121,26 @@ def measure_checkpoints(
     file, found, said = _File(path), list[TrackedCheckpoint](), set[str]()
     contents = _contents(subject)
     readings: dict[str, Reading] = {}
-    for _, checkpoint in track_parts({str(each): each for each in _last_first(checkpoints)}, progress):
+    runs = _by_run(checkpoints)
+    # of every run the last and then the others: what is guessed at the last is needed for all
+    order = [each for of_run in runs.values() for each in (of_run[-1], *of_run[:-1])]
+    for _, checkpoint in track_parts({str(each): each for each in order}, progress):
         with _warning_once(checkpoint.path, said):
             if checkpoint.run in readings:
                 network = _loaded(checkpoint, subject, readings[checkpoint.run])
             else:
-                of_run = [each for each in checkpoints if each.run == checkpoint.run]
-                network, readings[checkpoint.run] = _load_last(of_run, subject)
+                network, readings[checkpoint.run] = _load_last(runs[checkpoint.run], subject)
             unchanged = contents | {"code": _code(checkpoint.path, subject.model)}
             tracked = _tracked(checkpoint, network, subject.test, how, unchanged, file, device, progress)
         found += [] if tracked is None else [tracked]
     return sorted(found, key=lambda each: checkpoints.index(each.checkpoint))
 
 
-def _last_first(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Of every run the last and then the others in their order: what is guessed at the last is needed for all."""
+def _by_run(checkpoints: Sequence[Checkpoint]) -> dict[str, list[Checkpoint]]:
     runs: dict[str, list[Checkpoint]] = {}
     for each in checkpoints:
         runs.setdefault(each.run, []).append(each)
-    return [each for run in runs.values() for each in (run[-1], *run[:-1])]
+    return runs
 
 
 def _loaded(checkpoint: Checkpoint, subject: Subject, reading: Reading) -> LoadedNetwork:

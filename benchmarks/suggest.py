@@ -1,17 +1,17 @@
-"""How good a start is ``flatminima.suggest``? Test errors of networks trained with it, without, and over a grid of β.
+r"""How good a start is ``flatminima.suggest``? Test errors of networks trained with it, without, and over a grid of β.
 
     python benchmarks/suggest.py --threads 1
-    python benchmarks/suggest.py --threads 1 --cases resnet8 "resnet8, wrong labels" --data cifar10 --seeds 30 31 32 \\
-        --betas 3 30 --output suggest-cifar
+    python benchmarks/suggest.py --threads 1 --cases resnet8 "resnet8, wrong labels" --data cifar10 \
+        --seeds 30 31 32 --betas 3 30 --output suggest-cifar
 
 Networks of the lab and of Transformers, on scikit-learn's digits and on CIFAR-10, with and without wrong labels, at the
-end of training, without choosing the epoch. The suggestion is made once, on the fresh network. Finished runs are kept in
-the record, and not repeated by a second call.
+end of training, without choosing the epoch. The suggestion is made once, on the fresh network. Finished runs are kept
+in the record, and not repeated by a second call.
 
 The rule's constants were chosen on seeds that take no part here: the range of τ on 0 and 1000 to 1002 (in part longer
-trainings), how strong the penalty is to be beside the gradient on 20 to 22 of the digits (``suggest-choice.json``). Of a
-new strength was asked beforehand that with clean labels it be on no network more than two standard errors worse than
-plain training, and with wrong ones within two of the grid's best on as many networks as the strength before it.
+trainings), how strong the penalty is to be beside the gradient on 20 to 22 of the digits (``suggest-choice.json``).
+Of a new strength was asked beforehand that with clean labels it be on no network more than two standard errors worse
+than plain training, and with wrong ones within two of the grid's best on as many networks as the strength before it.
 """
 
 from __future__ import annotations

@@ -73,6 +73,11 @@ class RunFolder:
             return "failed"
         return "unfinished" if self._file("spec.json").exists() else "new"
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether anything can be kept in it; others' folders may be there to be read."""
+        return os.access(self.path, os.W_OK)
+
     @contextlib.contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold the folder alone; the operating system frees it when the process ends, however it ends.

@@ -112,7 +112,7 @@ def landscape(
     _require_arguments(directions, len(others), dimensions, extent, steps)
     require_seed(seed)
     require_flag("progress", progress)
-    dimensions, steps, seed = int(dimensions), int(steps), int(seed)  # numpy's are integers, too
+    steps, seed = int(steps), int(seed)  # numpy's are integers, too
     _require_path(path)
     _require_movable(model)
     samples = samples_of(data)

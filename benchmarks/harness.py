@@ -12,6 +12,7 @@ import multiprocessing
 import platform
 import re
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -178,7 +179,7 @@ def _run(connection: Connection, function: Callable[..., Any], args: Any, thread
 def environment(options: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
     """What the numbers were measured with."""
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

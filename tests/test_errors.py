@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.errors import FlatminimaWarning, ShuffledLoaderWarning, did_you_mean, naming, one_line, warn
+from flatminima.errors import (
+    FlatminimaError,
+    FlatminimaWarning,
+    ShuffledLoaderWarning,
+    did_you_mean,
+    naming,
+    one_line,
+    require_one_of,
+    require_positive,
+    warn,
+)
 
 
 def test_a_warning_names_the_users_line() -> None:
@@ -45,3 +55,15 @@ def test_the_depth_of_our_own_calls_does_not_matter(depth: int) -> None:
     with pytest.warns(FlatminimaWarning, match="here") as caught:
         call(depth)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("value", [True, "1", 0, -1, float("nan"), float("inf"), 10**400, None])
+def test_what_is_no_positive_number_is_refused(value: object) -> None:
+    with pytest.raises(FlatminimaError, match="beta must be a positive number, got"):
+        require_positive("beta", value)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["digits"], "digts"])
+def test_what_is_none_of_the_names_is_refused_whatever_its_type(name: object) -> None:
+    with pytest.raises(FlatminimaError, match=r"unknown data .*; use one of digits, cifar10"):
+        require_one_of("data", name, ("digits", "cifar10"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima import Landscape, exact_hessian, landscape
-from flatminima.errors import FlatminimaError, NonFiniteError, UndefinedMeasureError
+from flatminima.errors import CoarseRoundingWarning, FlatminimaError, NonFiniteError, UndefinedMeasureError
+from flatminima.loss_landscape.directions import eigenvectors
 from flatminima.measures import evaluate
 from flatminima.measures.hessian_products import SMALL
 from flatminima.network import samples_of
@@ -53,7 +55,7 @@ def direction_of(model: nn.Module, data: tuple[Tensor, Tensor], **options: Any) 
     )
     landscape(model, data, steps=3, progress=False, **options)
     handle.remove()
-    return {name: seen[3][name] - seen[0][name] for name in seen[0]}  # the minimum, -1, 0, 1
+    return {name: seen[-1][name] - seen[0][name] for name in seen[0]}  # the minimum is seen first, 1 last
 
 
 def test_random_directions_have_the_filters_norms_and_leave_biases_and_normalization(
@@ -197,11 +199,11 @@ def test_an_interrupted_landscape_goes_on(
             raise KeyboardInterrupt
         return evaluate(*args, **options)
 
-    monkeypatch.setattr("flatminima.loss_landscape.evaluate", counted)
+    monkeypatch.setattr("flatminima.loss_landscape.evaluation.evaluate", counted)
     with pytest.raises(KeyboardInterrupt):
         landscape(model, data, steps=STEPS, path=path, progress=False)
     assert landscape(model, data, steps=STEPS, path=path, progress=False) == whole
-    assert calls == 4 + 1 + 3  # the minimum again, and three of five points
+    assert calls == 4 + 1 + 2  # the minimum again, which is a point too, and two of five
 
 
 @pytest.mark.parametrize("change", ["weights", "grid", "seed", "data"])
@@ -213,6 +215,73 @@ def test_a_file_of_another_landscape_is_refused(data: tuple[Tensor, Tensor], tmp
     data = (data[0] + 1, data[1]) if change == "data" else data
     with pytest.raises(FlatminimaError, match="holds another landscape"):
         landscape(model, data, path=path, progress=False, **({"steps": 3} | changed))
+
+
+def test_a_landscape_along_the_hessian_goes_on_with_its_own_eigenvectors(
+    data: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = network(), tmp_path / "landscape.json"
+    options: dict[str, Any] = {"directions": "hessian", "steps": 3, "extent": 0.5, "progress": False}
+    whole = landscape(model, data, path=path, **options)
+    values = json.loads(path.read_text())
+    values["losses"], values["accuracies"] = values["losses"][:1], values["accuracies"][:1]
+    path.write_text(json.dumps(values))  # as an interrupted call leaves it
+    of_this_call = eigenvectors
+
+    def turned(*args: Any) -> Any:  # an eigenvector has no sign
+        found, ways = of_this_call(*args)
+        return found, [{name: -along for name, along in way.items()} for way in ways]
+
+    monkeypatch.setattr("flatminima.loss_landscape.evaluation.eigenvectors", turned)
+    assert landscape(model, data, **options).losses == pytest.approx(whole.losses[::-1], rel=1e-6)
+    assert landscape(model, data, path=path, **options) == whole
+    path.write_text(json.dumps(values))
+    beside = tmp_path / "landscape.json.directions"
+    beside.write_bytes(beside.read_bytes()[:-9])
+    with pytest.raises(FlatminimaError, match=r"json.directions, the eigenvectors of .*remove .*json to begin anew"):
+        landscape(model, data, path=path, **options)
+
+
+def test_a_file_that_is_whole_is_a_landscape_and_costs_no_second_one(
+    data: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "landscape.json"
+    whole = landscape(network(), data, steps=3, path=path, progress=False)
+    assert Landscape.from_json(path.read_text()) == whole
+    monkeypatch.setattr("flatminima.loss_landscape.record.write_file", lambda *_: pytest.fail("nothing is new"))
+    monkeypatch.setattr("flatminima.loss_landscape.record.require_writable", lambda *_: pytest.fail("nor need be"))
+    assert landscape(network(), data, steps=3, path=path, progress=False) == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no landscape that was begun: .*choose another path, or remove it"),
+        (b'{"question": "a", "los', "is no landscape that was begun"),
+        (b"[]", "is no landscape that was begun"),
+        (b"\xff\xfe\x00", "is no landscape that was begun"),
+        (b'{"digest": "a", "losses": [1, 2], "accuracies": []}', "no landscape that was begun: it lacks 'directions'"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left(
+    data: tuple[Tensor, Tensor], tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "landscape.json"
+    path.write_bytes(content)
+    with pytest.raises(FlatminimaError, match=message):
+        landscape(network(), data, path=path, progress=False)
+    assert path.read_bytes() == content
+
+
+def test_places_that_hold_no_file_are_refused_before_the_points(data: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, message in (
+        (tmp_path, "cannot keep a landscape in .*: Is a directory; name another file"),
+        (tmp_path / "file" / "landscape.json", "Not a directory; name another file"),
+        (tmp_path / ("a" * 300), "File name too long; name another file"),
+    ):
+        with pytest.raises(FlatminimaError, match=message):
+            landscape(network(), data, path=path, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -227,16 +296,114 @@ def test_a_file_of_another_landscape_is_refused(data: tuple[Tensor, Tensor], tmp
         ({"steps": 1}, "steps must be odd"),
         ({"directions": "between", "to": nn.Linear(2, 3), "steps": 7}, r"steps must be 5, 9, 13"),
         ({"extent": 0.0}, "extent must be a positive number"),
+        ({"extent": 10**400}, "extent must be a positive number"),
+        ({"extent": math.nan}, "extent must be a positive number, got nan"),
+        ({"directions": "between", "to": nn.Linear(2, 3), "extent": 2.0}, r"extent has no meaning for .*leave it out"),
+        ({"directions": "between", "to": nn.Linear(2, 3), "dimensions": 2}, r"through two other models: to=\[a, b\]"),
+        ({"directions": None}, "unknown directions None; use one of random, hessian, between"),
+        ({"directions": "randm"}, r"unknown directions 'randm' \(did you mean 'random'\?\)"),
+        ({"dimensions": 1.0}, "dimensions must be an integer, got 1.0"),
+        ({"steps": "5"}, "steps must be an integer, got '5'"),
+        ({"steps": 10**9 + 1}, r"a grid of 1,000,000,001 points .*lower steps"),
+        ({"steps": 1001, "dimensions": 2}, r"a grid of 1,002,001 points"),
+        ({"seed": 2**64}, "seed must fit 64 bits"),
+        ({"seed": "a"}, "seed must be an integer, got 'a'"),
+        ({"progress": "no"}, "progress must be True or False"),
+        ({"path": 3}, "path must name a file, got 3"),
+        ({"path": ""}, "path must name a file, got ''"),
+        ({"directions": "between", "to": None}, "to must be models or their state_dicts, got NoneType"),
+        ({"directions": "between", "to": "other.pt"}, "got str: load the weights first"),
+        ({"directions": "between", "to": ["other.pt"]}, "got str: load the weights first"),
     ],
 )
 def test_wrong_arguments_are_refused(data: tuple[Tensor, Tensor], options: dict[str, Any], message: str) -> None:
     with pytest.raises(FlatminimaError, match=message):
-        landscape(network(), data, progress=False, **options)
+        landscape(network(), data, **({"progress": False} | options))
+
+
+class _Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("model.pt", "a model is a torch.nn.Module, got str"),
+        (nn.Linear, "a model is a torch.nn.Module, got type"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "'1.weight' has no shape yet .*run the model on one batch"),
+        (nn.Linear(32, 3, device="meta"), "'weight' is on the meta device, without values: load"),
+        (nn.Linear(32, 3, dtype=torch.complex64), "weight is torch.complex64: complex weights are not moved"),
+        (nn.Flatten(), "no trainable weights of two or more dimensions to move: set requires_grad"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Linear(32, 3).double()).requires_grad_(False),
+            r"set requires_grad .*or use directions='between'",
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(32, 3).double(), _Noise()), "random in eval mode"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(32, 3)), "float64.*convert the inputs to the parameters' type"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(9, 3).double()), "pass the data as the model takes them"),
+    ],
+)
+def test_models_without_a_landscape_are_refused(data: tuple[Tensor, Tensor], model: Any, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message) as raised:
+        landscape(model, data, progress=False)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_network_of_zeros_has_no_directions_of_its_norms(data: tuple[Tensor, Tensor]) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double()
+    nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+    with pytest.raises(FlatminimaError, match="all weights of two or more dimensions are zero"):
+        landscape(model, data, progress=False)
+
+
+def changed(name: str, value: Any) -> dict[str, Any]:
+    return {**network(1).state_dict(), name: value}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: network(0), r"the model's own, with nothing between: was the same checkpoint loaded twice"),
+        (lambda: [network(1), network(1)], r"have the same weights, and span no plane"),
+        (lambda: nn.Linear(2, 3), r"0.weight is missing \(it has 'bias', which the model lacks\); pass a network"),
+        (lambda: {f"module.{name}": t for name, t in network(1).state_dict().items()}, r"it has 'module\.0\.bias'"),
+        (lambda: changed("9.weight", torch.ones(2)), "the model lacks '9.weight'"),
+        (lambda: changed("4.bias", torch.ones(4)), r"4.bias is \(4,\), not \(3,\)"),
+        (lambda: changed("4.bias", [1.0, 2.0, 3.0]), "must be floating-point tensors, but 4.bias is list"),
+        (lambda: changed("4.bias", torch.ones(3).int()), "must be floating-point tensors, but 4.bias is torch.int32"),
+        (lambda: changed("4.bias", torch.full((3,), math.nan)), "hold NaN or infinity: 4.bias"),
+        (lambda: changed("4.bias", torch.ones(3, device="meta")), "without values: 4.bias was never loaded"),
+        (lambda: network(1).to("meta"), "'0.weight' is on the meta device"),
+        (
+            lambda: [network(1), changed("4.bias", torch.ones(4))],
+            r"the weights of to\[1\] do not fit the model: 4.bias",
+        ),
+    ],
+)
+def test_others_that_do_not_fit_are_refused(data: tuple[Tensor, Tensor], other: Any, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        landscape(network(), data, directions="between", to=other(), steps=5, progress=False)
+
+
+def test_a_frozen_network_has_a_way_to_another(data: tuple[Tensor, Tensor]) -> None:
+    model = network().requires_grad_(False)
+    found = landscape(model, data, directions="between", to=network(1), steps=5, progress=False)
+    assert found.losses[3] == pytest.approx(mean_loss(network(1), data), rel=1e-10)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 99])
+def test_the_minimum_is_a_grid_point_to_the_bit(data: tuple[Tensor, Tensor], steps: int) -> None:
+    (axis,) = landscape(network(), data, extent=0.3, steps=steps, progress=False).coordinates
+    assert (axis[0], axis[steps // 2], axis[-1]) == (-0.3, 0.0, 0.3)
 
 
 def test_half_precision_has_no_eigenvectors(data: tuple[Tensor, Tensor]) -> None:
     halves = data[0].bfloat16(), data[1]
-    with pytest.raises(UndefinedMeasureError, match=r"0.weight is torch.bfloat16, too coarse for second derivatives"):
+    with (
+        pytest.warns(CoarseRoundingWarning, match=r"0.weight is torch.bfloat16, in which moves .* are lost"),
+        pytest.raises(UndefinedMeasureError, match=r"0.weight is torch.bfloat16, too coarse for second derivatives"),
+    ):
         landscape(network().to(torch.bfloat16), halves, directions="hessian", steps=3, progress=False)
 
 
@@ -248,10 +415,34 @@ def test_a_network_with_nan_is_refused(data: tuple[Tensor, Tensor]) -> None:
         landscape(model, data, progress=False)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"directions": "random", "coordinates": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"directions": "random", "coordinates": 1}',
+        '{"directions": "up", "coordinates": [[0]], "losses": [1], "accuracies": []}',
+        '{"directions": "random", "coordinates": [[0]], "losses": [1], "accuracies": [1, 2]}',
+    ],
+)
 def test_a_text_of_something_else_is_refused(text: str) -> None:
     with pytest.raises(FlatminimaError, match="not a landscape"):
         Landscape.from_json(text)
+
+
+def test_a_text_of_a_part_is_refused() -> None:
+    text = '{"directions": "random", "coordinates": [[-1, 0, 1]], "losses": [1], "accuracies": []}'
+    with pytest.raises(FlatminimaError, match=r"1 losses for 3 grid points; .*same call with the same path goes on"):
+        Landscape.from_json(text)
+
+
+def test_flat_planes_and_negative_losses_have_pictures() -> None:
+    axis = (-1.0, 0.0, 1.0)
+    Landscape("random", (axis, axis), (2.0,) * 9).plot()
+    assert list(Landscape("random", (axis,), (-1.0, -2.0, -1.0)).plot().lines[0].get_ydata()) == [-1, -2, -1]
+    with pytest.raises(FlatminimaError, match="a plane is drawn on a logarithmic scale"):
+        Landscape("random", (axis, axis), (-1.0,) * 9).plot()
 
 
 def test_pictures_of_lines_and_planes(data: tuple[Tensor, Tensor]) -> None:

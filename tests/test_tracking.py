@@ -133,6 +133,16 @@ def test_a_tracker_goes_on_from_its_file(data: tuple[Tensor, Tensor], model: nn.
     assert [entry.name for entry in tmp_path.iterdir()] == ["epochs.jsonl"]
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_any_epoch(
+    data: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FlatminimaError, match=r"cannot write .*: it is a folder; name a file"):
+        Tracker(data, path=tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(FlatminimaError, match="its folder is read-only; choose another one"):
+        Tracker(data, path=tmp_path / "epochs.jsonl")
+
+
 @pytest.mark.parametrize("text", ["", "no json", json.dumps({"epoch": 1}), "[1]"])
 def test_a_file_of_something_else_is_refused(data: tuple[Tensor, Tensor], tmp_path: Path, text: str) -> None:
     path = tmp_path / "epochs.jsonl"

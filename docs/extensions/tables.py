@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,33 +114,64 @@ def _at(points: Sequence[Mapping[str, float]], alpha: float = 1e-4) -> Mapping[s
     return next(point for point in points if point["alpha"] == alpha)
 
 
-def starts() -> Table:
-    """Test errors with the suggested settings, beside the best β of a grid on the same seeds and plain training."""
-    record = json.loads((BENCHMARKS / "suggest.json").read_text(encoding="utf-8"))
-    rows, near, better, seeds = [], 0, 0, set()
+def starts(file: str) -> Table:
+    """Test errors at suggestions of several strengths, beside plain training and the best β of a grid, if there is one.
+
+    On the seeds that plain training and all suggestions have; of the grid, arms that have these, too.
+    """
+    record = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
+    rows, judged, seeds = [], {}, set()
     for case, arms in record["runs"].items():
-        common = sorted(set.intersection(*map(set, arms.values())), key=int)
+        ratios = sorted((arm for arm in arms if arm.startswith("ratio ")), key=_number_of)
+        common = sorted(set.intersection(*(set(arms[arm]) for arm in ("plain", *ratios))), key=int)
         if len(common) < 2:
             continue
         seeds |= set(common)
-        errors = {arm: [100 * runs[seed]["test_error"] for seed in common] for arm, runs in arms.items()}
-        plain, suggested = errors.pop("plain"), errors.pop("suggested")
-        best = min(errors, key=lambda beta: statistics.fmean(errors[beta]))
-        chosen = [arms["suggested"][seed]["settings"]["beta"] for seed in common]
-        behind = _with_error([a - b for a, b in zip(suggested, errors[best], strict=True)])
-        gained = _with_error([a - b for a, b in zip(suggested, plain, strict=True)])
-        near += behind[0] <= 2 * behind[1]
-        better += gained[0] < -2 * gained[1]
-        cells = [rounded(*_with_error(plain)), f"{rounded(*_with_error(errors[best]))} (β {best})"]
-        cells.append(f"{rounded(*_with_error(suggested))} (β {min(chosen):g} to {max(chosen):g})")
-        rows.append((case, *cells, rounded(*behind, signed=True), rounded(*gained, signed=True)))
+        errors = {
+            arm: [100 * runs[seed]["test_error"] for seed in common]
+            for arm, runs in arms.items()
+            if set(common) <= set(runs)
+        }
+        grid = [arm for arm in errors if arm.startswith("beta ")]
+        best = min(grid, key=lambda beta: statistics.fmean(errors[beta]), default=None)
+        plain = rounded(*_with_error(errors["plain"]))
+        of_grid = "–" if best is None else f"{rounded(*_with_error(errors[best]))} (β {_number_of(best):g})"
+        for ratio in ratios:
+            chosen = [arms[ratio][seed]["settings"]["beta"] for seed in common]
+            gained = _difference(errors[ratio], errors["plain"])
+            behind = None if best is None else _difference(errors[ratio], errors[best])
+            judged.setdefault(ratio, []).append((gained, behind))
+            at = f"{_number_of(ratio):g}: {rounded(*_with_error(errors[ratio]))} (β {min(chosen):g} to {max(chosen):g})"
+            from_best = "–" if behind is None else rounded(*behind, signed=True)
+            rows.append((case, plain, of_grid, at, from_best, rounded(*gained, signed=True)))
     header = ("network", "plain", "best of the grid", "suggested", "suggested − best", "suggested − plain")
-    caption = (
-        f"Means over {len(seeds)} seeds, the differences paired, with standard errors. The suggestion is no more than "
-        f"two of these behind the grid's best on {near} of {len(rows)} networks, and more than two better than plain "
-        f"training on {better}"
-    )
+    told = "; ".join(_judgement(_number_of(ratio), judged[ratio]) for ratio in sorted(judged, key=_number_of))
+    caption = f"Means over {len(seeds)} seeds, the differences paired, with standard errors. Suggestions for {told}"
     return Table("Test error (%)", header, tuple(rows), caption)
+
+
+def _number_of(arm: str) -> float:
+    """The strength, or β, in an arm's name."""
+    return float(arm.split()[1])
+
+
+Difference = tuple[float, float]
+
+
+def _judgement(ratio: float, found: Sequence[tuple[Difference, Difference | None]]) -> str:
+    better = sum(mean < -2 * error for (mean, error), _ in found)
+    worse = sum(mean > 2 * error for (mean, error), _ in found)
+    behind = [mean <= 2 * error for mean, error in (best for _, best in found if best is not None)]
+    near = f", no more than two behind the grid's best on {sum(behind)} of {len(behind)}" if behind else ""
+    return (
+        f"penalty_to_gradient={ratio:g} are more than two of these better than plain training on {better} of "
+        f"{len(found)}, more than two worse on {worse}{near}"
+    )
+
+
+def _difference(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """Paired, with its standard error."""
+    return _with_error([a - b for a, b in zip(values, others, strict=True)])
 
 
 def _with_error(values: Sequence[float]) -> tuple[float, float]:
@@ -158,6 +190,6 @@ BENCHMARK_TABLES = {
     "regularizer": ("regularizer.json", cost_of_steps),
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),
     "finite-differences": ("finite_differences.json", cosines),
-    "suggest": ("suggest.json", starts),
+    "suggest": ("suggest.json", partial(starts, "suggest.json")),
 }
 """By name: the record and what makes its table."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import operator
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -131,9 +132,22 @@ def require_number(name: str, value: object, *, optional: bool = False) -> None:
 
 def require_positive(name: str, value: Any, *, or_zero: bool = False) -> None:
     """Raise :class:`FlatminimaError` for an option that is no finite number above (or at) zero."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and _is_finite(value)
     what = "zero or a positive number" if or_zero else "a positive number"
     require(number and (value > 0 or (or_zero and value == 0)), f"{name} must be {what}, got {value!r}")
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
+
+
+def require_seed(value: object) -> None:
+    """Raise :class:`FlatminimaError` for a seed that PyTorch's generators do not take."""
+    require_integer("seed", value)
+    require(-(2**63) <= operator.index(value) < 2**64, f"seed must fit 64 bits, got {value}")  # type: ignore[arg-type]
 
 
 def require_flag(name: str, value: object) -> None:
@@ -156,9 +170,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def require_one_of(what: str, name: str, names: Collection[str]) -> None:
+def require_one_of(what: str, name: object, names: Collection[str]) -> None:
     """Raise :class:`FlatminimaError` for a name that is none of ``names``, all lower case; hint at the one meant."""
-    require(name in names, f"unknown {what} {name!r}{did_you_mean(name.lower(), names)}; use one of {', '.join(names)}")
+    known = isinstance(name, str) and name in names
+    hint = did_you_mean(name.lower(), names) if isinstance(name, str) else ""
+    require(known, f"unknown {what} {name!r}{hint}; use one of {', '.join(names)}")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flatminima.errors import FlatminimaError, require_integer
+from flatminima.errors import FlatminimaError, require_integer, require_seed
 
 
 def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> list[list[int]]:
@@ -25,8 +25,9 @@ def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> 
         >>> draw_subsets(50, subset_size=3, trials=2, seed=0) == draw_subsets(50, subset_size=3, trials=9, seed=0)[:2]
         True
     """
-    for name, value in {"num_samples": num_samples, "subset_size": subset_size, "trials": trials, "seed": seed}.items():
+    for name, value in {"num_samples": num_samples, "subset_size": subset_size, "trials": trials}.items():
         require_integer(name, value)
+    require_seed(seed)
     if subset_size < 1 or trials < 1:
         raise FlatminimaError(f"subset_size and trials must be at least 1, got {subset_size} and {trials}")
     if num_samples < subset_size:

@@ -30,7 +30,7 @@ from flatminima.errors import (
     require_number,
     warn,
 )
-from flatminima.files import write_file
+from flatminima.files import require_writable, write_file
 from flatminima.measures import Characterization, MeasureOptions, measure
 from flatminima.network import Data, without_autocast
 from flatminima.parallel import Processes
@@ -92,7 +92,7 @@ class Tracker:
         left_out: the epochs that were due and not measured, to keep to ``time_share``.
 
     Raises:
-        FlatminimaError: for arguments out of range, or a file that no tracker wrote.
+        FlatminimaError: for arguments out of range, or a file that no tracker wrote or that cannot be written.
 
     Example:
         >>> import torch, flatminima
@@ -122,6 +122,8 @@ class Tracker:
         self._options = MeasureOptions(trials=10) if options is None else options
         self._every, self._time_share = every, time_share
         self._path = None if path is None else Path(path)
+        if self._path is not None:
+            require_writable(self._path)  # now, not when the first epoch has been trained
         self.epochs = read_epochs(self._path) if self._path is not None and self._path.exists() else []
         self.left_out: list[int] = []
         self._start, self._measuring, self._last = perf_counter(), 0.0, 0.0

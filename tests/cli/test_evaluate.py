@@ -92,6 +92,15 @@ def test_bad_input_is_one_line(ledger: str, capsys: pytest.CaptureFixture[str]) 
     assert "name the column of the test error" in error_of(capsys, ["evaluate", "other.csv"])
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_ledger_is_read(
+    ledger: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert cli.main(["evaluate", "nowhere.csv", "--report", "deep/page.html", "--no-progress"]) == 2
+    message = "flatminima: error: cannot write deep/page.html: its folder is read-only; choose another one\n"
+    assert capsys.readouterr().err == message
+
+
 def test_what_is_left_out_is_a_warning_in_a_line(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     with Path(ledger).open("a") as file:
         file.write(",,,,,,,\n")

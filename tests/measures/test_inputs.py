@@ -32,6 +32,11 @@ class Complex(nn.Module):
         return (x.to(torch.complex64) @ self.weight).abs()
 
 
+class AsComplex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.complex(x, x)
+
+
 lazy = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(CLASSES))
 MISTAKES = {
     "float64 inputs": (
@@ -41,6 +46,15 @@ MISTAKES = {
     "float64 inputs to gram": (lambda: fm.gram(mlp(), X.double(), Y), "float64.*the parameters' type, torch.float32"),
     "byte inputs": (lambda: fm.measure(mlp(), (X.byte(), Y), **OPTIONS), "uint8.*convert bytes as in training"),
     "too many inputs": (lambda: fm.measure(mlp(), ((X, X), Y), **OPTIONS), "cannot be run on these inputs"),
+    "a model without values": (
+        lambda: fm.measure(nn.Linear(5, CLASSES, device="meta"), (X, Y), **OPTIONS),
+        "'weight' is on the meta device, without values: load the model's weights",
+    ),
+    "data without values": (lambda: fm.measure(mlp(), (X.to("meta"), Y), **OPTIONS), "data are on the meta device"),
+    "complex logits": (
+        lambda: fm.measure(nn.Sequential(mlp(), AsComplex()), (X, Y), **OPTIONS),
+        "returned torch.complex64: return real logits",
+    ),
     "lazy": (lambda: fm.measure(lazy, (X, Y), **OPTIONS), "'0.weight' has no shape yet.*run the model on one batch"),
     "complex": (lambda: fm.measure(Complex(), (X, Y), **OPTIONS), "complex64, and gradients of complex ones"),
     "a path": (lambda: fm.measure("a.pt", (X, Y)), "a model is a torch.nn.Module, got str"),

@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from flatminima.cli.options import Output, parse
 from flatminima.cli.output import Report, with_files, working
 from flatminima.errors import FlatminimaError
+from flatminima.files import require_writable
 from flatminima.progress import ProgressBar
 
 
@@ -58,6 +59,8 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
     if options.ledger is None:
         raise FlatminimaError("evaluate takes a ledger: a CSV file with a line of names and a row for every minimum")
     with working("evaluate", options.output):
+        require_writable(options.report)
+
         from flatminima.lab.reports import evidence_table, write_evaluation
         from flatminima.measures import jsonable
         from flatminima.protocols import Ledger, evaluate, read_table

@@ -21,6 +21,10 @@ class DamagedRunWarning(FlatminimaWarning):
     """Part of a run folder was unusable and has been thrown away; the run goes on from what was whole."""
 
 
+class UnkeptMeasuresWarning(FlatminimaWarning):
+    """What was measured of a run is not kept, as its folder cannot be written to."""
+
+
 class AdaptedCheckpointWarning(FlatminimaWarning):
     """A checkpoint was not loaded as it is: names were shortened, tensors left out, or numbers rounded."""
 

@@ -64,19 +64,25 @@ def read_record(path: Path, kind: type[Kind], **known: Any) -> Kind:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file alone while it is read and written anew; another process waits for it.
+def locked(lock: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Hold what a lock file stands for alone; the system frees it when the process ends, however it ends.
+
+    Args:
+        lock: The file, which is made with its folder and stays.
+        busy: What to say where another process holds it; None waits for that one.
 
     Raises:
-        FlatminimaError: Its folder cannot be written to.
+        FlatminimaError: Another process holds it, or the file cannot be made.
     """
-    beside = path.with_name(f".{path.name}.lock")
     try:
-        beside.touch()  # where it cannot be made, filelock would wait for ever
-        lock = filelock.FileLock(beside).acquire(poll_interval=0.01)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()  # of a file that cannot be made filelock says that another process holds it, or waits for ever
+        held = filelock.FileLock(lock, blocking=busy is None).acquire(poll_interval=0.02)
+    except filelock.Timeout:
+        raise FlatminimaError(busy or f"another process holds {lock}") from None
     except OSError as error:
-        raise unwritable(path, error) from None
-    with lock:
+        raise unwritable(lock, error) from None
+    with held:
         yield
 
 

@@ -9,11 +9,12 @@ from flatminima.measures.catalogue import (
 )
 from flatminima.measures.comparing import compare
 from flatminima.measures.comparison import Comparison, comparison_of
-from flatminima.measures.evaluation import evaluate
+from flatminima.measures.evaluation import Evaluation, evaluate
 from flatminima.measures.hessian_products import hessian_of, top_eigenpairs
 from flatminima.measures.loss_surface import DataSurface
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions
+from flatminima.measures.plausibility import refuse_random
 from flatminima.measures.registry import CATALOGUE, Measure, Selection, catalogued, selected
 from flatminima.measures.results import Characterization, Estimate, Settings, Share, jsonable
 from flatminima.measures.tables import settings_in_words
@@ -25,6 +26,7 @@ __all__ = [
     "Comparison",
     "DataSurface",
     "Estimate",
+    "Evaluation",
     "Measure",
     "MeasureOptions",
     "PlainOptions",
@@ -41,6 +43,7 @@ __all__ = [
     "input_jacobian_norms",
     "jsonable",
     "measure",
+    "refuse_random",
     "robustness_sample_count",
     "selected",
     "settings_in_words",

@@ -18,6 +18,7 @@ from flatminima.network import (
     call_model_without_graph,
     device_of,
     evaluating,
+    explained_errors,
     tensors_of,
     to_device,
     true_precision,
@@ -72,7 +73,7 @@ def evaluate(
 
     Raises:
         NonFiniteError: if a logit or a loss is NaN or infinite.
-        FlatminimaError: for targets or a loss of the wrong kind.
+        FlatminimaError: for inputs that the model does not take, and targets or a loss of the wrong kind.
     """
     evaluated = Evaluating(model, samples, loss)
     with evaluated.running():
@@ -105,7 +106,8 @@ class Evaluating:
         """Evaluate the samples at ``indices``."""
         batch = self._processes.attempt(partial(self._samples.fetch, indices))
         inputs, targets = to_device(batch, device_of(self._model))
-        logits = call_model_without_graph(self._model, inputs)
+        with explained_errors(self._model, inputs):
+            logits = call_model_without_graph(self._model, inputs)
         refuse_non_finite("logits", logits, first=indices.start, why=_why_not_finite(inputs))
         self._losses[indices.start : indices.stop] = per_sample_loss(self._loss, logits, targets)
         self._classified = is_single_label(self._loss, logits)

@@ -13,7 +13,15 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from flatminima.choices import PlainOptions
-from flatminima.errors import ImpreciseWarning, require, require_flag, require_integer, require_number, warn
+from flatminima.errors import (
+    ImpreciseWarning,
+    require,
+    require_flag,
+    require_integer,
+    require_number,
+    require_seed,
+    warn,
+)
 from flatminima.gramian import PathName, require_path
 from flatminima.losses import Loss, per_sample_form
 from flatminima.measures.registry import Measure, MeasureFunction, selected
@@ -71,7 +79,7 @@ class MeasureOptions(PlainOptions):
         per_sample_form(self.loss)
         selected(self.measures)
         self._require_types()
-        require(-(2**63) <= self.seed < 2**64, f"seed must fit 64 bits, got {self.seed}")
+        require_seed(self.seed)
         require(
             self.batchnorm == "eval" or (isinstance(self.batchnorm, int) and not isinstance(self.batchnorm, bool)),
             f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
@@ -96,7 +104,7 @@ class MeasureOptions(PlainOptions):
         )
 
     def _require_types(self) -> None:
-        for name in ("subset_size", "trials", "seed"):
+        for name in ("subset_size", "trials"):
             require_integer(name, getattr(self, name))
         if self.robustness_samples is not None:
             require_integer("robustness_samples", self.robustness_samples)

@@ -32,7 +32,7 @@ from flatminima.network.precision import (
     in_float64,
     true_precision,
 )
-from flatminima.network.requirements import require_module, require_usable
+from flatminima.network.requirements import require_module, require_usable, require_values
 from flatminima.network.samples import Data, Samples, explained_errors, model_inputs, samples_of
 from flatminima.network.surroundings import undisturbed
 
@@ -64,6 +64,7 @@ __all__ = [
     "replaced_forward",
     "require_module",
     "require_usable",
+    "require_values",
     "restored_generators",
     "run_model",
     "samples_of",

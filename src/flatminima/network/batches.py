@@ -251,7 +251,7 @@ def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
     Of a single sample the first dimension may be lacking, as after ``squeeze()``; it is put back.
 
     Raises:
-        FlatminimaError: if the output is neither.
+        FlatminimaError: if the output is neither, or complex.
     """
     output = run_model(model, inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -260,6 +260,8 @@ def call_model(model: nn.Module, inputs: Inputs) -> Tensor:
             f"{type(model).__name__} returned {type(output).__name__}: "
             "return the logits as a tensor, or an object with `.logits`"
         )
+    if logits.is_complex():
+        raise FlatminimaError(f"{type(model).__name__} returned {logits.dtype}: return real logits")
     if logits.shape[:1] != (1,) and {len(tensor) for tensor in tensors_of(inputs) if tensor.dim()} == {1}:
         return logits.unsqueeze(0)
     return logits

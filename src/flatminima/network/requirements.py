@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from torch import nn
@@ -18,14 +19,22 @@ def require_module(model: Any) -> None:
     )
 
 
-def require_usable(model: nn.Module) -> None:
-    """Raise :class:`FlatminimaError`, by name, for a parameter without a shape or one that can have no gradient."""
+def require_values(model: nn.Module) -> None:
+    """Raise :class:`FlatminimaError`, by name, for a parameter or buffer without a shape, or without values."""
     require_module(model)
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
             raise FlatminimaError(
                 f"parameter {name!r} has no shape yet (a lazy module): run the model on one batch first"
             )
+        if tensor.is_meta:
+            raise FlatminimaError(f"{name!r} is on the meta device, without values: load the model's weights first")
+
+
+def require_usable(model: nn.Module) -> None:
+    """Raise :class:`FlatminimaError`, by name, as :func:`require_values`, or for one that can have no gradient."""
+    require_values(model)
+    for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise FlatminimaError(
                 f"parameter {name!r} was made in inference mode, where gradients are lost for good: build or load the "

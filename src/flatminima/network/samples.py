@@ -243,7 +243,12 @@ def _concatenate(parts: list[Inputs]) -> Inputs:
 
 def _refuse_changing(samples: Samples) -> None:
     indices = range(min(REPEATS_CHECKED, len(samples)))
-    if not _same(samples.fetch(indices), samples.fetch(indices)):
+    first = samples.fetch(indices)
+    require(
+        not any(tensor.is_meta for tensor in tensors_of(first)),
+        "the data are on the meta device, without values: make them outside torch.device('meta')",
+    )
+    if not _same(first, samples.fetch(indices)):
         raise FlatminimaError(_CHANGING.format("the data set"))
 
 

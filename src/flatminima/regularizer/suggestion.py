@@ -38,7 +38,8 @@ from flatminima.tables import Table, rendered
 from flatminima.torch_compat import BatchNorm
 
 PENALTY_TO_GRADIENT = 2.0
-"""What β aims at by default. Chosen on seeds that the record of ``benchmarks/suggest.py`` leaves out."""
+"""What β aims at by default. Chosen on seeds that the record of ``benchmarks/suggest.py`` leaves out; a weaker one was
+no way out there, as it gains less with wrong labels and is too strong still for a network that does not fit."""
 
 _ALPHA = 1e-4  # the paper's, kept unless rounding or curvature speak against it
 _LARGER_ALPHAS, _SMALLER_ALPHAS = (1e-3, 1e-2), (1e-5, 1e-6)
@@ -146,8 +147,8 @@ def suggest(
 
     Nothing is trained, and the model, its ``.grad`` and the global generators are left as they were. Give it the model
     as the penalty will find it: in training mode, fresh from its initialization, or where ``start_step`` is.
-    With wrong labels the suggestion was good, on clean ones too strong: ``docs/how-to/does-it-work.md`` has figures,
-    and what to do from there.
+    With wrong labels the suggestion was good, with clean ones too strong: begin there at ``penalty_to_gradient=0.5``.
+    ``docs/how-to/does-it-work.md`` has figures, and what to do from there.
 
     Args:
         model: as for the regularizer.

@@ -13,7 +13,7 @@ import torch
 import flatminima as fm
 from flatminima.errors import FlatminimaError, FlatminimaWarning, NotAMinimumWarning, UnequalLossWarning
 from flatminima.lab.data import load_data
-from flatminima.lab.errors import DamagedRunWarning
+from flatminima.lab.errors import DamagedRunWarning, UnkeptMeasuresWarning
 from flatminima.lab.runs import measuring
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring import (
@@ -68,6 +68,18 @@ def refuse_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FlatminimaError("measured again")
 
     monkeypatch.setattr(measuring, "measure", refuse)
+
+
+def test_a_run_of_a_read_only_folder_is_measured_and_left(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "is_writable", False)
+    before = sorted(paths["plain"].iterdir())
+    with pytest.warns(UnkeptMeasuresWarning, match="not kept there: the folder is read-only"):
+        found = measure_run(paths["plain"], HOW, progress=False)
+    assert sorted(paths["plain"].iterdir()) == before
+    monkeypatch.undo()
+    assert measure_run(paths["plain"], HOW, progress=False).log_det_fisher == found.log_det_fisher
 
 
 def test_a_run_is_measured_on_its_clean_images(paths: dict[str, Path]) -> None:

@@ -17,11 +17,10 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import filelock
 
 from flatminima.errors import FlatminimaError, first_line
 from flatminima.lab.errors import TrainingStopped
@@ -30,7 +29,7 @@ from flatminima.lab.experiments.analysis import summarize
 from flatminima.lab.experiments.experiment import Experiment, Record, Task, look_up, perform
 from flatminima.lab.experiments.summary import Summary, TrialState, TrialSummary, Unfinished
 from flatminima.lab.runs import RegularizerSpec, Stop, train
-from flatminima.lab.storage import digest_of
+from flatminima.lab.storage import digest_of, locked
 
 if TYPE_CHECKING:
     import optuna
@@ -171,7 +170,6 @@ class Case:
         """Make the study, if it is not there."""
         import optuna
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock("study"), self._storage() as storage:
             optuna.create_study(storage=storage, study_name=self._study_name, load_if_exists=True)
 
@@ -255,9 +253,8 @@ class Case:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_RUNS)
         return optuna.load_study(storage=storage, study_name=self._study_name, pruner=pruner)
 
-    def _lock(self, what: str) -> filelock.BaseFileLock:
-        """Held alone; the operating system frees it when the process ends, however it ends."""
-        return filelock.FileLock(self.folder / f"{self.key}-{what}.lock")
+    def _lock(self, what: str) -> AbstractContextManager[None]:
+        return locked(self.folder / f"{self.key}-{what}.lock")
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[optuna.storages.RDBStorage]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-import filelock
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
@@ -29,7 +28,7 @@ from flatminima.lab.runs.records import (
 )
 from flatminima.lab.runs.spec import RunSpec
 from flatminima.lab.schema import parse, plain
-from flatminima.lab.storage import damaged, read_record, read_tensors, read_text, write_tensors
+from flatminima.lab.storage import damaged, locked, read_record, read_tensors, read_text, write_tensors
 
 _FILES = (
     "spec.json",
@@ -74,6 +73,11 @@ class RunFolder:
             return "failed"
         return "unfinished" if self._file("spec.json").exists() else "new"
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether anything can be kept in it; others' folders may be there to be read."""
+        return os.access(self.path, os.W_OK)
+
     @contextlib.contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Hold the folder alone; the operating system frees it when the process ends, however it ends.
@@ -84,18 +88,10 @@ class RunFolder:
             wait: Wait until no other process holds it.
 
         Raises:
-            FlatminimaError: Another process holds it, or the folder cannot be made.
+            FlatminimaError: Another process holds it, or the folder cannot be made or written to.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self._file("lock"), blocking=wait).acquire(poll_interval=0.2)
-        except filelock.Timeout:
-            raise FlatminimaError(
-                f"another process is training or measuring {self.path}; wait for it or stop it"
-            ) from None
-        except OSError as error:
-            raise FlatminimaError(f"cannot write to {self.path}: {error.strerror}; choose another folder") from None
-        with lock:
+        busy = f"another process is training or measuring {self.path}; wait for it or stop it"
+        with locked(self._file("lock"), busy=None if wait else busy):
             for path in self._leftovers():
                 path.unlink(missing_ok=True)
             yield

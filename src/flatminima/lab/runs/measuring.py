@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flatminima import errors
 from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
 from flatminima.lab.data import TrainingData
-from flatminima.lab.errors import DamagedFileError, DamagedRunWarning
+from flatminima.lab.errors import DamagedFileError, DamagedRunWarning, UnkeptMeasuresWarning
 from flatminima.lab.networks import resolve_device
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring_options import Measuring
@@ -99,6 +99,7 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
 
     Warns:
         DamagedRunWarning: if what the folder kept cannot be read; it is measured again.
+        UnkeptMeasuresWarning: if the folder is read-only.
         FlatminimaWarning: as :func:`flatminima.measure` does.
     """
     folder = RunFolder(path)
@@ -106,20 +107,20 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder.require_result()
     folder.tidy()
     found = _answer(folder, _question(folder, how, device))
-    if found is None:
+    if found is None and not folder.is_writable:
+        warn(f"what is measured of {path} is not kept there: the folder is read-only", UnkeptMeasuresWarning)
+        found = _new_answer(folder, how, _question(folder, how, device), device, progress)
+    elif found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured
             asked = _question(folder, how, device)
-            found = _answer(folder, asked) or _new_answer(folder, how, asked, device, progress)
+            found = _answer(folder, asked)
+            if found is None:
+                found = _new_answer(folder, how, asked, device, progress)
+                _keep(folder, found)
     return _with_warnings(found)
 
 
 def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> KeptMeasures:
-    """A new entry, kept beside the others; the caller holds the folder alone."""
-    try:
-        others = read_kept(folder)
-    except DamagedFileError as error:
-        warn(f"measured again: {error}", DamagedRunWarning)
-        others = []
     with torch.random.fork_rng([]):  # building a network draws its weights
         spec, model, clean, _ = load_run(folder.path)
         initial = initial_network(spec, clean).state_dict()
@@ -127,9 +128,17 @@ def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device
         note(RunProgress("measuring"))
         characterization = measure_images(model, clean, how, initial=initial, device=device, progress=progress)
     messages = [(type(warning).__name__, str(warning)) for warning in recorded]
-    entry = KeptMeasures(asked, messages, json.loads(characterization.to_json()))
-    folder.write_measures(json.dumps([plain(kept) for kept in (*others, entry)]) + "\n")
-    return entry
+    return KeptMeasures(asked, messages, json.loads(characterization.to_json()))
+
+
+def _keep(folder: RunFolder, found: KeptMeasures) -> None:
+    """Beside the others; the caller holds the folder alone."""
+    try:
+        others = read_kept(folder)
+    except DamagedFileError as error:
+        warn(f"measured again: {error}", DamagedRunWarning)
+        others = []
+    folder.write_measures(json.dumps([plain(kept) for kept in (*others, found)]) + "\n")
 
 
 def kept_measures(path: Path, how: Measuring, *, device: str = "auto") -> Characterization | None:

@@ -250,7 +250,7 @@ class _File:
 
     def add(self, line: _Line) -> None:
         self._lines.append(line)
-        with locked(self._path):
+        with locked(self._path.with_name(f".{self._path.name}.lock")):
             others = read_text(self._path).splitlines() if self._path.exists() else []
             write_file(self._path, "".join(f"{text}\n" for text in (*others, json.dumps(plain(line)))))
 

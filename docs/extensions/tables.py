@@ -98,6 +98,15 @@ def _time_and_range(found: Mapping[str, Any] | None) -> str:
     return "{median:.2f} ({min:.2f} to {max:.2f})".format_map(found["ratio"])
 
 
+def gains_of_compare() -> Table:
+    """How much sooner a comparison ends where the cores do not share one model's work."""
+    networks = json.loads((BENCHMARKS / "compare.json").read_text(encoding="utf-8"))["networks"]
+    ways = list(dict.fromkeys(way for found in networks.values() for way in found))
+    rows = tuple((way, *(_time_and_range(found.get(way)) for found in networks.values())) for way in ways)
+    caption = "How many times sooner than the first: the median, and the smallest and largest"
+    return Table(caption, ("four models on two cores", *networks), rows)
+
+
 def cosines() -> Table:
     """How well the finite difference points where its limit does, at the paper's α."""
     record = json.loads((BENCHMARKS / "finite_differences.json").read_text(encoding="utf-8"))
@@ -187,6 +196,7 @@ def origin_of(file: str) -> str:
 
 BENCHMARK_TABLES = {
     "gram": ("gram.json", cost_of_gram),
+    "compare": ("compare.json", gains_of_compare),
     "regularizer": ("regularizer.json", cost_of_steps),
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),
     "finite-differences": ("finite_differences.json", cosines),

@@ -11,6 +11,7 @@ from torch import nn
 
 import flatminima as fm
 from flatminima import cli
+from flatminima.errors import FlatminimaError
 from flatminima.lab import demo, study
 from flatminima.lab.experiments import Summary
 from flatminima.lab.networks.paper import build_model
@@ -80,6 +81,16 @@ def test_compare_prints_the_table_and_names_what_it_warns_of(
     lines = captured.err.splitlines()
     assert any(line.startswith("flatminima: warning: plain: training loss") for line in lines)
     assert all(line.startswith("flatminima: warning: ") for line in lines)
+
+
+def test_compare_hands_on_how_many_runs_to_measure_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(paths: dict[str, Path], how: Any, *, workers: int, **where: Any) -> None:
+        raise FlatminimaError(f"{', '.join(paths)} by {workers}")
+
+    monkeypatch.setattr("flatminima.lab.runs.compare_runs", fake)
+    assert "a, b by 3" in error_of(capsys, ["compare", "a=x", "b=y", "-w", "3"])
 
 
 def test_compare_writes_a_page_and_shares_by_layer_where_asked_for(

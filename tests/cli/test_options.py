@@ -126,6 +126,8 @@ def test_schedule_options_are_those_of_the_recipe(capsys: pytest.CaptureFixture[
         (["measure", "x", "--device", "abacus"], "'auto', 'cpu', 'cuda'"),
         (["compare", "a=x", "a=y"], "the same name"),
         (["compare", "x", "--model", "mlp"], "--model needs the training data"),
+        (["compare", "x", "y", "--workers", "0"], "--workers must be positive, got 0"),
+        (["compare", "x", "y", "--data", "digits", "--workers", "2"], "--workers goes with run folders"),
         (["demo", "--workers", "few"], "--workers"),
         (["mesure"], "did you mean 'measure'?"),
     ],

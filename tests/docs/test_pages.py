@@ -72,7 +72,9 @@ def test_costs_of_small_networks_are_those_of_the_record_with_their_range(made: 
             assert steps[f"{one_by_one}, passes=together"]["ratio"]["median"] < found["median"]
 
 
-@pytest.mark.parametrize("name", ["gram", "regularizer", "regularizer-small", "finite-differences", "suggest"])
+@pytest.mark.parametrize(
+    "name", ["gram", "compare", "regularizer", "regularizer-small", "finite-differences", "suggest"]
+)
 def test_tables_of_benchmarks_are_whole(name: str, made: ModuleType) -> None:
     table = made.BENCHMARK_TABLES[name][1]()
     assert table.rows

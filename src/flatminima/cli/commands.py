@@ -197,6 +197,10 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         )
     if reading.normalize is not None and options.model is None and not any(":" in str(path) for path in paths.values()):
         raise FlatminimaError("--normalize goes with --model; run folders know how their images were normalized")
+    require(
+        options.workers == 1 or options.data is None,
+        "--workers goes with run folders and their own images: networks on --data are measured in this process",
+    )
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
     prepared: dict[str, Preparations] = {}
     with working("compare", options.output):
@@ -206,7 +210,7 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
             from flatminima.lab.runs import compare_loaded, compare_runs, load_networks
 
         if options.data is None:
-            comparison = compare_runs(paths, how, **where)
+            comparison = compare_runs(paths, how, workers=options.workers, **where)
         else:
             data = _opened_data(options.data, reading)
             networks = load_networks(paths, data, options.model, reading)

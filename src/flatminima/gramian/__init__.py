@@ -10,7 +10,7 @@ from flatminima.gramian.factored import (
     numerical_rank,
 )
 from flatminima.gramian.parts import trainable_parameters, trainable_parts
-from flatminima.gramian.planning import Plan
+from flatminima.gramian.planning import Plan, default_budget
 from flatminima.gramian.products import times_own_transpose, times_transposes
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "LogDeterminant",
     "PathName",
     "Plan",
+    "default_budget",
     "factored_gram",
     "gram",
     "log_determinant",

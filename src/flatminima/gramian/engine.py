@@ -29,10 +29,9 @@ from flatminima.gramian.checks import Checks, Reference
 from flatminima.gramian.factored import FactoredGram
 from flatminima.gramian.parts import Part, common_dtype, trainable_parts
 from flatminima.gramian.planning import (
-    FREE_SHARE,
     Plan,
+    default_budget,
     first_dimension,
-    free_bytes,
     make_plan,
     pass_bytes,
     row_bytes,
@@ -184,7 +183,7 @@ def plan_for(model: nn.Module, inputs: Inputs, *, memory_budget: int | None = No
         FlatminimaError: if the budget is too small for one sample and one slice of a parameter.
     """
     model = unwrapped(model)
-    budget = int(FREE_SHARE * free_bytes(device_of(model))) if memory_budget is None else memory_budget
+    budget = default_budget(device_of(model)) if memory_budget is None else memory_budget
     with undisturbed(model), shared(model) as processes, evaluating(model), true_precision(), without_checkpoints():
         parts = trainable_parts(model, processes)
         budget = min(processes.gather(lambda: budget))  # one plan for all, as they run the model together

@@ -116,6 +116,11 @@ def make_plan(
     return min(plans, key=lambda plan: len(plan.passes))
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes that are used where the user names no budget."""
+    return int(FREE_SHARE * free_bytes(device))
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device."""
     if device.type == "cuda":

@@ -210,6 +210,32 @@ def test_runs_are_measured_together_until_their_differences_are_known(paths: dic
     assert not (paths["plain"] / "measures.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore::flatminima.errors.UnequalLossWarning")
+def test_several_measured_at_once_are_what_one_process_measures(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {name: paths[name] for name in ("plain", "unfit")}
+    (pair["plain"] / "measures.json").write_text("damaged")
+    with monkeypatch.context() as here:
+        refuse_to_measure(here)  # what the workers have not measured
+        with pytest.warns(FlatminimaWarning) as caught:
+            comparison = compare_runs(pair, HOW, workers=2, progress=False)
+    said = [(w.category, str(w.message).split(":")[0]) for w in caught]
+    assert said.count((NotAMinimumWarning, "unfit")) == said.count((DamagedRunWarning, "plain")) == 1
+    for path in pair.values():
+        (path / "measures.json").unlink()
+    with pytest.warns(NotAMinimumWarning):
+        assert compare_runs(pair, HOW, progress=False) == comparison
+
+
+def test_of_several_measured_at_once_an_error_names_its_run(paths: dict[str, Path]) -> None:
+    pair = {name: paths[name] for name in ("plain", "confused")}
+    with pytest.raises(FlatminimaError, match=r"^(plain|confused): .*memory budget"):
+        compare_runs(pair, replace(HOW, memory_gib=1e-6), workers=2, progress=False)
+    with pytest.raises(FlatminimaError, match="leave workers out"):
+        compare_runs(pair, replace(HOW, max_standard_error=0.1), workers=2, progress=False)
+
+
 def test_networks_of_two_types_compare_in_float64_alone(paths: dict[str, Path]) -> None:
     _, model, clean, _ = load_run(paths["plain"])
     models = {"single": model, "double": copy.deepcopy(model).double()}

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from flatminima import errors
-from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, warn
+from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, recorded_warnings, require, warn
+from flatminima.gramian import default_budget
 from flatminima.lab.data import TrainingData
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning, UnkeptMeasuresWarning
+from flatminima.lab.jobs import Failure, WorkerPool
 from flatminima.lab.networks import resolve_device
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring_options import Measuring
@@ -149,16 +152,23 @@ def kept_measures(path: Path, how: Measuring, *, device: str = "auto") -> Charac
 
 
 def compare_runs(
-    runs: Mapping[str, Path], how: Measuring, *, device: str = "auto", progress: bool = True
+    runs: Mapping[str, Path], how: Measuring, *, workers: int = 1, device: str = "auto", progress: bool = True
 ) -> Comparison:
     """Finished runs on the same subsets of the clean images that all of them were trained on.
 
     Each is measured as by :func:`measure_run`, and read where it was measured before. With ``max_standard_error`` they
     are measured together instead, until their differences are that precise, which nothing is kept of.
 
+    Args:
+        runs: name → folder.
+        how: how they are measured.
+        workers: so many at once, in processes that share this one's threads and the memory.
+        device: where.
+        progress: show a bar.
+
     Raises:
-        FlatminimaError: with fewer than two runs, if their clean training images differ, or whatever
-            :func:`measure_run` raises, naming the run.
+        FlatminimaError: with fewer than two runs, if their clean training images differ, for several workers with
+            ``max_standard_error``, or whatever :func:`measure_run` raises, naming the run.
 
     Warns:
         UnequalLossWarning: as :func:`flatminima.compare` does; and whatever :func:`measure_run` warns of.
@@ -166,6 +176,11 @@ def compare_runs(
     _require_two(runs)
     if how.max_standard_error is not None and _FROM_INITIAL in how.measures:
         raise FlatminimaError(f"{_FROM_INITIAL} is measured run by run: leave max_standard_error out")
+    require(
+        workers == 1 or how.max_standard_error is None,
+        "until their differences are precise, runs are measured together in one process: leave workers out, or "
+        "max_standard_error",
+    )
     digests = {name: _clean_digest(path) for name, path in track(runs.items(), "reading", progress)}
     first = next(iter(runs))
     for name, digest in digests.items():
@@ -177,11 +192,37 @@ def compare_runs(
     if how.max_standard_error is not None:
         models = {name: load_run(path)[1] for name, path in runs.items()}
         return compare_images(models, load_run(runs[first])[2], how, device=device, progress=progress)
+    if workers > 1:
+        _measure_at_once(runs, how, workers, device, progress)
     measured = {}
     for name, path in track_parts(runs, progress):
         with naming(name):
             measured[name] = measure_run(path, how, device=device, progress=progress)
     return comparison_of(measured)
+
+
+def _measure_at_once(runs: Mapping[str, Path], how: Measuring, workers: int, device: str, progress: bool) -> None:
+    """Measure those runs that were not yet, and whose folders can keep what is found, with its warnings."""
+    folders = {name: folder for name, path in runs.items() if (folder := RunFolder(path)).is_writable}
+    new = [name for name, folder in folders.items() if _answer(folder, _question(folder, how, device)) is None]
+    if len(new) < 2:
+        return
+    pool = WorkerPool(workers, threads=max(1, torch.get_num_threads() // workers))
+    gib = default_budget(resolve_device(device)) / 2**30 if how.memory_gib is None else how.memory_gib
+    measuring = partial(_measure_silently, how=dataclasses.replace(how, memory_gib=gib / workers), device=device)
+    with contextlib.closing(pool.run(measuring, [runs[name] for name in new])) as ended:
+        for number, outcome in track(ended, "measuring", progress, total=len(new)):
+            if isinstance(outcome, Failure):
+                raise FlatminimaError(f"{new[number]}: {outcome.error}")
+            for warning in outcome:
+                warn(f"{new[number]}: {warning}", type(warning))
+
+
+def _measure_silently(path: Path, how: Measuring, device: str) -> list[DamagedRunWarning]:
+    """Measure a run in a worker; the warnings that its folder does not keep."""
+    with recorded_warnings() as recorded:
+        measure_run(path, how, device=device, progress=False)
+    return [warning for warning in recorded if isinstance(warning, DamagedRunWarning)]
 
 
 def compare_loaded(

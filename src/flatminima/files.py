@@ -35,7 +35,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         FlatminimaError: The disk is full, or the folder cannot be written to.
     """
-    _make_folder_of(path)
+    make_folder_of(path)
     write_whole(path, content)
 
 
@@ -45,14 +45,19 @@ def require_writable(path: Path) -> None:
     Raises:
         FlatminimaError: It is a folder, or its folder cannot be made or written to.
     """
-    _make_folder_of(path)
+    make_folder_of(path)
     if path.is_dir():
         raise FlatminimaError(f"cannot write {path}: it is a folder; name a file")
     if not os.access(path.parent, os.W_OK):
         raise FlatminimaError(f"cannot write {path}: its folder is read-only; choose another one")
 
 
-def _make_folder_of(path: Path) -> None:
+def make_folder_of(path: Path) -> None:
+    """Make the folder that a file will lie in.
+
+    Raises:
+        FlatminimaError: It cannot be made.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -113,3 +113,12 @@ def test_a_standard_error_that_is_reached_is_not_warned_of() -> None:
     assert (
         len(fm.compare(models, data, trials=8, max_standard_error=1e9, **PRECISION).difference("a", "b").per_trial) == 5
     )
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
+@pytest.mark.parametrize("seed", [-(2**63), 2**60, 2**64 - 1])
+def test_whatever_a_generator_takes_is_a_seed(seed: int) -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(12, 4), torch.arange(12) % 3
+    found = fm.measure(nn.Linear(4, 3), samples, seed=seed, measures="cheap", subset_size=4, trials=1)
+    assert found.settings.seed == seed

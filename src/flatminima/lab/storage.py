@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
-from flatminima.files import unwritable, write_whole
+from flatminima.files import make_folder_of, unwritable, write_whole
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.schema import RECORD, parse
 
@@ -72,14 +72,14 @@ def locked(lock: Path, *, busy: str | None = None) -> Iterator[None]:
         busy: What to say where another process holds it; None waits for that one.
 
     Raises:
-        FlatminimaError: Another process holds it, or the file cannot be made.
+        FlatminimaError: Another process holds it, and ``busy`` says so, or the file cannot be made.
     """
+    make_folder_of(lock)
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()  # of a file that cannot be made filelock says that another process holds it, or waits for ever
-        held = filelock.FileLock(lock, blocking=busy is None).acquire(poll_interval=0.02)
+        held = filelock.FileLock(lock, blocking=busy is None).acquire()
     except filelock.Timeout:
-        raise FlatminimaError(busy or f"another process holds {lock}") from None
+        raise FlatminimaError(busy) from None
     except OSError as error:
         raise unwritable(lock, error) from None
     with held:

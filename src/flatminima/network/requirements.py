@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flatminima.errors import FlatminimaError, require
@@ -27,7 +27,7 @@ def require_values(model: nn.Module) -> None:
             raise FlatminimaError(
                 f"parameter {name!r} has no shape yet (a lazy module): run the model on one batch first"
             )
-        if tensor.is_meta:
+        if tensor.is_meta and type(tensor) in (Tensor, nn.Parameter):  # a wrapper has its values elsewhere
             raise FlatminimaError(f"{name!r} is on the meta device, without values: load the model's weights first")
 
 

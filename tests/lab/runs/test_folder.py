@@ -310,4 +310,4 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(FlatminimaError) as caught, RunFolder(tmp_path / "runs" / "run").lock():
         pass
-    assert "choose another folder" in one_line(caught)
+    assert "is no folder; choose another one" in one_line(caught)

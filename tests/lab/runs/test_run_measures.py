@@ -11,7 +11,13 @@ import pytest
 import torch
 
 import flatminima as fm
-from flatminima.errors import FlatminimaError, FlatminimaWarning, NotAMinimumWarning, UnequalLossWarning
+from flatminima.errors import (
+    FlatminimaError,
+    FlatminimaWarning,
+    NotAMinimumWarning,
+    UndefinedMeasureError,
+    UnequalLossWarning,
+)
 from flatminima.lab.data import load_data
 from flatminima.lab.errors import DamagedRunWarning, UnkeptMeasuresWarning
 from flatminima.lab.runs import measuring
@@ -75,11 +81,21 @@ def test_a_run_of_a_read_only_folder_is_measured_and_left(
 ) -> None:
     monkeypatch.setattr(RunFolder, "is_writable", False)
     before = sorted(paths["plain"].iterdir())
-    with pytest.warns(UnkeptMeasuresWarning, match="not kept there: the folder is read-only"):
+    with pytest.warns(UnkeptMeasuresWarning, match="not kept there: it is read-only"):
         found = measure_run(paths["plain"], HOW, progress=False)
     assert sorted(paths["plain"].iterdir()) == before
     monkeypatch.undo()
     assert measure_run(paths["plain"], HOW, progress=False).log_det_fisher == found.log_det_fisher
+
+
+def test_a_folder_whose_lock_is_anothers_is_not_writable(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder(paths["plain"]).lock():
+        pass
+    assert RunFolder(paths["plain"]).is_writable
+    monkeypatch.setattr("os.access", lambda path, mode: path.name != "lock")
+    assert not RunFolder(paths["plain"]).is_writable
 
 
 def test_a_run_is_measured_on_its_clean_images(paths: dict[str, Path]) -> None:
@@ -228,10 +244,14 @@ def test_several_measured_at_once_are_what_one_process_measures(
         assert compare_runs(pair, HOW, progress=False) == comparison
 
 
-def test_of_several_measured_at_once_an_error_names_its_run(paths: dict[str, Path]) -> None:
+def test_of_several_measured_at_once_an_error_names_its_run_and_keeps_its_class(paths: dict[str, Path]) -> None:
     pair = {name: paths[name] for name in ("plain", "confused")}
-    with pytest.raises(FlatminimaError, match=r"^(plain|confused): .*memory budget"):
+    with pytest.raises(FlatminimaError, match=r"^plain: .*memory budget"):
         compare_runs(pair, replace(HOW, memory_gib=1e-6), workers=2, progress=False)
+    with pytest.raises(UndefinedMeasureError, match=r"^plain: "):
+        compare_runs(pair, replace(HOW, measures=("coherence",), fisher="model"), workers=2, progress=False)
+    with pytest.raises(FlatminimaError, match="workers must be 1 or more"):
+        compare_runs(pair, HOW, workers=0, progress=False)
     with pytest.raises(FlatminimaError, match="leave workers out"):
         compare_runs(pair, replace(HOW, max_standard_error=0.1), workers=2, progress=False)
 

@@ -75,8 +75,9 @@ class RunFolder:
 
     @property
     def is_writable(self) -> bool:
-        """Whether anything can be kept in it; others' folders may be there to be read."""
-        return os.access(self.path, os.W_OK)
+        """Whether anything can be kept in it; others' folders, and their locks, may be there to be read."""
+        needed = [path for path in (self.path, self._file("lock")) if path.exists()]
+        return all(os.access(path, os.W_OK) for path in needed)
 
     @contextlib.contextmanager
     def lock(self, *, wait: bool = False) -> Iterator[None]:

@@ -20,7 +20,7 @@ from flatminima.errors import FlatminimaError, FlatminimaWarning, naming, record
 from flatminima.gramian import default_budget
 from flatminima.lab.data import TrainingData
 from flatminima.lab.errors import DamagedFileError, DamagedRunWarning, UnkeptMeasuresWarning
-from flatminima.lab.jobs import Failure, WorkerPool
+from flatminima.lab.jobs import Failure, WorkerPool, run_all
 from flatminima.lab.networks import resolve_device
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.measuring_options import Measuring
@@ -101,7 +101,7 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
         FlatminimaError: if the run cannot be loaded, or whatever :func:`flatminima.measure` raises.
 
     Warns:
-        DamagedRunWarning: if what the folder kept cannot be read; it is measured again.
+        DamagedRunWarning: if what the folder kept cannot be read, and is measured and written anew.
         UnkeptMeasuresWarning: if the folder is read-only.
         FlatminimaWarning: as :func:`flatminima.measure` does.
     """
@@ -111,19 +111,19 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder.tidy()
     found = _answer(folder, _question(folder, how, device))
     if found is None and not folder.is_writable:
-        warn(f"what is measured of {path} is not kept there: the folder is read-only", UnkeptMeasuresWarning)
-        found = _new_answer(folder, how, _question(folder, how, device), device, progress)
+        warn(f"what is measured of {path} is not kept there: it is read-only", UnkeptMeasuresWarning)
+        found = _new_answer(folder, how, device, progress)
     elif found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured
-            asked = _question(folder, how, device)
-            found = _answer(folder, asked)
+            found = _answer(folder, _question(folder, how, device))
             if found is None:
-                found = _new_answer(folder, how, asked, device, progress)
+                found = _new_answer(folder, how, device, progress)
                 _keep(folder, found)
     return _with_warnings(found)
 
 
-def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> KeptMeasures:
+def _new_answer(folder: RunFolder, how: Measuring, device: str, progress: bool) -> KeptMeasures:
+    asked = _question(folder, how, device)
     with torch.random.fork_rng([]):  # building a network draws its weights
         spec, model, clean, _ = load_run(folder.path)
         initial = initial_network(spec, clean).state_dict()
@@ -174,6 +174,7 @@ def compare_runs(
         UnequalLossWarning: as :func:`flatminima.compare` does; and whatever :func:`measure_run` warns of.
     """
     _require_two(runs)
+    require(workers >= 1, f"workers must be 1 or more, got {workers}")
     if how.max_standard_error is not None and _FROM_INITIAL in how.measures:
         raise FlatminimaError(f"{_FROM_INITIAL} is measured run by run: leave max_standard_error out")
     require(
@@ -202,20 +203,23 @@ def compare_runs(
 
 
 def _measure_at_once(runs: Mapping[str, Path], how: Measuring, workers: int, device: str, progress: bool) -> None:
-    """Measure those runs that were not yet, and whose folders can keep what is found, with its warnings."""
+    """Measure those runs that were not yet, and whose folders can keep what is found, with its warnings.
+
+    What fails, fails again where it is measured next, with an error of its own class.
+    """
     folders = {name: folder for name, path in runs.items() if (folder := RunFolder(path)).is_writable}
     new = [name for name, folder in folders.items() if _answer(folder, _question(folder, how, device)) is None]
-    if len(new) < 2:
+    workers = min(workers, len(new))
+    if workers < 2:
         return
     pool = WorkerPool(workers, threads=max(1, torch.get_num_threads() // workers))
     gib = default_budget(resolve_device(device)) / 2**30 if how.memory_gib is None else how.memory_gib
     measuring = partial(_measure_silently, how=dataclasses.replace(how, memory_gib=gib / workers), device=device)
-    with contextlib.closing(pool.run(measuring, [runs[name] for name in new])) as ended:
-        for number, outcome in track(ended, "measuring", progress, total=len(new)):
-            if isinstance(outcome, Failure):
-                raise FlatminimaError(f"{new[number]}: {outcome.error}")
-            for warning in outcome:
-                warn(f"{new[number]}: {warning}", type(warning))
+    outcomes = run_all(measuring, [runs[name] for name in new], pool, description="measuring", progress=progress)
+    for name, outcome in zip(new, outcomes, strict=True):
+        for warning in [] if isinstance(outcome, Failure) else outcome:
+            with naming(name):
+                warn(str(warning), type(warning))
 
 
 def _measure_silently(path: Path, how: Measuring, device: str) -> list[DamagedRunWarning]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +107,32 @@ def test_the_regularizer_gives_the_gradient_of_the_cpu(device: str, passes: str,
         assert error < 1e-2, name  # float32: at α = 1e-2 a difference of gradients keeps some four digits
     for (name, found), expected in zip(on_device.named_buffers(), exact.buffers(), strict=True):
         torch.testing.assert_close(found.cpu().double(), expected.double(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("device", ACCELERATORS)
+def test_a_landscape_along_the_hessian_goes_on_where_the_model_is(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy")
+    model, x, y = minimum()
+    model.to(device)
+    whole = landscape_that_goes_on(model, (x, y), tmp_path / "landscape.json", monkeypatch)
+    on_cpu = fm.landscape(model.cpu(), (x, y), directions="hessian", extent=0.1, steps=3, progress=False)
+    assert sorted(whole.losses) == pytest.approx(sorted(on_cpu.losses), rel=1e-2)  # an eigenvector has no sign
+
+
+def landscape_that_goes_on(
+    model: nn.Module, data: tuple[Tensor, Tensor], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> fm.Landscape:
+    """Along the Hessian, interrupted after its first point."""
+    options = {"directions": "hessian", "extent": 0.1, "steps": 3, "path": path, "progress": False}
+    whole = fm.landscape(model, data, **options)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {name: values[name][:1] for name in ("losses", "accuracies")}))
+    monkeypatch.setattr("flatminima.loss_landscape.evaluation.eigenvectors", lambda *_: pytest.fail("they are known"))
+    assert fm.landscape(model, data, **options).losses == pytest.approx(whole.losses, rel=1e-4)
+    monkeypatch.undo()
+    return whole
 
 
 @pytest.fixture

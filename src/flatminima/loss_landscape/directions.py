@@ -20,7 +20,7 @@ from flatminima.progress import ProgressBar
 Direction = dict[str, Tensor]
 """What is added to parameters and buffers by name; others stay."""
 
-Weights = nn.Module | Mapping[str, Tensor]
+OtherModel = nn.Module | Mapping[str, Tensor]
 """A model, or its ``state_dict``."""
 
 _SAMPLES_AT_ONCE = 300
@@ -88,7 +88,7 @@ def eigenvectors(
     return tuple(values.tolist()), directions
 
 
-def ways_to(model: nn.Module, others: Sequence[Weights]) -> list[Direction]:
+def ways_to(model: nn.Module, others: Sequence[OtherModel]) -> list[Direction]:
     """From the model's weights, and floating-point buffers, to those of others."""
     own = model.state_dict()  # without buffers that are not saved, such as frequencies of rotary embeddings
     here = {name: tensor for name, tensor in movable(model).items() if name in own}
@@ -105,7 +105,7 @@ def ways_to(model: nn.Module, others: Sequence[Weights]) -> list[Direction]:
     return ways
 
 
-def _way(here: Mapping[str, Tensor], names: Iterable[str], other: Weights, what: str) -> Direction:
+def _way(here: Mapping[str, Tensor], names: Iterable[str], other: OtherModel, what: str) -> Direction:
     if isinstance(other, nn.Module):
         require_values(other)
         other = other.state_dict()

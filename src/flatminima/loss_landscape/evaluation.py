@@ -23,9 +23,18 @@ from flatminima.errors import (
     require_seed,
     warn,
 )
-from flatminima.loss_landscape.directions import Direction, Weights, eigenvectors, movable, random_directions, ways_to
-from flatminima.loss_landscape.landscapes import Directions, Landscape
-from flatminima.loss_landscape.record import Record, question
+from flatminima.loss_landscape.directions import (
+    Direction,
+    OtherModel,
+    eigenvectors,
+    movable,
+    random_directions,
+    ways_to,
+)
+from flatminima.loss_landscape.fingerprint import fingerprint
+from flatminima.loss_landscape.growing import GrowingLandscape
+from flatminima.loss_landscape.landscape_file import LandscapeFile
+from flatminima.loss_landscape.landscapes import DirectionKind, Landscape
 from flatminima.losses import Loss
 from flatminima.measures import Evaluation, evaluate, refuse_random
 from flatminima.network import (
@@ -57,8 +66,8 @@ def landscape(
     data: Data,
     *,
     loss: Loss = "cross_entropy",
-    directions: Directions = "random",
-    to: Weights | Sequence[Weights] = (),
+    directions: DirectionKind = "random",
+    to: OtherModel | Sequence[OtherModel] = (),
     dimensions: Literal[1, 2] = 1,
     extent: float = 1.0,
     steps: int = 21,
@@ -87,7 +96,10 @@ def landscape(
         seed: draws the random directions; the same ones for networks of the same shapes. Of ``"hessian"``, the vector
             that its Lanczos iterations begin with.
         path: a file that keeps what is done, so that an interrupted call goes on; when all is done,
-            :meth:`Landscape.from_json` reads it. The eigenvectors lie beside it, in ``path.directions``.
+            :meth:`Landscape.from_json` reads it. The eigenvectors lie beside it, in ``path.directions``. One call at a
+            time: two processes with one path would overwrite each other's points. A call goes on with the same grid,
+            weights, loss and data, all of which are looked at in a further pass over the data; the code of the model
+            and of a function that is the loss is known by the mean loss at the minimum alone, to 1e-4 of it.
         progress: show a bar with the time left on a terminal.
 
     Raises:
@@ -108,7 +120,7 @@ def landscape(
         ((-1.0, -0.5, 0.0, 0.5, 1.0),)
     """
     others = _others(to)
-    require_one_of("directions", directions, get_args(Directions))
+    require_one_of("directions", directions, get_args(DirectionKind))
     _require_arguments(directions, len(others), dimensions, extent, steps)
     require_seed(seed)
     require_flag("progress", progress)
@@ -122,21 +134,24 @@ def landscape(
         center = evaluate(model, samples, loss)  # first, so that a network with NaN is refused at once
         _refuse_random(model, samples)
         ways = ways_to(model, others) if directions == "between" else []
-        asked = question([grid.coordinates, directions, seed], [movable(model), *ways], samples)
-        record = Record(None if path is None else Path(path), asked, grid, center.loss)
-        if record.directions is not None:
-            ways = record.directions
+        here, file = movable(model), None
+        if path is not None:
+            known = fingerprint([grid.coordinates, directions, seed], loss, [here, *ways], samples)
+            file = LandscapeFile(Path(path), known, center.loss)
+        growing = GrowingLandscape(grid, file)
+        if growing.eigenvectors is not None:
+            ways = [{name: along.to(here[name]) for name, along in way.items()} for way in growing.eigenvectors]
         elif directions == "random":
             ways = random_directions(model, seed, dimensions)
-        elif directions == "hessian" and not record.is_whole:
+        elif directions == "hessian" and not growing.is_whole:
             eigenvalues, ways = eigenvectors(model, samples, loss, dimensions, seed, progress)
-            record.keep_directions(eigenvalues, ways)
-    with record.kept():
-        _evaluate_points(model, samples, loss, ways, center, record, progress)
-    return record.landscape
+            growing.set_eigenvectors(eigenvalues, ways)
+    with growing.saved_at_the_end():
+        _evaluate_points(model, samples, loss, ways, center, growing, progress)
+    return growing.landscape
 
 
-def _others(to: Any) -> list[Weights]:
+def _others(to: Any) -> list[OtherModel]:
     listed = [to] if isinstance(to, (nn.Module, Mapping)) else to
     several = isinstance(listed, Iterable) and not isinstance(listed, (str, Tensor))
     found = list(listed) if several else [to]
@@ -145,7 +160,7 @@ def _others(to: Any) -> list[Weights]:
     return found
 
 
-def _require_arguments(directions: Directions, others: int, dimensions: int, extent: float, steps: int) -> None:
+def _require_arguments(directions: DirectionKind, others: int, dimensions: int, extent: float, steps: int) -> None:
     between = directions == "between"
     if between:
         require(others in (1, 2), f"directions='between' needs to=, one or two other models, got {others}")
@@ -193,7 +208,7 @@ def _require_movable(model: nn.Module) -> None:
             return
 
 
-def _coordinate(number: int, steps: int, directions: Directions, extent: float) -> float:
+def _coordinate(number: int, steps: int, directions: DirectionKind, extent: float) -> float:
     """That of a grid point, in order; exact where the minima are."""
     passed = 2 * number / (steps - 1)
     return passed - 0.5 if directions == "between" else (passed - 1) * float(extent)
@@ -213,22 +228,22 @@ def _evaluate_points(
     loss: Loss,
     ways: Sequence[Direction],
     center: Evaluation,
-    record: Record,
+    growing: GrowingLandscape,
     progress: bool,
 ) -> None:
-    """Add to the record every grid point that it lacks, the last direction's coordinate varying fastest."""
+    """Add every grid point that is not done, the last direction's coordinate varying fastest."""
     here, classifies = movable(model), center.correct is not None
-    points = itertools.product(*record.grid.coordinates)
-    with ProgressBar("loss landscape", record.grid.points, enabled=progress) as bar:
+    points = itertools.product(*growing.grid.coordinates)
+    with ProgressBar("loss landscape", growing.grid.points, enabled=progress) as bar:
         for number, point in enumerate(points):
-            if number >= len(record.losses):
+            if number >= len(growing.losses):
                 moves = _moves(point, ways)
                 with moved([here[name] for name in moves], list(moves.values()), 1.0):
                     try:
                         found = evaluate(model, samples, loss) if any(point) else center
-                        record.add(found.loss, found.accuracy if classifies else None)
+                        growing.add(found.loss, found.accuracy if classifies else None)
                     except NonFiniteError:
-                        record.add(math.nan, math.nan if classifies else None)
+                        growing.add(math.nan, math.nan if classifies else None)
             bar.advance()
 
 

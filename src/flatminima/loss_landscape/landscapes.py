@@ -18,7 +18,7 @@ from flatminima.measures import jsonable
 if TYPE_CHECKING:  # an extra
     from matplotlib.axes import Axes
 
-Directions = Literal["random", "hessian", "between"]
+DirectionKind = Literal["random", "hessian", "between"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Landscape:
         eigenvalues: of ``"hessian"``, each direction's: the loss's second derivative along it; else empty.
     """
 
-    directions: Directions
+    directions: DirectionKind
     coordinates: tuple[tuple[float, ...], ...]
     losses: tuple[float, ...]
     accuracies: tuple[float, ...] = ()
@@ -80,7 +80,7 @@ class Landscape:
             FlatminimaError: if ``text`` is no landscape.
         """
         try:
-            found = cls.from_values(json.loads(text))
+            found = landscape_from(json.loads(text))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
             raise FlatminimaError(f"not a landscape: {what}") from None
@@ -91,20 +91,20 @@ class Landscape:
         )
         return found
 
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Landscape:
-        """From what JSON holds; the grid may not be done.
 
-        Raises:
-            ValueError: like ``TypeError`` and ``KeyError``, for other values.
-        """
-        require_one_of("directions", values["directions"], get_args(Directions))
-        coordinates = tuple(_read_numbers(axis) for axis in values["coordinates"])
-        losses, accuracies = _read_numbers(values["losses"]), _read_numbers(values["accuracies"])
-        require(len(coordinates) in (1, 2), f"{len(coordinates)} directions")
-        require(len(accuracies) in (0, len(losses)), f"{len(accuracies)} accuracies for {len(losses)} losses")
-        eigenvalues = _read_numbers(values.get("eigenvalues", ()))  # which came later
-        return cls(values["directions"], coordinates, losses, accuracies, eigenvalues)
+def landscape_from(values: Mapping[str, Any]) -> Landscape:
+    """A landscape of what its JSON holds; not all points need be done.
+
+    Raises:
+        ValueError: like ``TypeError``, ``AttributeError`` and ``KeyError``, for other values.
+    """
+    require_one_of("directions", values["directions"], get_args(DirectionKind))
+    coordinates = tuple(_read_numbers(axis) for axis in values["coordinates"])
+    losses, accuracies = _read_numbers(values["losses"]), _read_numbers(values["accuracies"])
+    require(len(coordinates) in (1, 2), f"it has {len(coordinates)} directions, not one or two")
+    require(len(accuracies) in (0, len(losses)), f"it has {len(accuracies)} accuracies for {len(losses)} losses")
+    eigenvalues = _read_numbers(values.get("eigenvalues", ()))  # which came later
+    return Landscape(values["directions"], coordinates, losses, accuracies, eigenvalues)
 
 
 def _draw(axes: Axes, found: Landscape) -> None:
@@ -113,6 +113,7 @@ def _draw(axes: Axes, found: Landscape) -> None:
     from flatminima.palette import INK, SERIES
 
     losses = found.to_tensor().numpy()
+    losses = np.where(np.isfinite(losses), losses, np.nan)
     unit = "way to the other" if found.directions == "between" else "direction"
     if len(found.coordinates) == 1:
         axes.plot(found.coordinates[0], losses, color=SERIES[0], lw=1)

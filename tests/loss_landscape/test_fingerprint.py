@@ -44,7 +44,7 @@ class WithAttribute(nn.Module):
 class WithBuffer(nn.Module):
     def __init__(self, gamma: float) -> None:
         super().__init__()
-        self.register_buffer("gamma", torch.tensor(gamma))
+        self.register_buffer("gamma", torch.tensor(gamma), persistent=False)
 
 
 class Plain(WithAttribute):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -32,13 +33,13 @@ class Digest(Protocol):
 def fingerprint(settings: Any, loss: Loss, weights: Iterable[Mapping[str, Tensor]], samples: Samples) -> str:
     """SHA-256 of the settings, the loss with its options, the weights, and every sample: a pass over the data.
 
-    A loss is known by how it and its public attributes print (a function: by its name), and by its state if it is a
-    module. What code computes is not known: neither a function's nor the model's.
+    A loss is known by how it and its public attributes print (a function: by its name), and by its parameters and
+    buffers. What code computes is not known: neither a function's nor the model's.
     """
     form = per_sample_form(loss)
     digest = hashlib.sha256(json.dumps([settings, _printed(form), len(samples)]).encode())
-    state: Mapping[str, Tensor] = form.state_dict() if isinstance(form, nn.Module) else {}
-    for named in (state, *weights):
+    state = itertools.chain(form.named_parameters(), form.named_buffers()) if isinstance(form, nn.Module) else ()
+    for named in (dict(state), *weights):
         for name, tensor in named.items():
             digest.update(name.encode())
             add_tensor(digest, tensor)

@@ -66,6 +66,7 @@ class Watched:
         if isinstance(indices, range):
             self._phase = "training loss"
             self._prepared = indices.stop == len(self)
+            self.trials.clear()  # of a set so small that looking for random augmentation has seen all of it
         elif self._prepared:
             self._phase = TRIAL
             self.trials.append(dict.fromkeys(("fetching", ROBUSTNESS), 0.0))

@@ -2,7 +2,7 @@ r"""How good a start is ``flatminima.suggest``? Test errors of networks trained 
 
     python benchmarks/suggest.py --threads 1
     python benchmarks/suggest.py --threads 1 --cases resnet8 "resnet8, wrong labels" --data cifar10 \
-        --seeds 30 31 32 --betas 3 30 --output suggest-cifar
+        --seeds 30 31 32 --betas --output suggest-cifar
 
 Networks of the lab and of Transformers, on scikit-learn's digits and on CIFAR-10, with and without wrong labels, at the
 end of training, without choosing the epoch. The suggestion is made once, on the fresh network. Finished runs are kept
@@ -98,7 +98,7 @@ class Case:
 
 
 ADAM: dict[str, Any] = {"optimizer": torch.optim.AdamW, "options": (("lr", 1e-2), ("weight_decay", 0.01))}
-CIFAR: dict[str, Any] = {"epochs": 10, "images": 1000, "tests": 2000, "source": None}
+CIFAR: dict[str, Any] = {"epochs": 20, "images": 1000, "tests": 2000, "source": None}
 CASES = {
     "mlp, wrong labels": Case(lambda: build_model("mlp", in_channels=1), epochs=12, wrong=96),
     "small-cnn, wrong labels": Case(lambda: build_model("small-cnn", in_channels=1), epochs=8, wrong=96),

@@ -93,9 +93,11 @@ def _table_of_steps(caption: str, file: str, cell: Callable[[Mapping[str, Any] |
 
 
 def _time_and_range(found: Mapping[str, Any] | None) -> str:
-    if found is None or "ratio" not in found:
-        return "–"
-    return "{median:.2f} ({min:.2f} to {max:.2f})".format_map(found["ratio"])
+    return "–" if found is None or "ratio" not in found else _range(found["ratio"])
+
+
+def _range(ratio: Mapping[str, float]) -> str:
+    return "{median:.2f} ({min:.2f} to {max:.2f})".format_map(ratio)
 
 
 def gains_of_compare() -> Table:
@@ -105,6 +107,24 @@ def gains_of_compare() -> Table:
     rows = tuple((way, *(_time_and_range(found.get(way)) for found in networks.values())) for way in ways)
     caption = "How many times sooner than the first: the median, and the smallest and largest"
     return Table(caption, ("four models on two cores", *networks), rows)
+
+
+def cost_of_measure(file: str) -> Table:
+    """A trial of ``measure`` by part, what is done once, and other libraries' jobs in place of ξ."""
+    networks = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["networks"]
+    cells = {name: _parts_of_measure(found) for name, found in networks.items()}
+    parts = list(dict.fromkeys(part for found in cells.values() for part in found))
+    rows = tuple((part, *(found.get(part, "–") for found in cells.values())) for part in parts)
+    caption = "As a ratio to a forward and backward pass of as many samples: the median, and the smallest and largest"
+    header = ("part", *(f"{name}, N' = {found['samples']}" for name, found in networks.items()))
+    return Table("measure, by part", header, rows, caption)
+
+
+def _parts_of_measure(found: Mapping[str, Any]) -> dict[str, str]:
+    once = {f"once: {name}": _range(ratio) for name, ratio in found["once"].items()}
+    jobs = {f"in place of ξ: {name}": _time_and_range(outcome) for name, outcome in found["jobs"].items()}
+    ratio = {"all but robustness, in ξ": _range(found["all but robustness / ξ by itself"])}
+    return {name: _range(ratio) for name, ratio in found["parts"].items()} | ratio | once | jobs
 
 
 def cosines() -> Table:
@@ -194,12 +214,15 @@ def origin_of(file: str) -> str:
     return f"By `{environment['command']}`, on {environment['cpu']} with torch {environment['torch']}."
 
 
+MEASURE_RECORDS = ("measure", "measure-wrn28-2", "measure-large", "measure-curvlinops")
+
 BENCHMARK_TABLES = {
     "gram": ("gram.json", cost_of_gram),
+    **{name: (f"{name}.json", partial(cost_of_measure, f"{name}.json")) for name in MEASURE_RECORDS},
     "compare": ("compare.json", gains_of_compare),
     "regularizer": ("regularizer.json", cost_of_steps),
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),
     "finite-differences": ("finite_differences.json", cosines),
-    "suggest": ("suggest.json", partial(starts, "suggest.json")),
+    **{name: (f"{name}.json", partial(starts, f"{name}.json")) for name in ("suggest", "suggest-cifar")},
 }
 """By name: the record and what makes its table."""

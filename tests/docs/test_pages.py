@@ -72,13 +72,20 @@ def test_costs_of_small_networks_are_those_of_the_record_with_their_range(made: 
             assert steps[f"{one_by_one}, passes=together"]["ratio"]["median"] < found["median"]
 
 
-@pytest.mark.parametrize(
-    "name", ["gram", "compare", "regularizer", "regularizer-small", "finite-differences", "suggest"]
-)
-def test_tables_of_benchmarks_are_whole(name: str, made: ModuleType) -> None:
-    table = made.BENCHMARK_TABLES[name][1]()
-    assert table.rows
-    assert {len(row) for row in table.rows} == {len(table.header)}
+def test_tables_of_benchmarks_are_whole(made: ModuleType) -> None:
+    for name, (_, make) in made.BENCHMARK_TABLES.items():
+        table = make()
+        assert table.rows, name
+        assert {len(row) for row in table.rows} == {len(table.header)}, name
+
+
+def test_a_trial_of_measure_costs_what_its_record_says(made: ModuleType) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "measure.json").read_text(encoding="utf-8"))
+    ratio = found["networks"]["resnet20"]["parts"]["ξ by itself"]
+    table = made.cost_of_measure("measure.json")
+    cells = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    expected = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    assert cells["ξ by itself"]["resnet20, N' = 100"] == expected
 
 
 def test_every_public_module_is_in_the_reference() -> None:

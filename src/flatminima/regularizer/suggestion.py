@@ -147,7 +147,8 @@ def suggest(
 
     Nothing is trained, and the model, its ``.grad`` and the global generators are left as they were. Give it the model
     as the penalty will find it: in training mode, fresh from its initialization, or where ``start_step`` is.
-    With wrong labels the suggestion was good, with clean ones too strong: begin there at ``penalty_to_gradient=0.5``.
+    With wrong labels the suggestion was never clearly worse than plain training, with clean ones mostly too strong:
+    begin there at ``penalty_to_gradient=0.5``.
     ``docs/how-to/does-it-work.md`` has figures, and what to do from there.
 
     Args:

@@ -15,12 +15,12 @@ from flatminima.lab.experiments.summary import Summary, Unfinished
 from support.records import record_of
 
 
-def ranking(gamma: float, robustness: float) -> Summary:
+def ranking(gamma: float, robustness: float, *, seeds: int = 5) -> Summary:
     """Four settings whose test error rises; two measures rise or fall with it."""
     experiment = scenario_3(PRESETS["paper"], {})
     records = []
     for k, case in enumerate(experiment.cases):
-        for seed in range(5):
+        for seed in range(seeds):
             error = 0.1 * k + 0.01 * seed
             records.append(
                 record_of(case, PLAIN, seed, error, log_det_fisher=gamma * error, robustness=robustness * error)
@@ -35,6 +35,10 @@ def test_all_measures_are_judged_by_one_yardstick() -> None:
     against = ranking(-1, 1).verdict
     assert against[0].startswith("γ̂ goes against the test error")
     assert any(line.startswith("Frobenius² shows no clear relation") and "undefined" in line for line in both)
+
+
+def test_one_seed_is_no_evidence_either_way() -> None:
+    assert ranking(1, 1, seeds=1).verdict[0].startswith("γ̂ cannot be judged yet, as one seed gives no interval")
 
 
 def test_settings_that_do_not_differ_are_called_so() -> None:

@@ -181,6 +181,8 @@ def _papers(summary: Summary, indicator: str) -> str:
 
 def _reading(correlation: RankCorrelation) -> str:
     """One yardstick for all indicators."""
+    if correlation.defined and math.isnan(correlation.low):
+        return "cannot be judged yet, as one seed gives no interval"
     if correlation.high < 0:
         return "goes against the test error"
     if not correlation.low > 0:

@@ -182,7 +182,7 @@ def _papers(summary: Summary, indicator: str) -> str:
 def _reading(correlation: RankCorrelation) -> str:
     """One yardstick for all indicators."""
     if correlation.defined and math.isnan(correlation.low):
-        return "cannot be judged yet, as one seed gives no interval"
+        return "cannot be judged yet, as an interval takes several whole seeds"
     if correlation.high < 0:
         return "goes against the test error"
     if not correlation.low > 0:

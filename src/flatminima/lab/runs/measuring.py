@@ -109,21 +109,22 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
     folder.read_spec()  # whoever names another folder is told so
     folder.require_result()
     folder.tidy()
-    found = _answer(folder, _question(folder, how, device))
+    asked = _question(folder, how, device)
+    found = _answer(folder, asked)
     if found is None and not folder.is_writable:
         warn(f"what is measured of {path} is not kept there: it is read-only", UnkeptMeasuresWarning)
-        found = _new_answer(folder, how, device, progress)
+        found = _new_answer(folder, how, asked, device, progress)
     elif found is None:
         with folder.lock(wait=True):  # of two commands on one folder the second reads what the first has measured
-            found = _answer(folder, _question(folder, how, device))
+            asked = _question(folder, how, device)
+            found = _answer(folder, asked)
             if found is None:
-                found = _new_answer(folder, how, device, progress)
+                found = _new_answer(folder, how, asked, device, progress)
                 _keep(folder, found)
     return _with_warnings(found)
 
 
-def _new_answer(folder: RunFolder, how: Measuring, device: str, progress: bool) -> KeptMeasures:
-    asked = _question(folder, how, device)
+def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> KeptMeasures:
     with torch.random.fork_rng([]):  # building a network draws its weights
         spec, model, clean, _ = load_run(folder.path)
         initial = initial_network(spec, clean).state_dict()

@@ -3,6 +3,8 @@ r"""How good a start is ``flatminima.suggest``? Test errors of networks trained 
     python benchmarks/suggest.py --threads 1
     python benchmarks/suggest.py --threads 1 --cases resnet8 "resnet8, wrong labels" --data cifar10 \
         --seeds 30 31 32 --betas --output suggest-cifar
+    python benchmarks/suggest.py --threads 1 --cases "resnet20, wrong labels" "cnn, wrong labels" --data cifar10 \
+        --seeds 30 31 --ratios 2 --output suggest-large
 
 Networks of the lab and of Transformers, on scikit-learn's digits and on CIFAR-10, with and without wrong labels, at the
 end of training, without choosing the epoch. The suggestion is made once, on the fresh network. Finished runs are kept
@@ -99,11 +101,17 @@ class Case:
 
 ADAM: dict[str, Any] = {"optimizer": torch.optim.AdamW, "options": (("lr", 1e-2), ("weight_decay", 0.01))}
 CIFAR: dict[str, Any] = {"epochs": 20, "images": 1000, "tests": 2000, "source": None}
+LARGE: dict[str, Any] = CIFAR | {"epochs": 12, "images": 500}
 CASES = {
     "mlp, wrong labels": Case(lambda: build_model("mlp", in_channels=1), epochs=12, wrong=96),
     "small-cnn, wrong labels": Case(lambda: build_model("small-cnn", in_channels=1), epochs=8, wrong=96),
     "Transformers' ResNet, wrong labels": Case(resnet, epochs=8, wrong=96),
     "resnet8, wrong labels": Case(lambda: build_model("resnet8", in_channels=3), wrong=300, **CIFAR),
+    "resnet8-wide, wrong labels": Case(lambda: build_model("resnet8-wide", in_channels=3), wrong=150, **LARGE),
+    "cnn, wrong labels": Case(lambda: build_model("cnn", in_channels=3), wrong=150, **LARGE),
+    "resnet20, wrong labels": Case(lambda: build_model("resnet20", in_channels=3), wrong=150, **LARGE),
+    "wrn28-2, wrong labels": Case(lambda: build_model("wrn28-2", in_channels=3), wrong=150, **LARGE),
+    "densenet-bc-100, wrong labels": Case(lambda: build_model("densenet-bc-100", in_channels=3), wrong=150, **LARGE),
     "mlp": Case(lambda: build_model("mlp", in_channels=1), epochs=12),
     "small-cnn": Case(lambda: build_model("small-cnn", in_channels=1), epochs=8),
     "Transformers' ResNet": Case(resnet, epochs=8),

@@ -1,16 +1,12 @@
 """ξ → numbers: γ̂, its rivals, their standard errors, and comparisons of minima."""
 
 from flatminima.choices import PlainOptions
-from flatminima.measures.catalogue import (
-    SpectralDensity,
-    input_jacobian_norms,
-    robustness_sample_count,
-    spectral_density,
-)
+from flatminima.measures.catalogue import SpectralDensity, robustness_sample_count, spectral_density
 from flatminima.measures.comparing import compare
 from flatminima.measures.comparison import Comparison, comparison_of
 from flatminima.measures.evaluation import Evaluation, evaluate
 from flatminima.measures.hessian_products import hessian_of, top_eigenpairs
+from flatminima.measures.input_jacobian import input_jacobian_norms, input_jacobian_passes
 from flatminima.measures.loss_surface import DataSurface
 from flatminima.measures.measuring import measure
 from flatminima.measures.options import MeasureOptions
@@ -41,6 +37,7 @@ __all__ = [
     "evaluate",
     "hessian_of",
     "input_jacobian_norms",
+    "input_jacobian_passes",
     "jsonable",
     "measure",
     "refuse_random",

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import jacrev
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError
-from flatminima.measures import Characterization, input_jacobian_norms
+from flatminima.measures import Characterization, input_jacobian, input_jacobian_norms
 
 
 def network(classes: int = 4) -> nn.Module:
@@ -17,24 +19,177 @@ def network(classes: int = 4) -> nn.Module:
     ).double()
 
 
+def explicitly(model: nn.Module, x: Tensor) -> Tensor:
+    jacobians = [jacrev(lambda z: model(z[None])[0].softmax(0))(sample).flatten(1) for sample in x]
+    return torch.stack([torch.linalg.matrix_norm(jacobian, 2) ** 2 for jacobian in jacobians])
+
+
+@pytest.mark.parametrize("classes", [2, 4, 20, 21, 60])
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 10.0])
-def test_equals_spectral_norm_of_the_explicit_jacobian(sharpness: float) -> None:
-    model, x = network().eval(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
+def test_equals_spectral_norm_of_the_explicit_jacobian(sharpness: float, classes: int) -> None:
+    model, x = network(classes).eval(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
     model[-1].weight.data *= sharpness
-    expected = [
-        torch.linalg.matrix_norm(jacrev(lambda z: model(z[None])[0].softmax(0))(sample).flatten(1), 2) ** 2
-        for sample in x
-    ]
-    torch.testing.assert_close(input_jacobian_norms(model, x), torch.stack(expected), rtol=1e-8, atol=1e-30)
+    torch.testing.assert_close(input_jacobian_norms(model, x), explicitly(model, x), rtol=1e-8, atol=1e-30)
 
 
-def test_float32_agrees_with_float64_where_p_is_one_hot() -> None:
+@pytest.mark.parametrize(("classes", "sharpness"), [(4, 60), (60, 300)])
+def test_float32_agrees_with_float64_where_p_is_one_hot(classes: int, sharpness: float) -> None:
     """p_y = 1 in float32 here: S formed by 1 − p_y would be exactly zero."""
-    model, x = network(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
-    model[-1].weight.data *= 60
+    model, x = network(classes), torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    model[-1].weight.data *= sharpness
     expected = input_jacobian_norms(model, x)
     assert 0 < expected.min() < 1e-20
     torch.testing.assert_close(input_jacobian_norms(model.float(), x.float()), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("classes", [4, 60])
+def test_is_zero_where_all_other_probabilities_vanish(classes: int) -> None:
+    model, x = nn.Linear(7, classes).double(), torch.randn(3, 7, dtype=torch.float64)
+    with torch.no_grad():
+        model.bias[1] = 1e4
+    assert input_jacobian_norms(model, x).tolist() == [0] * 3
+
+
+def passes_back(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """The norms, and how many backward passes from the logits they took."""
+    passes = []
+    hook = model.register_forward_hook(lambda module, args, logits: logits.register_hook(passes.append) and None)
+    norms = input_jacobian_norms(model, x)
+    hook.remove()
+    return norms, len(passes)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    classes=st.integers(21, 70),
+    size=st.integers(1, 90),
+    decay=st.floats(0, 3),
+    sharpness=st.floats(0, 30),
+    seed=st.integers(0, 10**6),
+)
+def test_many_classes_equal_the_largest_singular_value(
+    classes: int, size: int, decay: float, sharpness: float, seed: int
+) -> None:
+    """Of a linear network, whose Jacobian is S W, with singular values of W from equal to steeply falling."""
+    generator = torch.Generator().manual_seed(seed)
+    model, x = nn.Linear(size, classes).double(), torch.randn(2, size, dtype=torch.float64, generator=generator)
+    weight = torch.randn(classes, size, dtype=torch.float64, generator=generator)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    falling = torch.arange(1, len(values) + 1) ** -decay
+    with torch.no_grad():
+        model.weight.copy_(sharpness * left @ torch.diag(falling.double()) @ right)
+    found, expected = input_jacobian_norms(model, x).sqrt(), explicitly(model, x).sqrt()
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-13)  # where p is one-hot the expected one is rounded
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 10.0])
+def test_many_classes_take_few_passes(sharpness: float) -> None:
+    model, x = network(1000).eval(), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    model[-1].weight.data *= sharpness
+    norms, passes = passes_back(model, x)
+    assert passes < 100
+    torch.testing.assert_close(norms, explicitly(model, x), rtol=1e-8, atol=1e-30)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * (1 - x.tanh() ** 2)
+
+
+class Wrong(torch.autograd.Function):
+    """A backward pass that hides a part of what it does from a second one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        slope = 1 - x.tanh() ** 2
+        return gradient * slope / 2 + (gradient * slope / 2).detach()
+
+
+class Detached(Wrong):
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return super(Detached, Detached).backward(ctx, gradient).detach()
+
+
+class Applied(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.into, self.out = function, nn.Linear(5, 16).double(), nn.Linear(16, 50).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.function.apply(self.into(x)))
+
+
+@pytest.mark.parametrize("function", [Once, Wrong, Detached])
+def test_without_right_second_derivatives_every_direction_is_taken(function: type[torch.autograd.Function]) -> None:
+    model, x = Applied(function), torch.randn(3, 5, dtype=torch.float64)
+    plain = nn.Sequential(model.into, nn.Tanh(), model.out)
+    norms, passes = passes_back(model, x)
+    assert passes >= 49
+    torch.testing.assert_close(norms, explicitly(plain, x), rtol=1e-8, atol=0)
+
+
+def close_singular_values() -> tuple[nn.Module, Tensor]:
+    model, x = nn.Linear(300, 300).double(), torch.zeros(2, 300, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(1 - torch.arange(300) / 1e5))
+        model.bias.zero_()
+    return model, x
+
+
+def test_close_singular_values_are_told_apart() -> None:
+    model, x = close_singular_values()
+    torch.testing.assert_close(input_jacobian_norms(model, x), explicitly(model, x), rtol=1e-10, atol=0)
+
+
+def test_every_direction_is_taken_where_the_iterations_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_jacobian, "_ITERATIONS", 10)
+    model, x = close_singular_values()
+    norms, passes = passes_back(model, x)
+    assert passes >= 299
+    torch.testing.assert_close(norms, explicitly(model, x), rtol=1e-10, atol=0)
+
+
+def test_a_transformer_with_many_classes() -> None:
+    """Its fused attention has no second derivative."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x).mean(1))
+
+    model, x = Encoder().double().eval(), torch.randn(2, 6, 8, dtype=torch.float64)
+    norms, passes = passes_back(model, x)
+    assert passes < 40
+    torch.testing.assert_close(norms, explicitly(model, x), rtol=1e-8, atol=0)
+
+
+def test_half_precision_takes_every_direction() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(50).bfloat16(), torch.randn(3, 5).bfloat16()
+    norms, passes = passes_back(model, x)
+    assert passes == 49
+    torch.testing.assert_close(norms, input_jacobian_norms(model.double(), x.double()), rtol=0.1, atol=0)
 
 
 def test_leaves_the_model_as_it_was() -> None:

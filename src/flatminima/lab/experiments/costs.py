@@ -18,7 +18,7 @@ from flatminima.lab.data import load_data
 from flatminima.lab.experiments.experiment import Record, Task
 from flatminima.lab.networks import build_model, resolve_device
 from flatminima.lab.runs import FisherPenaltySpec, Measuring, RegularizerSpec, RunSpec, UnitResidualSpec
-from flatminima.measures import robustness_sample_count
+from flatminima.measures import input_jacobian_passes, robustness_sample_count
 from flatminima.progress import track
 
 FORWARD = 1 / 3
@@ -97,7 +97,7 @@ def _measuring(how: Measuring, classes: int) -> float:
     robust = 0
     if not {"paper", "cheap", "all", "robustness"}.isdisjoint(how.measures):
         robust = robustness_sample_count(how.subset_size, classes, how.robustness_samples)
-    jacobian = FORWARD + (classes - 1) * FORWARD  # K − 1 backward passes to the input alone
+    jacobian = FORWARD * (1 + input_jacobian_passes(classes))  # backward passes are to the input alone
     return how.trials * (how.subset_size * _GRAM + robust * jacobian)
 
 

@@ -26,7 +26,7 @@ from flatminima.measures.catalogue import spectral_norms
 from flatminima.measures.catalogue import path_norm
 from flatminima.measures.catalogue import heavy_tail
 from flatminima.measures.catalogue.hessian_density import SpectralDensity, spectral_density
-from flatminima.measures.catalogue.robustness import input_jacobian_norms, robustness_sample_count
+from flatminima.measures.catalogue.robustness import robustness_sample_count
 
 __all__ = [
     "SpectralDensity",
@@ -43,7 +43,6 @@ __all__ = [
     "hessian",
     "hessian_density",
     "initial_distance",
-    "input_jacobian_norms",
     "margin",
     "pac_bayes",
     "parameter_norm",

@@ -41,8 +41,8 @@ class PlainOptions:
             nothing (Dinh et al. 2017; Sec. 5.1).
         max_standard_error: Stop as soon as the standard error of γ̂, or in a comparison of all its paired differences,
             is at most this, and at least five trials are done.
-        robustness_samples: Samples per subset for the robustness (None: as many as take no longer than a forward and backward
-            pass of the subset; 0: leave it out).
+        robustness_samples: Samples per subset for the robustness (None: as many as take no longer than a forward and
+            backward pass of the subset; 0: leave it out).
         on_singular: Where a subset's gradients are linearly dependent (duplicates, say): "raise" an error, or "skip"
             it, which leaves it out of γ̂ with a warning.
     """

@@ -24,7 +24,7 @@ def explicitly(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([torch.linalg.matrix_norm(jacobian, 2) ** 2 for jacobian in jacobians])
 
 
-@pytest.mark.parametrize("classes", [2, 4, 20, 21, 60])
+@pytest.mark.parametrize("classes", [2, 4, 40, 41, 60])
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 10.0])
 def test_equals_spectral_norm_of_the_explicit_jacobian(sharpness: float, classes: int) -> None:
     model, x = network(classes).eval(), torch.randn(5, 2, 6, 6, dtype=torch.float64)
@@ -61,7 +61,7 @@ def passes_back(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    classes=st.integers(21, 70),
+    classes=st.integers(41, 80),
     size=st.integers(1, 90),
     decay=st.floats(0, 3),
     sharpness=st.floats(0, 30),

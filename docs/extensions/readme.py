@@ -55,19 +55,19 @@ def rankings() -> str:
 
 
 def gram() -> str:
-    """One ξ beside other libraries: ratios alone."""
+    """One ξ beside other libraries: the smallest and largest ratios alone."""
     table: Table = BENCHMARK_TABLES["gram"][1]()
     columns = ["network", "samples", "flatminima", "vmap_grad", "backpack", "nngeometry", "opacus", "torchjd"]
-    return markdown(columns, [[_ratio(row[table.header.index(name)]) for name in columns] for row in table.rows])
+    return markdown(columns, [[_range(row[table.header.index(name)]) for name in columns] for row in table.rows])
 
 
 def regularizer() -> str:
     """A training step: ratios alone; of every tenth step with a penalty, the mean over ten."""
     table: Table = BENCHMARK_TABLES["regularizer"][1]()
-    rows = {row[0]: [_ratio(cell) for cell in row[1:]] for row in table.rows}
+    rows = {row[0]: [_range(cell) for cell in row[1:]] for row in table.rows}
     penalized = rows["finite-difference, M=8, main_gradient=sub-batches"]
     between = rows["step between penalties (every > 1)"]
-    tenth = [f"{(float(p) + 9 * float(b)) / 10:.2f}" for p, b in zip(penalized, between, strict=True)]
+    tenth = [_mean_of_ten(*cells) for cells in zip(penalized, between, strict=True)]
     shown = {
         "regularizer": penalized,
         "regularizer, `every=10`": tenth,
@@ -77,8 +77,16 @@ def regularizer() -> str:
     return markdown(("", *table.header[1:]), [(said, *cells) for said, cells in shown.items()])
 
 
-def _ratio(cell: str) -> str:
-    return cell.partition(",")[0]
+def _range(cell: str) -> str:
+    """What a cell has in brackets, the smallest and largest; a cell without stays as it is."""
+    found = re.search(r"\((\S+) to (\S+)\)", cell)
+    return cell if found is None else f"{found[1]}–{found[2]}"
+
+
+def _mean_of_ten(penalized: str, between: str) -> str:
+    """Of one step with a penalty and nine between."""
+    ends = zip(penalized.split("–"), between.split("–"), strict=True)
+    return "–".join(f"{(float(with_penalty) + 9 * float(plain)) / 10:.2f}" for with_penalty, plain in ends)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -52,31 +52,43 @@ def with_interval(found: RankCorrelation | None) -> str:
     return f"{found.tau:+.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def cost_of_gram() -> Table:
-    """Time and peak memory of one ξ beside those of other libraries."""
-    record = json.loads((BENCHMARKS / "gram.json").read_text(encoding="utf-8"))
+def cost_of_gram(file: str) -> Table:
+    """Time and peak memory of one ξ beside those of other libraries, and the least time that its arithmetic takes."""
+    record = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
     methods = list(dict.fromkeys(name for network in record["networks"].values() for name in network["methods"]))
     rows = tuple(
-        (name, str(network["samples"]), *(_time_and_memory(network["methods"].get(method)) for method in methods))
+        (
+            name,
+            str(network["samples"]),
+            *(_time_and_memory(network["methods"].get(method)) for method in methods),
+            _floor(network["floor"]),
+        )
         for name, network in record["networks"].items()
     )
     return Table(
-        "Time as a ratio to a forward and backward pass, and peak memory",
-        ("network", "samples", *methods),
+        "Time as a ratio to a forward and backward pass (the median, the smallest and largest), and peak memory",
+        ("network", "samples", *methods, "floor"),
         rows,
     )
+
+
+def _floor(found: Mapping[str, float]) -> str:
+    """With rows that take as long as the plain pass's weight gradients, and as their arithmetic alone."""
+    both = sorted(found[name] for name in found if name.startswith("floor"))
+    return f"{both[0]:.2f} to {both[-1]:.2f}"
 
 
 def _time_and_memory(found: Mapping[str, Any] | None) -> str:
     if found is None or "ratio" not in found:
         return "–"
     wrong = f" (off by {found['relative_error']:.0e})" if found.get("relative_error", 0.0) > TOLERANCE else ""
-    return f"{found['ratio']['median']:.2f}, {found['peak_bytes'] / MIB:,.0f} MiB{wrong}"
+    return f"{_range(found['ratio'])}, {found['peak_bytes'] / MIB:,.0f} MiB{wrong}"
 
 
 def cost_of_steps() -> Table:
     """Time and peak memory of one training step."""
-    return _table_of_steps("Time as a ratio to a plain step, and peak memory", "regularizer.json", _time_and_memory)
+    caption = "Time as a ratio to a plain step (the median, the smallest and largest), and peak memory"
+    return _table_of_steps(caption, "regularizer.json", _time_and_memory)
 
 
 def cost_of_small_steps() -> Table:
@@ -146,14 +158,15 @@ def _at(points: Sequence[Mapping[str, float]], alpha: float = 1e-4) -> Mapping[s
 def starts(file: str) -> Table:
     """Test errors at suggestions of several strengths, beside plain training and the best β of a grid, if there is one.
 
-    On the seeds that plain training and all suggestions have; of the grid, arms that have these, too.
+    On the seeds that plain training and all suggestions have; of the grid, arms that have these, too. Of a single seed
+    nothing is judged.
     """
     record = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
     rows, judged, seeds = [], {}, set()
     for case, arms in record["runs"].items():
         ratios = sorted((arm for arm in arms if arm.startswith("ratio ")), key=_number_of)
         common = sorted(set.intersection(*(set(arms[arm]) for arm in ("plain", *ratios))), key=int)
-        if len(common) < 2:
+        if not common:
             continue
         seeds |= set(common)
         errors = {
@@ -163,16 +176,18 @@ def starts(file: str) -> Table:
         }
         grid = [arm for arm in errors if arm.startswith("beta ")]
         best = min(grid, key=lambda beta: statistics.fmean(errors[beta]), default=None)
-        plain = rounded(*_with_error(errors["plain"]))
-        of_grid = "–" if best is None else f"{rounded(*_with_error(errors[best]))} (β {_number_of(best):g})"
+        plain = _mean(errors["plain"])
+        of_grid = "–" if best is None else f"{_mean(errors[best])} (β {_number_of(best):g})"
         for ratio in ratios:
             chosen = [arms[ratio][seed]["settings"]["beta"] for seed in common]
-            gained = _difference(errors[ratio], errors["plain"])
-            behind = None if best is None else _difference(errors[ratio], errors[best])
-            judged.setdefault(ratio, []).append((gained, behind))
-            at = f"{_number_of(ratio):g}: {rounded(*_with_error(errors[ratio]))} (β {min(chosen):g} to {max(chosen):g})"
-            from_best = "–" if behind is None else rounded(*behind, signed=True)
-            rows.append((case, plain, of_grid, at, from_best, rounded(*gained, signed=True)))
+            gained = [a - b for a, b in zip(errors[ratio], errors["plain"], strict=True)]
+            behind = None if best is None else [a - b for a, b in zip(errors[ratio], errors[best], strict=True)]
+            if len(common) > 1:
+                judged.setdefault(ratio, []).append((_with_error(gained), behind and _with_error(behind)))
+            betas = f"{min(chosen):g}" if len(set(chosen)) == 1 else f"{min(chosen):g} to {max(chosen):g}"
+            at = f"{_number_of(ratio):g}: {_mean(errors[ratio])} (β {betas})"
+            from_best = "–" if behind is None else _mean(behind, signed=True)
+            rows.append((case, plain, of_grid, at, from_best, _mean(gained, signed=True)))
     header = ("network", "plain", "best of the grid", "suggested", "suggested − best", "suggested − plain")
     told = "; ".join(_judgement(_number_of(ratio), judged[ratio]) for ratio in sorted(judged, key=_number_of))
     caption = f"Means over {len(seeds)} seeds, the differences paired, with standard errors. Suggestions for {told}"
@@ -198,9 +213,11 @@ def _judgement(ratio: float, found: Sequence[tuple[Difference, Difference | None
     )
 
 
-def _difference(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """Paired, with its standard error."""
-    return _with_error([a - b for a, b in zip(values, others, strict=True)])
+def _mean(values: Sequence[float], *, signed: bool = False) -> str:
+    """With its standard error where there are several."""
+    if len(values) > 1:
+        return rounded(*_with_error(values), signed=signed)
+    return f"{values[0]:{'+' if signed else ''}.1f}".replace("-", "−")
 
 
 def _with_error(values: Sequence[float]) -> tuple[float, float]:
@@ -214,15 +231,16 @@ def origin_of(file: str) -> str:
     return f"By `{environment['command']}`, on {environment['cpu']} with torch {environment['torch']}."
 
 
-MEASURE_RECORDS = ("measure", "measure-wrn28-2", "measure-large", "measure-curvlinops")
+MEASURE_RECORDS = ("measure", "measure-wrn28-2", "measure-large", "measure-imagenet", "measure-curvlinops")
+STARTS = ("suggest", "suggest-cifar", "suggest-large")
 
 BENCHMARK_TABLES = {
-    "gram": ("gram.json", cost_of_gram),
+    **{name: (f"{name}.json", partial(cost_of_gram, f"{name}.json")) for name in ("gram", "gram-avx2")},
     **{name: (f"{name}.json", partial(cost_of_measure, f"{name}.json")) for name in MEASURE_RECORDS},
     "compare": ("compare.json", gains_of_compare),
     "regularizer": ("regularizer.json", cost_of_steps),
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),
     "finite-differences": ("finite_differences.json", cosines),
-    **{name: (f"{name}.json", partial(starts, f"{name}.json")) for name in ("suggest", "suggest-cifar")},
+    **{name: (f"{name}.json", partial(starts, f"{name}.json")) for name in STARTS},
 }
 """By name: the record and what makes its table."""

@@ -23,6 +23,7 @@ from flatminima.network import (
     sound_batchnorm,
     true_precision,
 )
+from flatminima.parallel import is_sharded
 from flatminima.torch_compat import (
     eager_stance,
     graph_of,
@@ -49,8 +50,8 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
     """‖J_x[f_w(x)]‖₂² of every sample, f_w the softmax output (Jia & Su, Sec. 7.1, "robustness").
 
     Exact but for the network's rounding: by K − 1 backward passes up to 40 classes, beyond by three to ten Lanczos
-    iterations of two passes each. Where these cannot be had (a layer without second derivatives, half precision) or do
-    not converge, by K − 1 passes again.
+    iterations of two passes each. Where these cannot be had (a layer without second derivatives, half precision, a
+    sharded model) or do not converge, by K − 1 passes again.
 
     Args:
         model: logits out, one floating-point tensor in; run in eval mode and left as it was found.
@@ -75,7 +76,7 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
         logits = _logits(model, x)
         if not logits.requires_grad:  # nor is any path from the input to them differentiable
             return in_float64(logits.new_zeros(len(logits)))
-        if logits.shape[1] > _ALL_DIRECTIONS and logits.dtype in _TOLERANCE:
+        if logits.shape[1] > _ALL_DIRECTIONS and _can_be_differentiated_twice(model, logits, x):
             del logits  # with its graph, which this way has one of its own
             squares = _by_lanczos(model, x)
             if squares is not None:
@@ -87,6 +88,11 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
 def input_jacobian_passes(classes: int) -> int:
     """How many passes back to the input :func:`input_jacobian_norms` takes, or passes as long, for so many classes."""
     return min(classes, _ALL_DIRECTIONS) - 1
+
+
+def _can_be_differentiated_twice(model: nn.Module, logits: Tensor, x: Tensor) -> bool:
+    """Unless rounding is coarse, or processes share the parameters, which must all make the same passes."""
+    return {logits.dtype, x.dtype} <= set(_TOLERANCE) and not any(map(is_sharded, model.parameters()))
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ class _Jacobian:
     def times(self, right: Tensor) -> Tensor:
         """Jv."""
         length = right.norm(dim=1, keepdim=True)
-        tangent = back_like(_unit(right), self._logits).view_as(self._x)
+        tangent = back_like(_unit(right), self._x).view_as(self._x)
         try:
             (pushed,) = torch.autograd.grad(self._row, self._direction, tangent, retain_graph=True)
         except RuntimeError as error:

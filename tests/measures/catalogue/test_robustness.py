@@ -184,6 +184,15 @@ def test_a_transformer_with_many_classes() -> None:
     torch.testing.assert_close(norms, explicitly(model, x), rtol=1e-8, atol=0)
 
 
+def test_a_sharded_model_takes_every_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes must all make the same passes."""
+    monkeypatch.setattr(input_jacobian, "is_sharded", lambda parameter: True)
+    model, x = mlp(50).double(), X.double()
+    norms, passes = passes_back(model, x)
+    assert passes == 49
+    torch.testing.assert_close(norms, explicitly(model, x), rtol=1e-8, atol=0)
+
+
 def test_half_precision_takes_every_direction() -> None:
     torch.manual_seed(0)
     model, x = mlp(50).bfloat16(), torch.randn(3, 5).bfloat16()

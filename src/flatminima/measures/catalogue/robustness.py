@@ -30,7 +30,7 @@ def robustness(trial: Trial) -> float:
     if not (isinstance(trial.inputs, Tensor) and trial.inputs.is_floating_point()):
         raise UndefinedMeasureError("the input is not one floating-point tensor")
     samples = robustness_sample_count(len(trial.targets), trial.require_classes(), trial.options.robustness_samples)
-    parts = trial.inputs[:samples].split(max(1, trial.samples_at_once // _PASSES_AT_ONCE))
+    parts = torch.split(trial.inputs[:samples], max(1, trial.samples_at_once // _PASSES_AT_ONCE))
     return torch.cat([input_jacobian_norms(trial.model, part) for part in parts]).mean().item()
 
 

@@ -78,6 +78,18 @@ def _floor(found: Mapping[str, float]) -> str:
     return f"{both[0]:.2f} to {both[-1]:.2f}"
 
 
+def shares_of_gram() -> Table:
+    """Where the time of one ξ goes."""
+    networks = json.loads((BENCHMARKS / "shares.json").read_text(encoding="utf-8"))["networks"]
+    kinds = list(next(iter(networks.values())))
+    rows = tuple((name, *(_percent(found[kind]) for kind in kinds)) for name, found in networks.items())
+    return Table("Shares of the time of ξ in %: the median, the smallest and largest", ("network", *kinds), rows)
+
+
+def _percent(share: Mapping[str, float]) -> str:
+    return f"{100 * share['median']:.0f} ({100 * share['min']:.0f} to {100 * share['max']:.0f})"
+
+
 def _time_and_memory(found: Mapping[str, Any] | None) -> str:
     if found is None or "ratio" not in found:
         return "–"
@@ -237,6 +249,7 @@ STARTS = ("suggest", "suggest-cifar", "suggest-large")
 BENCHMARK_TABLES = {
     **{name: (f"{name}.json", partial(cost_of_gram, f"{name}.json")) for name in ("gram", "gram-avx2")},
     **{name: (f"{name}.json", partial(cost_of_measure, f"{name}.json")) for name in MEASURE_RECORDS},
+    "shares": ("shares.json", shares_of_gram),
     "compare": ("compare.json", gains_of_compare),
     "regularizer": ("regularizer.json", cost_of_steps),
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),

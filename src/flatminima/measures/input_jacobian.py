@@ -177,7 +177,8 @@ class _Jacobian:
         count, classes = self._others.shape
         tolerance = _TOLERANCE[self._logits.dtype]
         start = torch.randn(classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        direction = _unit(self._softmax_product(start.to(self._others.device).expand(count, -1)))
+        start = (start - start.mean()).to(self._others.device)  # S maps (1, ..., 1) to 0
+        direction = _unit(start.expand(count, -1))
         directions = direction.new_zeros(count, 0, classes)
         rows = direction.new_zeros(count, 0, self._x[0].numel())
         for _ in range(min(classes - 1, _ITERATIONS)):
@@ -215,7 +216,9 @@ class _Jacobian:
         length = right.norm(dim=1, keepdim=True)
         tangent = back_like(_unit(right), self._x).view_as(self._x)
         try:
-            (pushed,) = torch.autograd.grad(self._row, self._direction, tangent, retain_graph=True)
+            (pushed,) = torch.autograd.grad(
+                self._row, self._direction, tangent, retain_graph=True, materialize_grads=True
+            )
         except RuntimeError as error:
             if not has_no_derivative(error):
                 raise

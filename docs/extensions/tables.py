@@ -151,6 +151,22 @@ def _parts_of_measure(found: Mapping[str, Any]) -> dict[str, str]:
     return {name: _range(ratio) for name, ratio in found["parts"].items()} | ratio | once | jobs
 
 
+def cost_of_robustness(file: str) -> Table:
+    """The input Jacobian's spectral norm beside the ways others take to it, in ours."""
+    results = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["results"]
+    methods = list(results[0]["methods"])
+    rows = tuple(
+        (
+            f"{found['network']}, {found['classes']} classes, logits × {found['sharpness']:g}",
+            f"{_range(found['methods'][methods[0]]['passes'])}",
+            *(_time_and_range(found["methods"][method]) for method in methods[1:]),
+        )
+        for found in results
+    )
+    caption = "Ours in passes back to the input, the others as ratios to ours: the median, and the smallest and largest"
+    return Table(f"Robustness of {results[0]['samples']} samples", ("", *methods), rows, caption)
+
+
 def cosines() -> Table:
     """How well the finite difference points where its limit does, at the paper's α."""
     record = json.loads((BENCHMARKS / "finite_differences.json").read_text(encoding="utf-8"))
@@ -250,6 +266,10 @@ BENCHMARK_TABLES = {
     **{name: (f"{name}.json", partial(cost_of_gram, f"{name}.json")) for name in ("gram", "gram-avx2")},
     **{name: (f"{name}.json", partial(cost_of_measure, f"{name}.json")) for name in MEASURE_RECORDS},
     "shares": ("shares.json", shares_of_gram),
+    **{
+        name: (f"{name}.json", partial(cost_of_robustness, f"{name}.json"))
+        for name in ("robustness", "robustness-1000")
+    },
     "compare": ("compare.json", gains_of_compare),
     "regularizer": ("regularizer.json", cost_of_steps),
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),

@@ -53,23 +53,46 @@ def with_interval(found: RankCorrelation | None) -> str:
 
 
 def cost_of_gram(file: str) -> Table:
-    """Time and peak memory of one ξ beside those of other libraries, and the least time that its arithmetic takes."""
-    record = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
-    methods = list(dict.fromkeys(name for network in record["networks"].values() for name in network["methods"]))
+    """Time of one ξ beside those of other libraries, and the least that its arithmetic takes."""
+    networks = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["networks"]
+    methods = [method for method in _methods_of(networks) if method != "forward-backward"]
     rows = tuple(
         (
             name,
             str(network["samples"]),
-            *(_time_and_memory(network["methods"].get(method)) for method in methods),
+            *(_time_and_error(network["methods"].get(method)) for method in methods),
             _floor(network["floor"]),
         )
-        for name, network in record["networks"].items()
+        for name, network in networks.items()
     )
-    return Table(
-        "Time as a ratio to a forward and backward pass (the median, the smallest and largest), and peak memory",
-        ("network", "samples", *methods, "floor"),
-        rows,
+    caption = "Time as a ratio to a forward and backward pass: the median, the smallest and largest"
+    return Table(caption, ("network", "samples", *methods, "floor"), rows)
+
+
+def memory_of_gram(file: str) -> Table:
+    """Peak memory of one ξ beside those of other libraries."""
+    networks = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["networks"]
+    methods = _methods_of(networks)
+    rows = tuple(
+        (name, str(network["samples"]), *(_memory(network["methods"].get(method)) for method in methods))
+        for name, network in networks.items()
     )
+    return Table("Peak memory in MiB, beside model and data", ("network", "samples", *methods), rows)
+
+
+def _methods_of(networks: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for network in networks.values() for name in network["methods"]))
+
+
+def _time_and_error(found: Mapping[str, Any] | None) -> str:
+    if found is None or "ratio" not in found:
+        return "–"
+    wrong = f", off by {found['relative_error']:.0e}" if found.get("relative_error", 0.0) > TOLERANCE else ""
+    return f"{_range(found['ratio'])}{wrong}"
+
+
+def _memory(found: Mapping[str, Any] | None) -> str:
+    return "–" if found is None or "ratio" not in found else f"{found['peak_bytes'] / MIB:,.0f}"
 
 
 def _floor(found: Mapping[str, float]) -> str:
@@ -93,8 +116,7 @@ def _percent(share: Mapping[str, float]) -> str:
 def _time_and_memory(found: Mapping[str, Any] | None) -> str:
     if found is None or "ratio" not in found:
         return "–"
-    wrong = f" (off by {found['relative_error']:.0e})" if found.get("relative_error", 0.0) > TOLERANCE else ""
-    return f"{_range(found['ratio'])}, {found['peak_bytes'] / MIB:,.0f} MiB{wrong}"
+    return f"{_range(found['ratio'])}, {found['peak_bytes'] / MIB:,.0f} MiB"
 
 
 def cost_of_steps() -> Table:
@@ -264,6 +286,7 @@ STARTS = ("suggest", "suggest-cifar", "suggest-large")
 
 BENCHMARK_TABLES = {
     **{name: (f"{name}.json", partial(cost_of_gram, f"{name}.json")) for name in ("gram", "gram-avx2")},
+    "gram-memory": ("gram.json", partial(memory_of_gram, "gram.json")),
     **{name: (f"{name}.json", partial(cost_of_measure, f"{name}.json")) for name in MEASURE_RECORDS},
     "shares": ("shares.json", shares_of_gram),
     **{

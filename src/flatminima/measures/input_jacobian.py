@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatminima.errors import require
+from flatminima.errors import UndefinedMeasureError, require
 from flatminima.losses import refuse_non_finite
 from flatminima.network import (
     back_like,
@@ -62,6 +62,7 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
 
     Raises:
         NonFiniteError: if a logit is NaN or infinite.
+        UndefinedMeasureError: if a logit's derivative is.
         FlatminimaError: if the logits are not (N, K) with K ≥ 2.
     """
     with (
@@ -118,9 +119,15 @@ def _by_all_directions(logits: Tensor, x: Tensor) -> Tensor:
             logits, x, direction, retain_graph=k + 1 < directions.shape[2], materialize_grads=True
         )
         rows.append(row.flatten(1))
-    jacobian = in_float64(torch.stack(rows, 1)) * scales[:, :, None]
+    jacobian = _finite(in_float64(torch.stack(rows, 1))) * scales[:, :, None]
     products: Tensor = torch.linalg.eigvalsh(jacobian @ jacobian.transpose(1, 2))
     return products[:, -1]
+
+
+def _finite(rows: Tensor) -> Tensor:
+    if not rows.isfinite().all():
+        raise UndefinedMeasureError("a derivative of the logits with respect to the input is NaN or infinite")
+    return rows
 
 
 def _softmax_eigenvectors(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +195,7 @@ class _Jacobian:
             largest, combination = values[:, -1], vectors[:, :, -1:]
             left, right = ((combination * basis).sum(1) for basis in (directions, rows))
             product = self.times(right)
-            if ((left * product).sum(1) - largest).abs().gt(_MISMATCH * largest).any():
+            if not (((left * product).sum(1) - largest).abs() <= _MISMATCH * largest).all():  # NaN is none either
                 raise _NoSecondDerivativeError
             residual = _orthogonal_to(directions, product)
             size = residual.norm(dim=1)
@@ -208,7 +215,7 @@ class _Jacobian:
         (row,) = torch.autograd.grad(
             self._logits, self._x, back_like(_unit(cotangent), self._logits), retain_graph=True, materialize_grads=True
         )
-        product: Tensor = in_float64(row.flatten(1)) * length
+        product: Tensor = _finite(in_float64(row.flatten(1))) * length
         return product
 
     def times(self, right: Tensor) -> Tensor:

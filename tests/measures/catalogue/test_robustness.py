@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 import flatminima as fm
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, FlatminimaWarning, UndefinedMeasureError
 from flatminima.measures import Characterization, input_jacobian, input_jacobian_norms
 
 
@@ -258,6 +260,31 @@ def test_class_logits_of_any_loss_have_one() -> None:
 def test_one_output_is_refused_in_a_line() -> None:
     with pytest.raises(FlatminimaError, match=r"logits of shape \(N, K ≥ 2\), the model returned \(20, 1\)"):
         input_jacobian_norms(mlp(1), X)
+
+
+@pytest.mark.parametrize("classes", [4, 60])
+def test_derivatives_that_are_not_finite_leave_the_robustness_out_and_the_rest_in(classes: int) -> None:
+    """Those of the length of a vector at zero, with respect to the input; with respect to the weights they are."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(5, classes).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.square().sqrt())
+
+    x = torch.randn(20, 5, dtype=torch.float64)
+    x[:, 0] = 0
+    with pytest.raises(UndefinedMeasureError, match="with respect to the input is NaN"):
+        input_jacobian_norms(Root(), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FlatminimaWarning)
+        c = measured(Root(), x, torch.arange(20) % classes, fm.CrossEntropy())
+    assert c.robustness is None
+    assert "with respect to the input is NaN" in c.settings.left_out["robustness"]
+    assert len(c.log_det_fisher.per_trial) == 2
 
 
 def test_a_network_that_is_flat_in_its_input_has_norm_zero() -> None:

@@ -34,7 +34,7 @@ from flatminima.torch_compat import (
 
 _ALL_DIRECTIONS = 40
 """Up to so many classes all directions are back-propagated, which then takes no longer than the iterations: three to
-ten, each of a pass back to the input and one that takes longer."""
+five at a minimum, up to some twenty elsewhere, each of a pass back to the input and one that takes longer."""
 
 _ITERATIONS = 100
 """After so many, all directions are back-propagated: the largest singular values are too close to one another."""
@@ -49,7 +49,7 @@ _MISMATCH = 1e-3
 def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
     """‖J_x[f_w(x)]‖₂² of every sample, f_w the softmax output (Jia & Su, Sec. 7.1, "robustness").
 
-    Exact but for the network's rounding: by K − 1 backward passes up to 40 classes, beyond by three to ten Lanczos
+    Exact but for the network's rounding: by K − 1 backward passes up to 40 classes, beyond by three to twenty Lanczos
     iterations of two passes each. Where these cannot be had (a layer without second derivatives, half precision, a
     sharded model) or do not converge, by K − 1 passes again.
 

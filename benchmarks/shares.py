@@ -12,7 +12,6 @@ import argparse
 from collections import Counter
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -60,7 +59,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["cnn", "resnet20", "wrn28-2"])
     options = harness.parse(parser)
-    torch.set_num_threads(options.threads)
     record: dict[str, Any] = {"environment": harness.environment(options), "networks": {}}
     table = Table(title="Shares of ξ's time")
     table.add_column("network")

@@ -180,7 +180,7 @@ def cost_of_robustness(file: str) -> Table:
     rows = tuple(
         (
             f"{found['network']}, {found['classes']} classes, logits × {found['sharpness']:g}",
-            f"{_range(found['methods'][methods[0]]['passes'])}",
+            _range(found["methods"][methods[0]]["passes"]),
             *(_time_and_range(found["methods"][method]) for method in methods[1:]),
         )
         for found in results
@@ -230,8 +230,8 @@ def starts(file: str) -> Table:
         of_grid = "–" if best is None else f"{_mean(errors[best])} (β {_number_of(best):g})"
         for ratio in ratios:
             chosen = [arms[ratio][seed]["settings"]["beta"] for seed in common]
-            gained = [a - b for a, b in zip(errors[ratio], errors["plain"], strict=True)]
-            behind = None if best is None else [a - b for a, b in zip(errors[ratio], errors[best], strict=True)]
+            gained = _differences(errors[ratio], errors["plain"])
+            behind = None if best is None else _differences(errors[ratio], errors[best])
             if len(common) > 1:
                 judged.setdefault(ratio, []).append((_with_error(gained), behind and _with_error(behind)))
             betas = f"{min(chosen):g}" if len(set(chosen)) == 1 else f"{min(chosen):g} to {max(chosen):g}"
@@ -261,6 +261,10 @@ def _judgement(ratio: float, found: Sequence[tuple[Difference, Difference | None
         f"penalty_to_gradient={ratio:g} are more than two of these better than plain training on {better} of "
         f"{len(found)}, more than two worse on {worse}{near}"
     )
+
+
+def _differences(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(values, others, strict=True)]
 
 
 def _mean(values: Sequence[float], *, signed: bool = False) -> str:

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import UndefinedMeasureError, first_line
 from flatminima.measures.loss_surface import Surface, gradients_with_graph
-from flatminima.torch_compat import eager_stance, graph_of, has_no_derivative, raises_when_differentiated
+from flatminima.measures.second_derivatives import (
+    PASSES_AT_ONCE,
+    differentiable_twice,
+    differentiated,
+    require_second_derivative,
+)
 
 SMALL = 30
 """Up to so many parameters the whole matrix is formed."""
-
-_PASSES_AT_ONCE = 3
-"""A product takes the memory of so many forward and backward passes, as it goes back through both."""
 
 _SYMMETRY = {torch.float32: 1e-3, torch.float64: 1e-7}
 """How far uᵀHv may be from vᵀHu, relative to ‖Hu‖ + ‖Hv‖; rounding makes some 1e-5 and 1e-14 of it."""
@@ -38,7 +39,7 @@ class Hessian:
     """
 
     def __init__(self, surface: Surface) -> None:
-        at_once = max(1, surface.samples_at_once // _PASSES_AT_ONCE)
+        at_once = max(1, surface.samples_at_once // PASSES_AT_ONCE)
         self._surface = dataclasses.replace(surface, samples_at_once=at_once)
         self._parameters = list(surface.parameters.values())
         self._sizes = [parameter.numel() for parameter in self._parameters]
@@ -88,22 +89,14 @@ class Hessian:
 
     def _gradients(self) -> Iterator[tuple[Tensor, ...]]:
         for gradient in gradients_with_graph(self._surface, self._parameters):
-            if any(raises_when_differentiated(node) for node in graph_of(gradient)):
-                raise _no_second_derivative("a function is marked once_differentiable")
+            require_second_derivative(gradient)
             yield gradient
 
     def _derivative(self, gradient: tuple[Tensor, ...], direction: list[Tensor]) -> Tensor:
         """Of a gradient along a direction."""
         used = [(part, along) for part, along in zip(gradient, direction, strict=True) if part.requires_grad]
         outputs, along = [part for part, _ in used], [part for _, part in used]
-        try:
-            products = torch.autograd.grad(
-                outputs, self._parameters, along, retain_graph=self._gradient is not None, materialize_grads=True
-            )
-        except RuntimeError as error:
-            if not has_no_derivative(error):
-                raise
-            raise _no_second_derivative(first_line(error)) from error
+        products = differentiated(outputs, self._parameters, along, retain_graph=self._gradient is not None)
         return torch.cat([product.flatten() for product in products])
 
 
@@ -119,7 +112,7 @@ def hessian_of(surface: Surface, generator: torch.Generator) -> Iterator[Hessian
             raise UndefinedMeasureError(
                 f"parameter {name} is {parameter.dtype}, too coarse for second derivatives: pass a copy in float32"
             )
-    with eager_stance(), sdpa_kernel(SDPBackend.MATH):  # compiled calls and fused attention have no second derivative
+    with differentiable_twice():
         hessian = Hessian(surface)
         hessian.require_symmetry(generator)
         yield hessian
@@ -160,7 +153,3 @@ def top_eigenpairs(hessian: Hessian, count: int, generator: torch.Generator) -> 
         values, vectors = values[order], vectors[:, order]
     largest = vectors.abs().argmax(0, keepdim=True)
     return values, vectors * vectors.gather(0, largest).sign()
-
-
-def _no_second_derivative(reason: str) -> UndefinedMeasureError:
-    return UndefinedMeasureError(f"an operation of the model has no second derivative: {reason}")

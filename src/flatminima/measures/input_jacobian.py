@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import UndefinedMeasureError, require
 from flatminima.losses import refuse_non_finite
+from flatminima.measures.second_derivatives import (
+    differentiable_twice,
+    differentiated,
+    require_second_derivative,
+)
 from flatminima.network import (
     back_like,
     call_model,
@@ -24,13 +28,7 @@ from flatminima.network import (
     true_precision,
 )
 from flatminima.parallel import is_sharded
-from flatminima.torch_compat import (
-    eager_stance,
-    graph_of,
-    has_no_derivative,
-    raises_when_differentiated,
-    without_checkpoints,
-)
+from flatminima.torch_compat import without_checkpoints
 
 _ALL_DIRECTIONS = 40
 """Up to so many classes all directions are back-propagated, which then takes no longer than the iterations: three to
@@ -87,8 +85,8 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def input_jacobian_passes(classes: int) -> int:
-    """How many passes back to the input :func:`input_jacobian_norms` takes, or passes as long, for so many classes."""
-    return min(classes, _ALL_DIRECTIONS) - 1
+    """Passes that :func:`input_jacobian_norms` takes of so many classes: forward, back to the input, or as long ones."""
+    return min(classes, _ALL_DIRECTIONS)
 
 
 def _can_be_differentiated_twice(model: nn.Module, logits: Tensor, x: Tensor) -> bool:
@@ -153,16 +151,12 @@ def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return p, top, others / scale, scale
 
 
-class _NoSecondDerivativeError(Exception):
-    pass
-
-
 def _by_lanczos(model: nn.Module, x: Tensor) -> Tensor | None:
     """Lanczos iterations of all samples side by side; None where they are impossible or do not converge."""
     try:
-        with eager_stance(), sdpa_kernel(SDPBackend.MATH):  # what is compiled or fused has no second derivative
+        with differentiable_twice():
             return _Jacobian(_logits(model, x), x).largest_square()
-    except _NoSecondDerivativeError:
+    except UndefinedMeasureError:
         return None
 
 
@@ -176,11 +170,12 @@ class _Jacobian:
         # Aᵀw as a function of w, whose derivative along v is Av
         self._direction = torch.zeros_like(logits, requires_grad=True)
         (self._row,) = torch.autograd.grad(logits, x, self._direction, create_graph=True)
-        if not self._row.requires_grad or any(raises_when_differentiated(node) for node in graph_of([self._row])):
-            raise _NoSecondDerivativeError
+        if not self._row.requires_grad:
+            raise UndefinedMeasureError("the gradient with respect to the input has no graph")
+        require_second_derivative([self._row])
 
     def largest_square(self) -> Tensor | None:
-        """σ₁² of J: (N,), or None where the iterations do not converge."""
+        """σ₁² of J: (N,), or None where a second derivative is wrong or the iterations do not converge."""
         count, classes = self._others.shape
         tolerance = _TOLERANCE[self._logits.dtype]
         start = torch.randn(classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -196,7 +191,7 @@ class _Jacobian:
             left, right = ((combination * basis).sum(1) for basis in (directions, rows))
             product = self.times(right)
             if not (((left * product).sum(1) - largest).abs() <= _MISMATCH * largest).all():  # NaN is none either
-                raise _NoSecondDerivativeError
+                return None
             residual = _orthogonal_to(directions, product)
             size = residual.norm(dim=1)
             gap = largest - values[:, -2] if values.shape[1] > 1 else torch.zeros_like(largest)
@@ -222,14 +217,7 @@ class _Jacobian:
         """Jv."""
         length = right.norm(dim=1, keepdim=True)
         tangent = back_like(_unit(right), self._x).view_as(self._x)
-        try:
-            (pushed,) = torch.autograd.grad(
-                self._row, self._direction, tangent, retain_graph=True, materialize_grads=True
-            )
-        except RuntimeError as error:
-            if not has_no_derivative(error):
-                raise
-            raise _NoSecondDerivativeError from None
+        (pushed,) = differentiated([self._row], [self._direction], [tangent], retain_graph=True)
         return self._softmax_product(in_float64(pushed) * length)
 
     def _softmax_product(self, u: Tensor) -> Tensor:

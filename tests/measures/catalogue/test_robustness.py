@@ -93,12 +93,14 @@ def test_many_classes_take_few_passes(sharpness: float) -> None:
     torch.testing.assert_close(norms, explicitly(model, x), rtol=1e-8, atol=1e-30)
 
 
-class Once(torch.autograd.Function):
+class Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x.tanh()
 
+
+class Once(Tanh):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -106,13 +108,8 @@ class Once(torch.autograd.Function):
         return gradient * (1 - x.tanh() ** 2)
 
 
-class Wrong(torch.autograd.Function):
+class Wrong(Tanh):
     """A backward pass that hides a part of what it does from a second one."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.tanh()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:

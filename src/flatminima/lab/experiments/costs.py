@@ -97,7 +97,7 @@ def _measuring(how: Measuring, classes: int) -> float:
     robust = 0
     if not {"paper", "cheap", "all", "robustness"}.isdisjoint(how.measures):
         robust = robustness_sample_count(how.subset_size, classes, how.robustness_samples)
-    jacobian = FORWARD * (1 + input_jacobian_passes(classes))  # backward passes are to the input alone
+    jacobian = FORWARD * input_jacobian_passes(classes)  # backward passes are to the input alone
     return how.trials * (how.subset_size * _GRAM + robust * jacobian)
 
 

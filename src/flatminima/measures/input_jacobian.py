@@ -85,7 +85,7 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def input_jacobian_passes(classes: int) -> int:
-    """Passes that :func:`input_jacobian_norms` takes of so many classes: forward, back to the input, or as long ones."""
+    """Passes of :func:`input_jacobian_norms` for so many classes: forward, back to the input, or as long as those."""
     return min(classes, _ALL_DIRECTIONS)
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
+import socket
 import threading
+import time
 from pathlib import Path
 
 from flatminima.errors import FlatminimaError
+
+_LONGEST_WRITE_SECONDS = 3600.0
+"""Whether a process of another machine lives cannot be asked, but a file that old is not being written."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -27,6 +34,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # a full disk has better use for its space
         raise unwritable(path, error) from None
+    for left in abandoned(path.parent, path.name):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -70,7 +80,39 @@ def beside(path: Path) -> Path:
     """Where a process writes what will become ``path``; each of its threads elsewhere."""
     thread = threading.current_thread()
     writer = f"{os.getpid()}" if thread is threading.main_thread() else f"{os.getpid()}-{thread.ident}"
-    return path.with_name(f".{path.name}.{writer}.tmp")
+    return path.with_name(f".{path.name}.{writer}@{socket.gethostname()}.tmp")
+
+
+def abandoned(folder: Path, name: str | None = None) -> list[Path]:
+    """What killed processes have left half-written (see :func:`beside`): of the file of this name, or of any."""
+    pattern = "*" if name is None else glob.escape(name)
+    return [path for path in folder.glob(f".{pattern}.*.tmp") if _is_abandoned(path)]
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody is writing it any more: no thread of this process, no process of this or another machine."""
+    writer = re.search(r"\.(\d+)(?:-(\d+))?@(.+)\.tmp$", path.name)
+    if writer is None:  # it is not ours
+        return False
+    pid, thread, host = int(writer[1]), int(writer[2] or 0) or threading.main_thread().ident, writer[3]
+    if host != socket.gethostname() or os.name != "posix":
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - path.stat().st_mtime > _LONGEST_WRITE_SECONDS
+        return False
+    if pid != os.getpid():
+        return not _is_alive(pid)
+    others = {other.ident for other in threading.enumerate() if other is not threading.current_thread()}
+    return thread not in others
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
 
 
 def unwritable(path: Path, error: OSError) -> FlatminimaError:

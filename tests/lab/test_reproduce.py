@@ -25,6 +25,7 @@ from rich.console import Console
 
 from flatminima import cli
 from flatminima.errors import FlatminimaError
+from flatminima.files import beside
 from flatminima.lab import reproduce, study
 from flatminima.lab.experiments import Summary, json_of, paper, presets, read_summaries
 from flatminima.lab.experiments.experiment import Record, Task, look_up, perform
@@ -351,7 +352,7 @@ def no_space(monkeypatch: pytest.MonkeyPatch, *full: Path) -> None:
 
     def fail(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        if path.with_name(path.name.removeprefix(".").removesuffix(f".{os.getpid()}.tmp")) in full:
+        if path in [beside(target) for target in full]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 

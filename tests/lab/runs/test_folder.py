@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,7 +200,9 @@ def test_a_file_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.M
 
 def leftovers(folder: RunFolder, writer: int | str) -> list[str]:
     """What a process has left that was killed at several moments."""
-    names = [f".measures.json.{writer}.tmp", f".progress.json.{writer}.tmp", f".spec.json.{writer}-7.tmp"]
+    here = socket.gethostname()
+    names = [f".{name}.{writer}@{here}.tmp" for name in ("measures.json", "progress.json")]
+    names += [f".spec.json.{writer}-7@{here}.tmp"]
     for name in names:
         (folder.path / name).write_text("{")
     (folder.path / "progress.json").write_text("{}")
@@ -219,7 +222,7 @@ def test_what_a_killed_process_left_is_deleted_by_the_next(ending: str, tmp_path
     folder.write_resume_point(resume_point())  # killed between the result and the end of the resume point
     (tmp_path / ".notes.tmp").write_text("nobody's")
     folder.tidy()
-    assert {path.name for path in tmp_path.iterdir()} == whole | {"lock"}
+    assert {path.name for path in tmp_path.iterdir()} == whole | {"lock", ".notes.tmp"}
 
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:

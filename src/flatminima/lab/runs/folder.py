@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from flatminima.errors import FlatminimaError, one_line
-from flatminima.files import beside, write_whole
+from flatminima.files import abandoned, beside, write_whole
 from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.runs.records import (
     CheckpointNote,
@@ -105,8 +104,7 @@ class RunFolder:
 
     def _leftovers(self) -> list[Path]:
         """Half-written files, a note of progress, and the resume point of a run that has ended."""
-        found = [path for path in self.path.glob(".*.tmp") if not _is_being_written(path)]
-        found += [self._file("progress.json")]
+        found = [*abandoned(self.path), self._file("progress.json")]
         found += [self._file("state.safetensors")] if self.status in ("finished", "failed") else []
         return [path for path in found if path.exists()]
 
@@ -324,17 +322,3 @@ class RunFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / name
-
-
-def _is_being_written(path: Path) -> bool:
-    """Whether the process lives that a file's name (see :func:`beside`) says is writing it: another than this one."""
-    writer = re.search(r"\.(\d+)(-\d+)?\.tmp$", path.name)
-    if writer is None or int(writer[1]) == os.getpid() or os.name != "posix":
-        return False
-    try:
-        os.kill(int(writer[1]), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return True

@@ -96,6 +96,16 @@ def test_hessian_is_that_of_the_mean_loss(name: str) -> None:
         assert relative_difference(hessian @ direction, expected) < 1e-6
 
 
+def test_hessian_of_a_model_with_a_compiled_part() -> None:
+    torch.manual_seed(0)
+    part, last = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 3)
+    plain = nn.Sequential(part, last).double()
+    compiled = nn.Sequential(torch.compile(part, backend="aot_eager"), last)
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    compiled(x)  # once compiled
+    assert torch.equal(exact_hessian(compiled, x, y), exact_hessian(plain, x, y))
+
+
 def test_hessian_of_many_samples_is_one_mean() -> None:
     """More samples than one chunk holds: repeating the data changes nothing."""
     model, x = pinned_linear(100)

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import FlatminimaError, RankDeficientError, WrongGradientError
 from flatminima.gramian import trainable_parameters, unwrapped
@@ -30,7 +29,7 @@ from flatminima.network import (
     take,
     undisturbed,
 )
-from flatminima.torch_compat import without_checkpoints
+from flatminima.torch_compat import differentiable_twice, without_checkpoints
 
 MAX_PARAMETERS = 4096
 """Larger networks are refused: a single W × W matrix is then 128 MiB, and its decomposition takes minutes."""
@@ -136,9 +135,8 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
         NonFiniteError: as for :func:`exact_fisher`.
         WrongGradientError: if what PyTorch gives is not symmetric.
     """
-    # Fused attention kernels have no second derivative.
     model = unwrapped(model)
-    with undisturbed(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with undisturbed(model), torch.enable_grad(), differentiable_twice():
         reference = _Reference.of(model, inputs, labels)
         W, n = reference.num_parameters, len(reference.y)
         hessian = torch.zeros(W, W, dtype=torch.float64, device="cpu")

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import function
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules import batchnorm
 from torch.utils import checkpoint as checkpoints
 from torch.utils import weak
@@ -190,6 +191,13 @@ def eager_stance() -> AbstractContextManager[None]:
     in_use = "torch._dynamo" in sys.modules  # else nothing is compiled
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager") if in_use else nullcontext()
     return stance
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """A context for forward passes: what is compiled or fused (attention) has no second derivative or forward mode."""
+    with eager_stance(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def compiler_stance() -> Any:

@@ -20,10 +20,10 @@ from flatminima.errors import UndefinedMeasureError, first_line
 from flatminima.measures.loss_surface import Surface, gradients_with_graph
 from flatminima.measures.second_derivatives import (
     PASSES_AT_ONCE,
-    differentiable_twice,
     differentiated,
     require_second_derivative,
 )
+from flatminima.torch_compat import differentiable_twice
 
 SMALL = 30
 """Up to so many parameters the whole matrix is formed."""

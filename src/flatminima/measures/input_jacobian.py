@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from flatminima.errors import UndefinedMeasureError, require
 from flatminima.losses import refuse_non_finite
 from flatminima.measures.second_derivatives import (
-    differentiable_twice,
     differentiated,
     require_second_derivative,
 )
@@ -28,7 +27,7 @@ from flatminima.network import (
     true_precision,
 )
 from flatminima.parallel import is_sharded
-from flatminima.torch_compat import without_checkpoints
+from flatminima.torch_compat import differentiable_twice, without_checkpoints
 
 _ALL_DIRECTIONS = 40
 """Up to so many classes all directions are back-propagated, which then takes no longer than the iterations: three to

@@ -1,26 +1,17 @@
-"""Derivatives of gradients: what they need of a forward pass, and what is said where there are none."""
+"""Derivatives of gradients, and what is said where there are none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.errors import UndefinedMeasureError, first_line
-from flatminima.torch_compat import eager_stance, graph_of, has_no_derivative, raises_when_differentiated
+from flatminima.torch_compat import graph_of, has_no_derivative, raises_when_differentiated
 
 PASSES_AT_ONCE = 3
 """A second derivative takes the memory of so many forward and backward passes, as it goes back through both."""
-
-
-@contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """A context for forward passes: what is compiled or fused (attention) has no second derivative."""
-    with eager_stance(), sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def require_second_derivative(gradient: Sequence[Tensor]) -> None:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.losses import Loss, logit_gradient
 from flatminima.network import Inputs, call_model, in_float64, sound_batchnorm, take
-from flatminima.torch_compat import eager_stance, own_parameters
+from flatminima.torch_compat import differentiable_twice, own_parameters
 
 _TOLERANCE = 1e-4
 """How far a product may be from plain autograd's, relative to ‖h_i‖‖w‖: beyond what float32 rounds, by far."""
@@ -65,8 +64,7 @@ class WeightProducts:
             return torch.tensor(one_by_one, dtype=torch.float64)
 
     def _in_forward_mode(self, rows: slice) -> Tensor:
-        # Fused attention and compiled graphs have no forward mode.
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), eager_stance():
+        with forward_ad.dual_level(), differentiable_twice():
             weights = {id(weight): weight.detach() for weight in self.weights}
             duals = {
                 key: forward_ad.make_dual(weight, weight)  # type: ignore[no-untyped-call]

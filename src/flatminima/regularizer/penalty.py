@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatminima.choices import Estimator
 from flatminima.errors import FlatminimaError, NonFiniteError
@@ -37,7 +36,7 @@ from flatminima.regularizer.sub_batches import (
     whole,
 )
 from flatminima.torch_compat import (
-    eager_stance,
+    differentiable_twice,
     foreach_add_,
     foreach_copy_,
     foreach_mul,
@@ -369,7 +368,7 @@ def _finite_difference(sub_batches: SubBatches, alpha: float, generators: Genera
 def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Estimate:
     """The limit of the finite difference for small α: α‖g_i‖² and α H_i g_i, by differentiating g_i once more."""
     weights = sub_batches.weights
-    with sub_batches.scratch_buffers(), eager_stance(), sdpa_kernel(SDPBackend.MATH):
+    with sub_batches.scratch_buffers(), differentiable_twice():
         loss = sub_batches.loss()
         gradients = sub_batches.gradients(loss, create_graph=True)
         products = _times_hessian(gradients, sub_batches)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flatminima import Landscape, exact_hessian, landscape
 from flatminima.errors import CoarseRoundingWarning, FlatminimaError, UndefinedMeasureError
@@ -83,6 +84,41 @@ def test_of_a_small_network_the_whole_hessian_is_formed(data: tuple[Tensor, Tens
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class _Checkpointed(nn.Module):
+    """A reentrant checkpoint, which leaves out what comes before the first input that requires a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.out = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        inputs = images.flatten(1)[:, :4]
+        return self.out(checkpoint(lambda x: self.first(x).tanh(), inputs, use_reentrant=True))
+
+
+class _MeanOverPositions(nn.Module):
+    """Through which PyTorch's gradient of a batch normalization of one sample is wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.out = nn.BatchNorm2d(2).double(), nn.Linear(2, 3).double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.out(self.norm(images).flatten(2).transpose(1, 2).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("model", [_Checkpointed, _MeanOverPositions])
+def test_eigenvalues_are_right_where_plain_autograd_is_not(model: type[nn.Module], data: tuple[Tensor, Tensor]) -> None:
+    images, labels = (tensor.repeat(5, *[1] * (tensor.dim() - 1))[:101] for tensor in data)  # 100 at once, then one
+    images = images + torch.arange(101).view(-1, 1, 1, 1) / 50
+    found = landscape(model(), (images, labels), directions="hessian", dimensions=2, steps=3, progress=False)
+    values = torch.linalg.eigvalsh(exact_hessian(model().eval(), images, labels))
+    assert found.eigenvalues == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-6)
+
+
 def test_iterations_that_do_not_converge_and_wrong_derivatives_are_refused(
     data: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +177,14 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 def test_others_that_do_not_fit_are_refused(data: tuple[Tensor, Tensor], other: Any, message: str) -> None:
     with pytest.raises(FlatminimaError, match=message):
         landscape(network(), data, directions="between", to=other(), steps=5, progress=False)
+
+
+def test_compiled_models_call_their_weights_as_they_did_before(data: tuple[Tensor, Tensor]) -> None:
+    options: dict[str, Any] = {"directions": "between", "steps": 5, "progress": False}
+    expected = landscape(network(), data, to=network(1), **options)
+    compiled, other = (torch.compile(network(seed), backend="eager") for seed in (0, 1))
+    assert landscape(compiled, data, to=network(1).state_dict(), **options) == expected
+    assert landscape(network(), data, to=other, **options) == expected
 
 
 def test_a_frozen_network_has_a_way_to_another(data: tuple[Tensor, Tensor]) -> None:

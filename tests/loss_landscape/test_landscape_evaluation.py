@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima import Landscape, landscape
@@ -27,6 +28,30 @@ def test_losses_along_a_line_are_those_of_moved_copies(data: tuple[Tensor, Tenso
     expected = [mean_loss(moved_by_hand(model, direction, step), data) for step in found.coordinates[0]]
     assert found.losses == pytest.approx(expected, rel=1e-12)
     assert found.losses[2] == mean_loss(model, data)
+
+
+class _Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(7, 7).double()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        return labels.roll(1, dims=1)
+
+    def forward(self, tokens: Tensor, decoder_input_ids: Tensor) -> Tensor:
+        return self.token(decoder_input_ids) + self.token(tokens).mean(1, keepdim=True)
+
+
+def test_a_decoder_is_fed_its_labels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = (torch.randint(7, (6, 5), generator=generator) for _ in range(2))
+    data = [{"tokens": row, "labels": label} for row, label in zip(tokens, labels, strict=True)]
+    torch.manual_seed(0)
+    model = _Decoder()
+    found = landscape(model, data, steps=3, progress=False)
+    logits = model(tokens, labels.roll(1, dims=1))
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    assert found.losses[1] == pytest.approx(expected, rel=1e-12)
 
 
 def test_accuracies_stand_beside_the_losses(data: tuple[Tensor, Tensor]) -> None:

@@ -43,13 +43,13 @@ from flatminima.network import (
     batch_size,
     chunk_statistics,
     device_of,
+    differentiating,
     evaluating,
     frozen,
     in_float64,
     map_tensors,
     model_inputs,
     require_module,
-    sound_batchnorm,
     take,
     tensors_of,
     true_precision,
@@ -155,7 +155,7 @@ def factored_gram(
         def empty() -> Accumulator:
             return Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
 
-        with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm(), without_checkpoints():
+        with differentiating(model):
             if isinstance(batchnorm, int):
                 generic: set[str] = set()
                 xi = empty()

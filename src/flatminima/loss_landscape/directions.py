@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from flatminima.errors import needing, require
+from flatminima.gramian import unwrapped
 from flatminima.losses import Loss
 from flatminima.measures import DataSurface, hessian_of, top_eigenpairs
-from flatminima.network import Samples, evaluating, require_values, true_precision, undisturbed
+from flatminima.network import Samples, differentiating, require_values, undisturbed
 from flatminima.parallel import is_sharded
 from flatminima.progress import ProgressBar
 
@@ -70,8 +71,8 @@ def eigenvectors(
     )
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        for state in (undisturbed(model), evaluating(model), true_precision(), torch.enable_grad()):
-            stack.enter_context(state)
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(differentiating(model))
         stack.enter_context(needing("curvature", "a landscape along the Hessian's eigenvectors"))
         bar = stack.enter_context(ProgressBar("Hessian products", None, enabled=progress))
         hessian = stack.enter_context(hessian_of(surface, generator))
@@ -108,7 +109,7 @@ def ways_to(model: nn.Module, others: Sequence[OtherModel]) -> list[Direction]:
 def _way(here: Mapping[str, Tensor], names: Iterable[str], other: OtherModel, what: str) -> Direction:
     if isinstance(other, nn.Module):
         require_values(other)
-        other = other.state_dict()
+        other = unwrapped(other).state_dict()
     unlike = f"{what} do not fit the model"
     remedy = "pass a network of the same class and sizes, or its state_dict"
     foreign = sorted(map(str, other.keys() - set(names)))

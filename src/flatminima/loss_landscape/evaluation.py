@@ -23,6 +23,7 @@ from flatminima.errors import (
     require_seed,
     warn,
 )
+from flatminima.gramian import unwrapped
 from flatminima.loss_landscape.directions import (
     Direction,
     OtherModel,
@@ -40,6 +41,7 @@ from flatminima.measures import Evaluation, evaluate, refuse_random
 from flatminima.network import (
     Data,
     Samples,
+    SamplesOfModel,
     call_model_without_graph,
     device_of,
     evaluating,
@@ -127,14 +129,15 @@ def landscape(
     steps, seed = int(steps), int(seed)  # numpy's are integers, too
     _require_path(path)
     _require_movable(model)
-    samples = samples_of(data)
+    inner = unwrapped(model)  # by whose names checkpoints and other models call the weights
+    samples = SamplesOfModel(inner, samples_of(data))
     axis = [_coordinate(number, steps, directions, extent) for number in range(steps)]
     grid = Landscape(directions, (tuple(axis),) * (len(others) or dimensions), ())
     with ProgressBar("preparing", None, enabled=progress):
         center = evaluate(model, samples, loss)  # first, so that a network with NaN is refused at once
         _refuse_random(model, samples)
-        ways = ways_to(model, others) if directions == "between" else []
-        here, file = movable(model), None
+        ways = ways_to(inner, others) if directions == "between" else []
+        here, file = movable(inner), None
         if path is not None:
             known = fingerprint([grid.coordinates, directions, seed], loss, [here, *ways], samples)
             file = LandscapeFile(Path(path), known, center.loss)
@@ -142,12 +145,12 @@ def landscape(
         if growing.eigenvectors is not None:
             ways = [{name: along.to(here[name]) for name, along in way.items()} for way in growing.eigenvectors]
         elif directions == "random":
-            ways = random_directions(model, seed, dimensions)
+            ways = random_directions(inner, seed, dimensions)
         elif directions == "hessian" and not growing.is_whole:
-            eigenvalues, ways = eigenvectors(model, samples, loss, dimensions, seed, progress)
+            eigenvalues, ways = eigenvectors(inner, samples, loss, dimensions, seed, progress)
             growing.set_eigenvectors(eigenvalues, ways)
     with growing.saved_at_the_end():
-        _evaluate_points(model, samples, loss, ways, center, growing, progress)
+        _evaluate_points(model, samples, loss, here, ways, center, growing, progress)
     return growing.landscape
 
 
@@ -226,13 +229,14 @@ def _evaluate_points(
     model: nn.Module,
     samples: Samples,
     loss: Loss,
+    here: Mapping[str, Tensor],
     ways: Sequence[Direction],
     center: Evaluation,
     growing: GrowingLandscape,
     progress: bool,
 ) -> None:
     """Add every grid point that is not done, the last direction's coordinate varying fastest."""
-    here, classifies = movable(model), center.correct is not None
+    classifies = center.correct is not None
     points = itertools.product(*growing.grid.coordinates)
     with ProgressBar("loss landscape", growing.grid.points, enabled=progress) as bar:
         for number, point in enumerate(points):

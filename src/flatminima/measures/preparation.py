@@ -19,12 +19,12 @@ from flatminima.measures.registry import Selection, selected
 from flatminima.network import (
     Inputs,
     Samples,
+    SamplesOfModel,
     call_model_without_graph,
     device_of,
     evaluating,
     explained_errors,
     map_tensors,
-    model_inputs,
     take,
     to_device,
     true_precision,
@@ -185,22 +185,6 @@ class SharedSamples:
             self._batch, self._indices = self._samples.fetch(indices), indices
         inputs, targets = self._batch
         return map_tensors(Tensor.clone, inputs), targets.clone()
-
-
-@dataclass(frozen=True)
-class SamplesOfModel:
-    """Samples with all that one model needs of them (:func:`~flatminima.network.model_inputs`)."""
-
-    model: nn.Module
-    samples: Samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
-        """As of the samples."""
-        inputs, targets = self.samples.fetch(indices)
-        return model_inputs(self.model, inputs, targets), targets
 
 
 def preparing(options: MeasureOptions) -> ProgressBar:

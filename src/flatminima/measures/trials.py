@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 from flatminima.errors import RankDeficientError, UndefinedMeasureError, require
@@ -25,7 +24,7 @@ from flatminima.gramian import (
 from flatminima.measures.preparation import PreparedModel
 from flatminima.measures.registry import CATALOGUE, Selection
 from flatminima.measures.trial import Trial
-from flatminima.network import evaluating, sound_batchnorm, true_precision
+from flatminima.network import differentiating
 from flatminima.parallel import Processes, is_sharded
 from flatminima.progress import track
 from flatminima.torch_compat import version_of
@@ -171,7 +170,7 @@ def _measured(
         FlatminimaError: if a user's own changes the weights.
     """
     values, undefined = {}, {}
-    with evaluating(trial.model), true_precision(), torch.enable_grad(), sound_batchnorm():
+    with differentiating(trial.model):
         for measure in selection.measures:
             own = measure.name not in CATALOGUE
             versions = _versions(trial) if own else []

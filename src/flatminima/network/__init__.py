@@ -18,6 +18,7 @@ from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
 from flatminima.network.modes import (
     Buffers,
+    differentiating,
     evaluating,
     frozen,
     moved,
@@ -33,7 +34,7 @@ from flatminima.network.precision import (
     true_precision,
 )
 from flatminima.network.requirements import require_module, require_usable, require_values
-from flatminima.network.samples import Data, Samples, explained_errors, model_inputs, samples_of
+from flatminima.network.samples import Data, Samples, SamplesOfModel, explained_errors, model_inputs, samples_of
 from flatminima.network.surroundings import undisturbed
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Inputs",
     "RefusedAutocast",
     "Samples",
+    "SamplesOfModel",
     "back_like",
     "batch_size",
     "batch_statistics",
@@ -52,6 +54,7 @@ __all__ = [
     "call_model_without_graph",
     "chunk_statistics",
     "device_of",
+    "differentiating",
     "evaluating",
     "explained_errors",
     "float32_products",

@@ -1,4 +1,4 @@
-"""States that a model is put into for some passes, and out of again: evaluating, frozen, moved, isolated."""
+"""States that a model is put into for some passes, and out of again: evaluating, differentiating, frozen, moved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.network.batches import device_of
-from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters
+from flatminima.network.batchnorm import sound_batchnorm
+from flatminima.network.precision import true_precision
+from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters, without_checkpoints
 
 
 @contextmanager
@@ -45,6 +47,17 @@ def _same_bits(tensor: Tensor, other: Tensor) -> bool:
     return torch.equal(tensor, other) or (
         tensor.is_floating_point() and torch.allclose(tensor, other, rtol=0, atol=0, equal_nan=True)
     )
+
+
+@contextmanager
+def differentiating(model: nn.Module) -> Iterator[None]:
+    """For passes in eval mode whose gradients, and gradients of these, are to be right whatever the model consists of.
+
+    In its own precision, through batch normalizations of a single sample, and through checkpoints, of which the
+    reentrant ones would leave out what comes before the first input that requires a gradient.
+    """
+    with evaluating(model), true_precision(), torch.enable_grad(), sound_batchnorm(), without_checkpoints():
+        yield
 
 
 @contextmanager

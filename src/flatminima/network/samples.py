@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -82,6 +83,22 @@ def model_inputs(model: nn.Module, inputs: Inputs, targets: Tensor) -> Inputs:
     if {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
         return inputs
     return {**inputs, "decoder_input_ids": shift(targets)}
+
+
+@dataclass(frozen=True)
+class SamplesOfModel:
+    """Samples with all that one model needs of them (:func:`model_inputs`)."""
+
+    model: nn.Module
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
+        """As of the samples."""
+        inputs, targets = self.samples.fetch(indices)
+        return model_inputs(self.model, inputs, targets), targets
 
 
 @contextmanager

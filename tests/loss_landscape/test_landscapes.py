@@ -21,6 +21,7 @@ from support.landscapes import network
         '{"directions": "random", "coordinates": 1}',
         '{"directions": "up", "coordinates": [[0]], "losses": [1], "accuracies": []}',
         '{"directions": "random", "coordinates": [[0]], "losses": [1], "accuracies": [1, 2]}',
+        '{"directions": "random", "coordinates": [[0]], "losses": [1, 2], "accuracies": []}',
     ],
 )
 def test_a_text_of_something_else_is_refused(text: str) -> None:

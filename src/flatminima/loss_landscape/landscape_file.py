@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from flatminima.errors import FlatminimaError, one_line, require
+from flatminima.errors import FlatminimaError, require
 from flatminima.files import require_writable, write_file
 from flatminima.loss_landscape.directions import Direction
-from flatminima.loss_landscape.landscapes import Landscape, landscape_from
+from flatminima.loss_landscape.landscapes import Landscape, landscape_from, what_is_wrong
 from flatminima.measures import jsonable
 
 _SAME_LOSS = 1e-4
@@ -25,7 +25,7 @@ otherwise. What it tells apart is code; all else is in the fingerprint."""
 _KEY_OF_0_2_0 = "digest"
 """What flatminima 0.2.0 called its own, of less than the fingerprint, in files that lack the grid."""
 
-_NO_LANDSCAPE, _REMEDY = "is no landscape that was begun: ", "choose another path, or remove it"
+_REMEDY = "choose another path, or remove it"
 
 
 class LandscapeFile:
@@ -76,13 +76,11 @@ class LandscapeFile:
             raise FlatminimaError(
                 f"cannot keep a landscape in {self._path}: {error.strerror}; name another file"
             ) from None
-        except KeyError as error:
-            what = f"{_NO_LANDSCAPE}it lacks {error}"
-            if _KEY_OF_0_2_0 in values:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            what = f"is no landscape that was begun: {what_is_wrong(error)}"
+            if isinstance(error, KeyError) and _KEY_OF_0_2_0 in values:
                 what = "was begun by flatminima 0.2.0, which goes on with it"
             raise FlatminimaError(f"{self._path} {what}; {_REMEDY}") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise FlatminimaError(f"{self._path} {_NO_LANDSCAPE}{one_line(error)}; {_REMEDY}") from None
         require(
             known == self._fingerprint and math.isclose(minimum, self._minimum, rel_tol=_SAME_LOSS),
             f"{self._path} holds another landscape (other weights, data, loss, directions or grid): {_REMEDY}",

@@ -41,7 +41,7 @@ class Landscape:
 
     @property
     def points(self) -> int:
-        """Of the grid."""
+        """How many the grid has."""
         return math.prod(map(len, self.coordinates))
 
     def to_tensor(self) -> Tensor:
@@ -82,8 +82,7 @@ class Landscape:
         try:
             found = landscape_from(json.loads(text))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
-            raise FlatminimaError(f"not a landscape: {what}") from None
+            raise FlatminimaError(f"not a landscape: {what_is_wrong(error)}") from None
         require(
             len(found.losses) == found.points,
             f"not a whole landscape: {len(found.losses)} losses for {found.points} grid points; if it was begun with "
@@ -102,9 +101,16 @@ def landscape_from(values: Mapping[str, Any]) -> Landscape:
     coordinates = tuple(_read_numbers(axis) for axis in values["coordinates"])
     losses, accuracies = _read_numbers(values["losses"]), _read_numbers(values["accuracies"])
     require(len(coordinates) in (1, 2), f"it has {len(coordinates)} directions, not one or two")
-    require(len(accuracies) in (0, len(losses)), f"it has {len(accuracies)} accuracies for {len(losses)} losses")
     eigenvalues = _read_numbers(values.get("eigenvalues", ()))  # which came later
-    return Landscape(values["directions"], coordinates, losses, accuracies, eigenvalues)
+    found = Landscape(values["directions"], coordinates, losses, accuracies, eigenvalues)
+    require(len(losses) <= found.points, f"it has {len(losses)} losses for {found.points} grid points")
+    require(len(accuracies) in (0, len(losses)), f"it has {len(accuracies)} accuracies for {len(losses)} losses")
+    return found
+
+
+def what_is_wrong(error: Exception) -> str:
+    """What :func:`landscape_from` raised, in one line."""
+    return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
 
 
 def _draw(axes: Axes, found: Landscape) -> None:

@@ -212,13 +212,13 @@ def starts(file: str) -> Table:
     nothing is judged.
     """
     record = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
-    rows, judged, seeds = [], {}, set()
+    rows, judged, counts = [], {}, []
     for case, arms in record["runs"].items():
         ratios = sorted((arm for arm in arms if arm.startswith("ratio ")), key=_number_of)
         common = sorted(set.intersection(*(set(arms[arm]) for arm in ("plain", *ratios))), key=int)
         if not common:
             continue
-        seeds |= set(common)
+        counts.append(len(common))
         errors = {
             arm: [100 * runs[seed]["test_error"] for seed in common]
             for arm, runs in arms.items()
@@ -240,7 +240,8 @@ def starts(file: str) -> Table:
             rows.append((case, plain, of_grid, at, from_best, _mean(gained, signed=True)))
     header = ("network", "plain", "best of the grid", "suggested", "suggested − best", "suggested − plain")
     told = "; ".join(_judgement(_number_of(ratio), judged[ratio]) for ratio in sorted(judged, key=_number_of))
-    caption = f"Means over {len(seeds)} seeds, the differences paired, with standard errors. Suggestions for {told}"
+    seeds = f"{max(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    caption = f"Means over {seeds} seeds, the differences paired, with standard errors. Suggestions for {told}"
     return Table("Test error (%)", header, tuple(rows), caption)
 
 
@@ -271,7 +272,7 @@ def _mean(values: Sequence[float], *, signed: bool = False) -> str:
     """With its standard error where there are several."""
     if len(values) > 1:
         return rounded(*_with_error(values), signed=signed)
-    return f"{values[0]:{'+' if signed else ''}.1f}".replace("-", "−")
+    return f"{values[0]:{'+' if signed else ''}.1f}"
 
 
 def _with_error(values: Sequence[float]) -> tuple[float, float]:

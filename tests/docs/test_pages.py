@@ -114,6 +114,15 @@ def test_every_command_is_in_the_reference() -> None:
     assert set(re.findall(r"\{command-help\} (\S+)", REFERENCE)) == {"flatminima", *COMMANDS}
 
 
+@pytest.mark.parametrize("guide", ["CONTRIBUTING.md", "README.md", "results/README.md"])
+def test_files_that_a_guide_names_exist(guide: str) -> None:
+    text = (ROOT / guide).read_text(encoding="utf-8")
+    named = re.findall(r"[`(]((?:[\w.-]+/)+[\w.-]+\.(?:py|md|txt|json|svg))[`)]", text)
+    roots = (ROOT, ROOT / "src" / "flatminima", ROOT / "tests")
+    assert named
+    assert [name for name in named if not any((root / name).exists() for root in roots)] == []
+
+
 def test_the_citation_names_the_version_and_the_changelog_has_it() -> None:
     """The version stands in pyproject.toml; the files that must repeat it agree."""
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]  # type: ignore[index]

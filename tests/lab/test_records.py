@@ -21,26 +21,14 @@ from flatminima.lab.experiments.paper import REGULARIZED
 from flatminima.lab.jobs import Local
 from flatminima.lab.reports import pages
 from flatminima.lab.reproduce import Reproduction
-from flatminima.lab.runs import Measuring, RegularizerSpec
+from flatminima.lab.runs import RegularizerSpec
+from support.presets import tiny_preset
 
 RESULTS = Path(__file__).parents[2] / "results"
 SCENARIO = "scenario-1"
 
 _RUN = replace(presets.PRESETS["digits"].scenario, epochs=2, evaluate_every=2)
-TINY = replace(
-    presets.PRESETS["digits"],
-    scenario=_RUN,
-    confusion=(0, 100),
-    clean_images=100,
-    networks={"MLP, digits": replace(_RUN, train_size=100)},
-    measured=("MLP, digits",),
-    betas=(10, 20),
-    sub_batches=(5,),
-    clipping=(5,),
-    rivals={},
-    every=(),
-    measuring=Measuring(subset_size=10, trials=2, robustness_samples=2, on_singular="skip"),
-)
+TINY = tiny_preset(_RUN, replace(_RUN, train_size=100), images=100, subset_size=10, trials=2)
 
 
 @pytest.fixture(autouse=True)

@@ -35,27 +35,14 @@ from flatminima.lab.reports import pages
 from flatminima.lab.reports.pages import progress_line
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs import interrupts
-from flatminima.lab.runs.measuring import Measuring
 from flatminima.lab.runs.spec import RegularizerSpec
 from support.commands import Command
+from support.presets import tiny_preset
 
 pytestmark = pytest.mark.xdist_group("commands")  # they share the undisturbed runs, and the server of forked commands
 
-TINY = replace(
-    presets.PRESETS["digits"],
-    scenario=replace(presets.PRESETS["digits"].scenario, epochs=8),
-    augmented=replace(presets.PRESETS["digits"].scenario, epochs=8),
-    confusion=(0, 200),
-    clean_images=200,
-    networks={"MLP, digits": replace(presets.PRESETS["digits"].scenario, epochs=4)},
-    measured=("MLP, digits",),
-    betas=(10, 20),
-    sub_batches=(5,),
-    clipping=(5,),
-    rivals={},
-    every=(),
-    measuring=Measuring(subset_size=20, trials=3, robustness_samples=2, on_singular="skip"),
-)
+_RUN = presets.PRESETS["digits"].scenario
+TINY = tiny_preset(replace(_RUN, epochs=8), replace(_RUN, epochs=4), images=200, subset_size=20, trials=3)
 
 
 @pytest.fixture(autouse=True)

@@ -91,3 +91,12 @@ def test_the_gradient_is_clipped() -> None:
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
     with pytest.raises(FlatminimaError, match="must return a scalar"):
         FisherPenaltyGradient(mlp(), weight=1.0).backward(lambda output, _: output, torch.randn(4, 6), None)
+
+
+def test_attention_has_a_penalty_too() -> None:
+    """Its fused kernels have no second derivative."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(24, 3))
+    FisherPenaltyGradient(model, weight=0.3).backward(F.cross_entropy, torch.randn(4, 3, 8), torch.arange(4) % 3)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flatminima.lab.runs.rival import Rival
 from flatminima.network import Buffers, Inputs, restored_generators, run_model, true_precision, without_autocast
 from flatminima.regularizer import LossFunction, Weights, scalar_loss
-from flatminima.torch_compat import eager_stance
+from flatminima.torch_compat import differentiable_twice
 
 
 class FisherPenaltyGradient(Rival):
@@ -62,7 +62,7 @@ class FisherPenaltyGradient(Rival):
 
     def _penalty(self, inputs: Inputs, parameters: list[Tensor]) -> Tensor:
         """The squared norm, on a graph with second derivatives."""
-        with true_precision(), without_autocast(self.model), eager_stance(), Buffers(self.model).scratch():
+        with true_precision(), without_autocast(self.model), differentiable_twice(), Buffers(self.model).scratch():
             logits = run_model(self.model, inputs)
             loss = F.cross_entropy(logits, _drawn_labels(logits.detach()))
             gradient = torch.autograd.grad(

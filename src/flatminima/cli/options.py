@@ -235,7 +235,7 @@ class Compare:
     """Also write the table for a paper: .tex (booktabs) or .md."""
     measuring: OmitArgPrefixes[MeasuringOptions] = field(default_factory=MeasuringOptions)
     workers: Annotated[int, arg(aliases=("-w",))] = 1
-    """Measure so many run folders at once, in processes that share the cores and the memory."""
+    """Run folders measured at once, in processes that share the cores and the memory."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure (auto: on a GPU if there is one)."""
     output: OmitArgPrefixes[Output] = field(default_factory=Output)

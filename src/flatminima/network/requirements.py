@@ -24,9 +24,7 @@ def require_values(model: nn.Module) -> None:
     require_module(model)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
-            raise FlatminimaError(
-                f"parameter {name!r} has no shape yet (a lazy module): run the model on one batch first"
-            )
+            raise FlatminimaError(f"{name!r} has no shape yet (a lazy module): run the model on one batch first")
         if tensor.is_meta and type(tensor) in (Tensor, nn.Parameter):  # a wrapper has its values elsewhere
             raise FlatminimaError(f"{name!r} is on the meta device, without values: load the model's weights first")
 

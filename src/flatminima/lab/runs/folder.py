@@ -74,7 +74,7 @@ class RunFolder:
 
     @property
     def is_writable(self) -> bool:
-        """Whether anything can be kept in it; others' folders, and their locks, may be there to be read."""
+        """Whether anything can be kept in it: neither the folder nor its lock file is read-only."""
         needed = [path for path in (self.path, self._file("lock")) if path.exists()]
         return all(os.access(path, os.W_OK) for path in needed)
 

@@ -163,7 +163,7 @@ def compare_runs(
     Args:
         runs: name → folder.
         how: how they are measured.
-        workers: so many at once, in processes that share this one's threads and the memory.
+        workers: how many at once, in processes that share this one's threads and the memory.
         device: where.
         progress: show a bar.
 
@@ -204,9 +204,10 @@ def compare_runs(
 
 
 def _measure_at_once(runs: Mapping[str, Path], how: Measuring, workers: int, device: str, progress: bool) -> None:
-    """Measure those runs that were not yet, and whose folders can keep what is found, with its warnings.
+    """Measure in worker processes those runs that have not been measured yet and whose folders can be written to.
 
-    What fails, fails again where it is measured next, with an error of its own class.
+    Nothing is returned: the caller reads the measures from the folders. A run that fails here is measured again by the
+    caller, who so gets the error itself.
     """
     folders = {name: folder for name, path in runs.items() if (folder := RunFolder(path)).is_writable}
     new = [name for name, folder in folders.items() if _answer(folder, _question(folder, how, device)) is None]

@@ -186,8 +186,8 @@ def cost_of_robustness(file: str) -> Table:
         for found in results
     )
     caption = (
-        "Ours in units of one forward pass and one backward pass to the input, the others as ratios to ours: the median, "
-        "and the smallest and largest"
+        "Ours in units of one forward pass and one backward pass to the input, the others as ratios to ours: "
+        "the median, and the smallest and largest"
     )
     return Table(f"Robustness of {results[0]['samples']} samples", ("", *methods), rows, caption)
 

@@ -40,7 +40,7 @@ class SpectralDensity:
         return float(self.weights @ function(self.eigenvalues))
 
     def at(self, points: Tensor, width: float) -> Tensor:
-        """The density at ``points``, every eigenvalue spread to a normal distribution of standard deviation ``width``."""
+        """The density at ``points``, every eigenvalue spread to a normal one of standard deviation ``width``."""
         scaled = (points.double()[..., None] - self.eigenvalues) / width
         peaks = torch.exp(-scaled.square() / 2) / (width * math.sqrt(2 * math.pi))
         return peaks @ self.weights

@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def test_a_network_that_cannot_be_measured_is_left_out_with_a_warning(
 def test_a_tracker_goes_on_from_its_file(data: tuple[Tensor, Tensor], model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "epochs.jsonl"
     first = Tracker(data, OPTIONS, path=path)
-    for epoch in (1, 2):
+    for epoch in np.array([1, 2]):
         first(model, epoch, validation_error=epoch / 10)
     second = Tracker(data, OPTIONS, path=path)
     assert second.epochs == first.epochs == read_epochs(path)

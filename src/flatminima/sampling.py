@@ -35,7 +35,7 @@ def draw_subsets(num_samples: int, subset_size: int, trials: int, seed: int) -> 
             f"the data set has {num_samples} samples, fewer than subset_size={subset_size}: "
             "lower subset_size or pass more data"
         )
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(int(seed))  # numpy's integers are none to it
     return [
         torch.randperm(num_samples, generator=generator, device="cpu")[:subset_size].tolist() for _ in range(trials)
     ]

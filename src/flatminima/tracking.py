@@ -155,6 +155,7 @@ class Tracker:
     def track(self, model: nn.Module, epoch: int, others: Mapping[str, float] | None = None) -> TrackedEpoch | None:
         """As the call, with ``others`` of any names; the epoch as it is kept."""
         require_integer("epoch", epoch)
+        epoch = int(epoch)  # numpy's integers are none to JSON
         if epoch % self._every:
             return None
         processes = Processes.all() if dist.is_available() and dist.is_initialized() else Processes()

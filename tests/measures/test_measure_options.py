@@ -75,10 +75,15 @@ def test_an_option_of_a_wrong_type_is_named_in_one_line(name: str, value: Any) -
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
 @pytest.mark.parametrize("kind", [np.int64, np.float64, np.float32])
 def test_numpys_numbers_are_options_too(kind: Any) -> None:
-    whole = {} if kind is not np.int64 else {"trials": kind(3), "subset_size": kind(5), "robustness_samples": kind(0)}
-    MeasureOptions(logit_normalization=kind(1), max_standard_error=kind(1), **whole)
+    names = ("trials", "subset_size", "robustness_samples", "seed") if kind is np.int64 else ()
+    options = {name: kind(3) for name in (*names, "logit_normalization", "max_standard_error")}
+    torch.manual_seed(0)
+    samples = torch.randn(12, 4), torch.arange(12) % 3
+    found = fm.measure(nn.Linear(4, 3), samples, progress=False, **({"trials": 3, "subset_size": 3} | options))
+    assert fm.Characterization.from_json(found.to_json()).settings == found.settings
 
 
 def minima() -> tuple[dict[str, nn.Module], tuple[torch.Tensor, torch.Tensor]]:

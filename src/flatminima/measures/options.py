@@ -80,6 +80,7 @@ class MeasureOptions(PlainOptions):
         selected(self.measures)
         self._require_types()
         require_seed(self.seed)
+        self._convert_numbers()
         require(
             self.batchnorm == "eval" or (isinstance(self.batchnorm, int) and not isinstance(self.batchnorm, bool)),
             f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
@@ -112,6 +113,17 @@ class MeasureOptions(PlainOptions):
             require_number(name, getattr(self, name), optional=True)
         for name in ("scale_invariant", "per_parameter", "distributed", "progress"):
             require_flag(name, getattr(self, name))
+
+    def _convert_numbers(self) -> None:
+        """Numpy's into Python's, as generators and JSON want them."""
+        kinds = {
+            **dict.fromkeys(("subset_size", "trials", "seed", "robustness_samples"), int),
+            **dict.fromkeys(("logit_normalization", "max_standard_error"), float),
+        }
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, kind(value))
 
     def precise_enough(self, values: Sequence[float]) -> bool:
         """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""

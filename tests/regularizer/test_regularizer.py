@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -411,6 +412,11 @@ def test_freezing_between_steps_is_seen() -> None:
 def test_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(FlatminimaError, match=message):
         FisherTraceRegularizer(mlp(), **options)
+
+
+def test_numpys_integers_are_integers() -> None:
+    regularizer = FisherTraceRegularizer(mlp(), num_sub_batches=np.int64(4), every=np.int64(2))
+    assert json.loads(json.dumps([regularizer.num_sub_batches, regularizer.every])) == [4, 2]
 
 
 @pytest.mark.parametrize(

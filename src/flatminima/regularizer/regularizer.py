@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.choices import Estimator, MainGradient
-from flatminima.errors import require, require_number, require_positive
+from flatminima.errors import require, require_integer, require_number, require_positive
 from flatminima.network import BatchStatistics, Before, Inputs, device_of, require_usable, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
@@ -114,7 +114,7 @@ class FisherTraceRegularizer:
         require_positive("alpha", alpha)
         require_positive("beta", beta, or_zero=True)
         require_number("max_grad_norm", max_grad_norm, optional=True)
-        _require_integer("num_sub_batches", num_sub_batches, at_least=1)
+        _require_count("num_sub_batches", num_sub_batches, at_least=1)
         require(
             max_grad_norm is None or max_grad_norm > 0, f"max_grad_norm must be positive or None, got {max_grad_norm}"
         )
@@ -127,21 +127,21 @@ class FisherTraceRegularizer:
             f"main_gradient='sub-batches' needs batch_statistics='sub-batch' (got {batch_statistics!r}): "
             "running statistics would never be updated",
         )
-        _require_integer("every", every, at_least=1)
-        _require_integer("start_step", start_step, at_least=0)
-        _require_integer("warmup_steps", warmup_steps, at_least=0)
+        _require_count("every", every, at_least=1)
+        _require_count("start_step", start_step, at_least=0)
+        _require_count("warmup_steps", warmup_steps, at_least=0)
         self.model = model
         self.alpha = alpha
         self.beta = beta
-        self.num_sub_batches = num_sub_batches
+        self.num_sub_batches = int(num_sub_batches)
         self.max_grad_norm = max_grad_norm
         self.estimator = estimator
         self.main_gradient = main_gradient
         self.batch_statistics = batch_statistics
         self.passes = passes
-        self.every = every
-        self.start_step = start_step
-        self.warmup_steps = warmup_steps
+        self.every = int(every)
+        self.start_step = int(start_step)
+        self.warmup_steps = int(warmup_steps)
         self.step = 0
         self.last_step: RegularizerStep | None = None
         refuse_other_sharding(model)
@@ -405,10 +405,9 @@ def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> s
     return {names[id(parameter)] for parameter in chosen}
 
 
-def _require_integer(name: str, value: int, *, at_least: int) -> None:
-    require(
-        isinstance(value, int) and value >= at_least, f"{name} must be an integer of at least {at_least}, got {value}"
-    )
+def _require_count(name: str, value: int, *, at_least: int) -> None:
+    require_integer(name, value)
+    require(value >= at_least, f"{name} must be at least {at_least}, got {value}")
 
 
 def _require_choice(name: str, value: str, choices: Any) -> None:

@@ -62,7 +62,7 @@ WRONG: list[tuple[str, Any]] = [
     *(("logit_normalization", value) for value in ("0.04", True, 1j)),
     *(("max_standard_error", value) for value in ("0.1", True, float("nan"))),
     *(("robustness_samples", value) for value in ("5", 2.5, -1)),
-    ("memory_budget", "1GB"),
+    *(("memory_budget", value) for value in ("1GB", 0, float("inf"))),
     *((name, "yes") for name in ("scale_invariant", "per_parameter", "distributed", "progress")),
     *((name, ["raise"]) for name in ("on_singular", "path", "loss")),
 ]
@@ -80,6 +80,7 @@ def test_an_option_of_a_wrong_type_is_named_in_one_line(name: str, value: Any) -
 def test_numpys_numbers_are_options_too(kind: Any) -> None:
     names = ("trials", "subset_size", "robustness_samples", "seed") if kind is np.int64 else ()
     options = {name: kind(3) for name in (*names, "logit_normalization", "max_standard_error")}
+    options |= {"memory_budget": kind(1e5)} | ({"batchnorm": kind(3)} if kind is np.int64 else {})
     torch.manual_seed(0)
     samples = torch.randn(12, 4), torch.arange(12) % 3
     found = fm.measure(nn.Linear(4, 3), samples, progress=False, **({"trials": 3, "subset_size": 3} | options))

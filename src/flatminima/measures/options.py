@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from flatminima.errors import (
     require_flag,
     require_integer,
     require_number,
+    require_positive,
     require_seed,
     warn,
 )
@@ -80,12 +82,12 @@ class MeasureOptions(PlainOptions):
         selected(self.measures)
         self._require_types()
         require_seed(self.seed)
-        self._convert_numbers()
         require(
-            self.batchnorm == "eval" or (isinstance(self.batchnorm, int) and not isinstance(self.batchnorm, bool)),
+            self.batchnorm == "eval" or (isinstance(self.batchnorm, Integral) and not isinstance(self.batchnorm, bool)),
             f"unknown batchnorm={self.batchnorm!r}: use 'eval' (running statistics) or the number of samples in a "
             "chunk",
         )
+        self._convert_numbers()
         require(
             self.fisher == "empirical" or (self.batchnorm == "eval" and self.logit_normalization is None),
             f"fisher={self.fisher!r} is the exact Fisher of the network in eval mode at its own logits: "
@@ -109,21 +111,25 @@ class MeasureOptions(PlainOptions):
             require_integer(name, getattr(self, name))
         if self.robustness_samples is not None:
             require_integer("robustness_samples", self.robustness_samples)
-        for name in ("logit_normalization", "max_standard_error", "memory_budget"):
+        for name in ("logit_normalization", "max_standard_error"):
             require_number(name, getattr(self, name), optional=True)
+        if self.memory_budget is not None:
+            require_positive("memory_budget", self.memory_budget)
         for name in ("scale_invariant", "per_parameter", "distributed", "progress"):
             require_flag(name, getattr(self, name))
 
     def _convert_numbers(self) -> None:
-        """Numpy's into Python's, as generators and JSON want them."""
+        """Numpy's, and 8e9 bytes, into what generators, JSON and slices take."""
         kinds = {
-            **dict.fromkeys(("subset_size", "trials", "seed", "robustness_samples"), int),
+            **dict.fromkeys(("subset_size", "trials", "seed", "robustness_samples", "memory_budget"), int),
             **dict.fromkeys(("logit_normalization", "max_standard_error"), float),
         }
         for name, kind in kinds.items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, kind(value))
+        if self.batchnorm != "eval":
+            object.__setattr__(self, "batchnorm", int(self.batchnorm))
 
     def precise_enough(self, values: Sequence[float]) -> bool:
         """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""

@@ -163,6 +163,7 @@ def test_a_file_of_something_else_is_refused(data: tuple[Tensor, Tensor], tmp_pa
         ({"time_share": 0.0}, "time_share must lie between 0 and 1"),
         ({"time_share": 5}, "time_share must lie between 0 and 1, got 5"),
         ({"time_share": "5%"}, "time_share must be a number"),
+        ({"options": {"trials": 3}}, "options must be MeasureOptions, got dict"),
     ],
 )
 def test_wrong_arguments_are_refused(data: tuple[Tensor, Tensor], arguments: dict[str, object], message: str) -> None:

@@ -118,6 +118,10 @@ class Tracker:
         if time_share is not None:
             require_number("time_share", time_share)
             require(0 < time_share < 1, f"time_share must lie between 0 and 1, got {time_share}")
+        require(
+            options is None or isinstance(options, MeasureOptions),
+            f"options must be MeasureOptions, got {type(options).__name__}: pass flatminima.MeasureOptions(...)",
+        )
         self._data = data
         self._options = MeasureOptions(trials=10) if options is None else options
         self._every, self._time_share = every, time_share

@@ -63,6 +63,7 @@ WRONG: list[tuple[str, Any]] = [
     *(("max_standard_error", value) for value in ("0.1", True, float("nan"))),
     *(("robustness_samples", value) for value in ("5", 2.5, -1)),
     *(("memory_budget", value) for value in ("1GB", 0, float("inf"))),
+    *(("initial", value) for value in ([1], nn.Linear(2, 2))),
     *((name, "yes") for name in ("scale_invariant", "per_parameter", "distributed", "progress")),
     *((name, ["raise"]) for name in ("on_singular", "path", "loss")),
 ]

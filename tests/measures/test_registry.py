@@ -130,9 +130,10 @@ def residual(trial: Trial) -> float:
         ([largest_loss, of_another_name()], "there are two measures 'largest_loss': rename yours"),
         ("marginn", r"unknown measure 'marginn' \(did you mean 'margin'\?\)"),
         (["free", "alll"], r"unknown measure 'alll' \(did you mean 'all'\?\)"),
+        (3, "a measure is a name, a group or a callable of a trial, got int"),
         ([3], "a measure is a name, a group or a callable of a trial, got int"),
     ],
-    ids=["lambda", "partial", "of the catalogue", "two", "name", "group", "number"],
+    ids=["lambda", "partial", "of the catalogue", "two", "name", "group", "number", "list of a number"],
 )
 def test_what_has_no_name_of_its_own_is_refused(measures: Any, message: str) -> None:
     with pytest.raises(FlatminimaError, match=message):

@@ -97,6 +97,10 @@ class MeasureOptions(PlainOptions):
             self.max_standard_error is None or self.max_standard_error > 0,
             f"max_standard_error must be positive, got {self.max_standard_error}",
         )
+        require(
+            self.initial is None or isinstance(self.initial, Mapping),
+            f"initial must be a state_dict, got {type(self.initial).__name__}: pass model.state_dict()",
+        )
         require_path(self.path)
         require(
             self.on_singular in ("raise", "skip"), f"unknown on_singular={self.on_singular!r}: use 'raise' or 'skip'"

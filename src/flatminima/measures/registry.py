@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -113,7 +113,8 @@ def selected(asked: str | MeasureFunction | Measure | Iterable[str | MeasureFunc
     Raises:
         FlatminimaError: for an unknown name, a callable without a name of its own, or two measures of one name.
     """
-    several = [asked] if isinstance(asked, (str, Measure)) or callable(asked) else list(asked)
+    is_one = isinstance(asked, (str, Measure)) or callable(asked) or not isinstance(asked, Iterable)
+    several: list[Any] = [asked] if is_one else list(asked)  # type: ignore[arg-type]
     known = {measure.name for measure in CATALOGUE.values() if measure.paper and measure.cost == "free"}
     own: dict[str, Measure] = {}
     by_name: set[str] = set()

@@ -85,8 +85,14 @@ def model_inputs(model: nn.Module, inputs: Inputs, targets: Tensor) -> Inputs:
 
 
 @contextmanager
-def explained_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Turn what a model raises for inputs that it does not take into one line that says what it was given."""
+def explained_errors(model: nn.Module, inputs: Inputs, name: str | None = None) -> Iterator[None]:
+    """Turn what a model raises for inputs that it does not take into one line that says what it was given.
+
+    Args:
+        model: the model.
+        inputs: what it is given.
+        name: how the line calls it (None: by its type).
+    """
     try:
         yield
     except (FlatminimaError, torch.OutOfMemoryError):
@@ -99,10 +105,12 @@ def explained_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
             remedy = f"convert the inputs to the parameters' type, {dtype}"
         elif any(t.dtype == torch.uint8 for t in tensors_of(inputs)):
             remedy = "convert bytes as in training (to floating point, scaled, normalized; tokens to int64)"
+        elif dtype == torch.float64:
+            remedy = "pass the data as the model takes them, and let its forward make no tensors of a fixed type"
         else:
             remedy = "pass the data as the model takes them"
         raise FlatminimaError(
-            f"{type(model).__name__} cannot be run on these inputs ({given}): {type(error).__name__}: "
+            f"{name or type(model).__name__} cannot be run on these inputs ({given}): {type(error).__name__}: "
             f"{first_line(error)}; {remedy}"
         ) from error
 

@@ -61,7 +61,7 @@ class WeightProducts:
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 pass  # an error that is not forward mode's comes again
             one_by_one = [(alone.get(sample) or self._alone(sample))[0] for sample in range(len(self.targets))]
-            return torch.tensor(one_by_one, dtype=torch.float64)
+            return torch.tensor(one_by_one, dtype=torch.float64, device="cpu")
 
     def _in_forward_mode(self, rows: slice) -> Tensor:
         with forward_ad.dual_level(), differentiable_twice():

@@ -139,7 +139,7 @@ def _tensors_for_arrays(value: Any) -> Any:
         )
         return torch.from_numpy(value if value.flags.writeable else value.copy())
     if isinstance(value, list) and value and all(isinstance(item, (int, float)) for item in value):
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     if isinstance(value, Mapping):
         return {key: _tensors_for_arrays(item) for key, item in value.items()}
     if type(value) in (tuple, list):

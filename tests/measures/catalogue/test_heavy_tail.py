@@ -50,6 +50,16 @@ def test_a_power_law_has_its_exponent(exponent: float) -> None:
     assert alpha(layer, nn.Flatten(), nn.Linear(405, 2).double(), inputs=(400,)) == pytest.approx(exponent, rel=0.02)
 
 
+def test_the_default_type_changes_nothing() -> None:
+    layers = nn.Linear(60, 70).double(), nn.Linear(70, 2).double()
+    expected = alpha(*layers, inputs=(60,))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert alpha(*layers, inputs=(60,)) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_it_is_the_mean_over_layers_of_the_best_fit_to_all_positions_of_a_kernel() -> None:
     conv, linear = nn.Conv2d(8, 6, 3).double(), nn.Linear(54, 40).double()
     conv.weight.data *= torch.randn(6, 1, 1, 1, dtype=torch.float64).exp()

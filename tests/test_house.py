@@ -162,23 +162,8 @@ def test_private_parts_are_found(line: str, expected: list[str]) -> None:
     assert private_names_of_others(line) == expected
 
 
-FACTORIES = frozenset(
-    [
-        "arange",
-        "as_tensor",
-        "empty",
-        "eye",
-        "full",
-        "linspace",
-        "logspace",
-        "normal",
-        "ones",
-        "rand",
-        "randint",
-        "randn",
-    ]
-    + ["randperm", "tensor", "zeros"]
-)
+FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint"}
+FACTORIES |= {"randn", "randperm", "tensor", "zeros"}
 
 
 def without_a_device(source: str) -> list[str]:

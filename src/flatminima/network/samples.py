@@ -149,6 +149,7 @@ def _tensors_for_arrays(value: Any) -> Any:
 
 class _TensorSamples:
     def __init__(self, inputs: Inputs, targets: Tensor) -> None:
+        require(targets.dim() > 0, "the targets are a single number: pass one for every sample, in the first dimension")
         batch_size((inputs, targets))
         self.inputs, self.targets = inputs, targets
 
@@ -156,7 +157,7 @@ class _TensorSamples:
         return len(self.targets)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
-        index = torch.as_tensor(indices, device=self.targets.device)
+        index = torch.as_tensor(indices, device="cpu")  # which may index tensors of any device
         return take(self.inputs, index), self.targets[index]
 
 
@@ -174,7 +175,14 @@ class _IndexedSamples:
             items = self.dataset.__getitems__(list(indices))
         else:
             items = [self.dataset[i] for i in indices]
-        return split_batch(self._collated(items))
+        inputs, targets = split_batch(self._collated(items))
+        found = len(targets) if targets.dim() else 1
+        require(
+            found == len(items),
+            f"the collate_fn made a batch of {found} targets from {len(items)} samples: if it leaves some out, leave "
+            "them out of the data set",
+        )
+        return inputs, targets
 
     def _collated(self, items: list[Any]) -> Any:
         try:
@@ -227,6 +235,10 @@ def _from_stream(loader: DataLoader[Any]) -> Samples:
     parts = [split_batch(batch) for batch in loader]
     if not parts:
         raise FlatminimaError("the data set is empty: pass the training set")
+    require(
+        all(targets.dim() > 0 for _, targets in parts),
+        "the DataLoader gives single samples, not batches: give it a batch_size",
+    )
     if not _same(first, parts[0]):
         raise FlatminimaError(_CHANGING.format("the DataLoader's first batch"))
     return _TensorSamples(*_concatenate(parts))
@@ -239,7 +251,15 @@ _CHANGING = (
 
 
 def _concatenate(parts: list[Inputs]) -> Inputs:
+    require(
+        len({len(tensors_of(part)) for part in parts}) == 1,
+        "the stream's batches hold different numbers of tensors: give all the same, or pass a map-style data set",
+    )
     columns = [*zip(*(tensors_of(part) for part in parts), strict=True)]
+    require(
+        all(tensor.dim() > 0 for column in columns for tensor in column),
+        "the stream's batches hold a tensor without dimensions, which belongs to no sample: leave it out",
+    )
     require(
         all(len({tensor.shape[1:] for tensor in column}) == 1 for column in columns),
         "the stream's batches have different shapes (padded each to its own length?): pad all to one length, or pass "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.choices import Estimator, MainGradient
-from flatminima.errors import require, require_number, require_positive
+from flatminima.errors import require, require_integer, require_number, require_positive
 from flatminima.network import BatchStatistics, Before, Inputs, device_of, require_usable, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
@@ -406,9 +406,8 @@ def _known_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> s
 
 
 def _require_integer(name: str, value: int, *, at_least: int) -> None:
-    require(
-        isinstance(value, int) and value >= at_least, f"{name} must be an integer of at least {at_least}, got {value}"
-    )
+    require_integer(name, value)
+    require(value >= at_least, f"{name} must be at least {at_least}, got {value}")
 
 
 def _require_choice(name: str, value: str, choices: Any) -> None:

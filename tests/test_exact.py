@@ -13,9 +13,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils import prune
 
-from flatminima.errors import FlatminimaError, NonFiniteError, RankDeficientError, WrongGradientError
+from flatminima.errors import (
+    FlatminimaError,
+    NonFiniteError,
+    RankDeficientError,
+    UndefinedMeasureError,
+    WrongGradientError,
+)
 from flatminima.exact import MAX_PARAMETERS, exact_fisher, exact_gamma, exact_hessian
 from flatminima.network.batches import call_model, map_tensors
 from support.cases import CASES
@@ -398,6 +405,51 @@ def test_gradients_through_batchnorm_of_one_sample_are_right() -> None:
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     jacobian = torch.stack(rows)
     torch.testing.assert_close(exact_fisher(model, x, y), jacobian.T @ jacobian / 5, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [exact_fisher, exact_hessian])
+def test_sparse_gradients_of_an_embedding_are_as_dense_ones(function: Any) -> None:
+    def network(*, sparse: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    tokens, y = torch.arange(8).view(4, 2) % 5, torch.tensor([0, 1, 2, 0])
+    assert torch.equal(function(network(sparse=True), tokens, y), function(network(sparse=False), tokens, y))
+
+
+class Once(torch.autograd.Function):
+    """The identity. Autograd takes what lies behind it for unused in a second derivative, and says nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class DifferentiableOnce(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(super().forward(x))
+
+
+@pytest.mark.parametrize("model", [DifferentiableOnce(4, 3), nn.EmbeddingBag(4, 3)], ids=["once", "not implemented"])
+def test_a_hessian_that_there_is_not_is_refused(model: nn.Module) -> None:
+    x = torch.arange(20).view(5, 4) % 4
+    with pytest.raises(UndefinedMeasureError, match="an operation of the model has no second derivative"):
+        exact_hessian(model, x.double() if isinstance(model, nn.Linear) else x, torch.arange(5) % 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("function", [exact_fisher, exact_hessian])
+def test_torchscript_has_the_same(function: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double().eval()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    with torch.no_grad():
+        scripted = torch.jit.script(model)
+    assert relative_difference(function(scripted, x, y), function(model, x, y)) < 1e-12
 
 
 def test_a_hessian_that_pytorch_gets_wrong_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError, RankDeficientError, WrongGradientError, described, require
 from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
+from flatminima.measures import differentiated, require_second_derivative
 from flatminima.network import (
     Inputs,
     batch_size,
@@ -135,6 +137,7 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
     Raises:
         FlatminimaError: as for :func:`exact_fisher`.
         NonFiniteError: as for :func:`exact_fisher`.
+        UndefinedMeasureError: if an operation has no second derivative.
         WrongGradientError: if what PyTorch gives is not symmetric.
     """
     model = unwrapped(model)
@@ -145,9 +148,11 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
         for start in range(0, n, _HESSIAN_CHUNK):
             chunk = slice(start, start + _HESSIAN_CHUNK)
             loss = F.cross_entropy(reference.logits(chunk), reference.y[chunk], reduction="sum") / n
-            gradient = reference.gradient(loss, create_graph=True)
+            # with a history of the gradient that comes to them, functions that end it are found
+            gradient = reference.gradient(loss, torch.ones_like(loss, requires_grad=True), create_graph=True)
+            require_second_derivative([gradient])
             for i in range(W if gradient.requires_grad else 0):
-                hessian[i] += reference.gradient(gradient[i])
+                hessian[i] += _flat(differentiated([gradient[i]], reference.parameters, retain_graph=True))
     _require_symmetric(hessian)
     return hessian
 
@@ -229,10 +234,16 @@ class _Reference:
 
     def gradient(self, output: Tensor, weight: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
         """(W,): the gradient of ⟨weight, output⟩ over all parameters; zero for unused ones. Keeps the graph."""
-        parts = torch.autograd.grad(
-            output, self.parameters, weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        return _flat(
+            torch.autograd.grad(
+                output, self.parameters, weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
+            )
         )
-        return torch.cat([part.flatten() for part in parts])
+
+
+def _flat(gradients: Sequence[Tensor]) -> Tensor:
+    """One after the other; those of embeddings may be sparse."""
+    return torch.cat([gradient.to_dense().flatten() for gradient in gradients])
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -243,12 +254,16 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         left = [tensor for module in model.modules() for tensor in tensors_of(list(vars(module).values()))]
         detached: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in left if not tensor.is_leaf}
-        return copy.deepcopy(model, detached)
+        copied = copy.deepcopy(model, detached)
     except Exception as error:
         raise FlatminimaError(
             f"{type(model).__name__} cannot be copied, and exact forms need a float64 copy: {described(error)}; remove "
             "what it holds beside weights and layers"
         ) from error
+    for parameter in copied.parameters():
+        if not parameter.is_leaf:  # TorchScript's copies come from the originals
+            parameter.detach_().requires_grad_()
+    return copied
 
 
 def _fisher_factor(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning
-from flatminima.network.samples import samples_of
+from flatminima.network.samples import explained_errors, samples_of
 
 X, Y = torch.randn(30, 4), torch.arange(30)
 
@@ -167,6 +167,13 @@ def test_a_bucketing_loader_is_indexed_with_a_warning_and_pads_every_subset() ->
     inputs, targets = samples.fetch([2, 0])
     assert inputs.tolist() == [[2, 2, 2], [0, 0, 0]]
     assert targets.tolist() == [2, 0]
+
+
+def test_a_batchnorm_without_statistics_is_the_reason_that_is_told() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    x = torch.ones(1, 2)
+    with pytest.raises(FlatminimaError, match="has no running statistics, so that"), explained_errors(model, x):
+        model(x)
 
 
 def test_missing_values_are_the_same_in_two_passes() -> None:

@@ -97,7 +97,7 @@ class Hessian:
         used = [(part, along) for part, along in zip(gradient, direction, strict=True) if part.requires_grad]
         outputs, along = [part for part, _ in used], [part for _, part in used]
         products = differentiated(outputs, self._parameters, along, retain_graph=self._gradient is not None)
-        return torch.cat([product.flatten() for product in products])
+        return torch.cat([product.to_dense().flatten() for product in products])  # an embedding's may be sparse
 
 
 @contextmanager

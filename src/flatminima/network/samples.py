@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning, first_line, require, warn
 from flatminima.network.batches import Inputs, batch_size, map_tensors, take, tensors_of
+from flatminima.torch_compat import needs_more_than_one_sample
 
 Data = Any
 """A map-style data set (PyTorch's, Hugging Face's, a list) of (inputs, target) pairs or mappings with labels, a
@@ -101,7 +102,12 @@ def explained_errors(model: nn.Module, inputs: Inputs, name: str | None = None) 
         given = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_of(inputs)[:8])
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         floats = {t.dtype for t in tensors_of(inputs) if t.is_floating_point()}
-        if floats - {dtype}:
+        if isinstance(error, ValueError) and needs_more_than_one_sample(error):
+            remedy = (
+                "a BatchNorm layer has no running statistics, so that samples would depend on one another: train it "
+            )
+            remedy += "with track_running_stats=True"
+        elif floats - {dtype}:
             remedy = f"convert the inputs to the parameters' type, {dtype}"
         elif any(t.dtype == torch.uint8 for t in tensors_of(inputs)):
             remedy = "convert bytes as in training (to floating point, scaled, normalized; tokens to int64)"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flatminima.errors import FlatminimaError
 from flatminima.files import beside, require_writable, write_file, write_whole
 
 NAME = "table [1].json"  # brackets mean something to a pattern
@@ -115,6 +116,12 @@ def test_an_interrupted_writer_leaves_nothing(path: Path, monkeypatch: pytest.Mo
         write_whole(path, "new")
     assert names(path) == {NAME}
     assert path.read_text() == "old"
+
+
+def test_a_folder_is_no_file(path: Path) -> None:
+    for write in (write_whole, write_file):
+        with pytest.raises(FlatminimaError, match="it is a folder; name a file"):
+            write(path.parent, "content")
 
 
 def test_threads_that_write_one_file_do_not_take_each_others_away(path: Path) -> None:

@@ -143,4 +143,6 @@ def _is_alive(pid: int) -> bool:
 
 def unwritable(path: Path, error: OSError) -> FlatminimaError:
     """What to raise where ``path`` could not be written."""
+    if isinstance(error, IsADirectoryError):
+        return FlatminimaError(f"cannot write {path}: it is a folder; name a file")
     return FlatminimaError(f"cannot write {path}: {error.strerror}; free some space or choose another folder")

@@ -2,17 +2,27 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from typing import Any
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils import prune
 
-from flatminima.errors import FlatminimaError, NonFiniteError, RankDeficientError, WrongGradientError
+from flatminima.errors import (
+    FlatminimaError,
+    NonFiniteError,
+    RankDeficientError,
+    UndefinedMeasureError,
+    WrongGradientError,
+)
 from flatminima.exact import MAX_PARAMETERS, exact_fisher, exact_gamma, exact_hessian
 from flatminima.network.batches import call_model, map_tensors
 from support.cases import CASES
@@ -104,6 +114,42 @@ def test_hessian_of_a_model_with_a_compiled_part() -> None:
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     compiled(x)  # once compiled
     assert torch.equal(exact_hessian(compiled, x, y), exact_hessian(plain, x, y))
+
+
+class Remembering(nn.Module):
+    """Keeps activations with their graph, as many do for a look at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = torch.tanh(self.first(x))
+        self.kept = {"by layer": [self.features]}
+        return self.last(self.features)
+
+
+def _pruned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    prune.l1_unstructured(model[0], "weight", 0.3)
+    return model
+
+
+@pytest.mark.parametrize("build", [Remembering, _pruned])
+def test_what_an_earlier_pass_has_left_in_the_model_is_no_obstacle(build: Any) -> None:
+    torch.manual_seed(0)
+    model = build().double()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    parameters = list(model.parameters())
+    rows = []
+    for i in range(5):
+        gradient = torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), parameters)
+        rows.append(torch.cat([part.flatten() for part in gradient]))
+    J = torch.stack(rows)
+    held = {name: id(value) for name, value in vars(model if build is Remembering else model[0]).items()}
+    assert relative_difference(exact_fisher(model, x, y), J.T @ J / 5) < 1e-12
+    assert relative_difference(exact_hessian(model, x, "model"), exact_fisher(model, x, "model")) < 1e-12  # Eq. 1
+    assert held == {name: id(value) for name, value in vars(model if build is Remembering else model[0]).items()}
 
 
 def test_hessian_of_many_samples_is_one_mean() -> None:
@@ -270,6 +316,8 @@ def test_frozen_parameters_do_not_count() -> None:
         (torch.full((4, 3), math.nan), "non-negative"),
         (torch.zeros(5, dtype=torch.long), "share their first dimension"),
         ("own", "unknown labels 'own'"),
+        ([0, 1, 2, 0], "labels must be a tensor or 'model', got list"),
+        (np.zeros(4, dtype=np.int64), "labels must be a tensor or 'model', got ndarray"),
     ],
 )
 def test_unsuitable_labels_are_refused(function: Any, labels: Any, message: str) -> None:
@@ -291,6 +339,53 @@ def test_other_bad_input_is_refused(function: Any) -> None:
         function(broken, torch.randn(4, 2), "model")
 
 
+@pytest.mark.parametrize("function", [exact_fisher, exact_gamma, exact_hessian])
+def test_models_without_a_float64_copy_of_their_own_are_refused(function: Any) -> None:
+    x, y = torch.randn(4, 2), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(
+        FlatminimaError, match=r"cannot be run on these inputs \(\(4, 5\) float64\): RuntimeError: mat1"
+    ):
+        function(nn.Linear(2, 3), torch.randn(4, 5), y)
+    with pytest.raises(FlatminimaError, match=r"the float64 copy of InFloat32 .* no tensors of a fixed type"):
+        function(InFloat32(), x, y)
+    uncopied = nn.Linear(2, 3)
+    uncopied.lock = threading.Lock()
+    with pytest.raises(FlatminimaError, match=r"Linear cannot be copied.*TypeError.*remove what it holds"):
+        function(uncopied, x, y)
+    replaced = nn.Linear(2, 3).double()
+    own = replaced.forward
+    replaced.forward = lambda x: 2 * own(x)
+    with pytest.raises(FlatminimaError, match="a copy of Linear runs on the weights of the original"):
+        function(replaced, x, y)
+
+
+@pytest.mark.parametrize("function", [exact_fisher, exact_gamma, exact_hessian])
+def test_models_with_other_outputs_or_weights_are_refused(function: Any) -> None:
+    y = torch.tensor([0, 1, 2, 0])
+    by_position = nn.Sequential(nn.Linear(2, 3), nn.Flatten(0, 1))  # N·T rows, of which a label says nothing
+    with pytest.raises(FlatminimaError, match=r"for N = 4 samples, the model returned \(20, 3\)"):
+        function(by_position, torch.randn(4, 5, 2), y)
+    with pytest.raises(FlatminimaError, match=r"'scale' is torch\.complex64: exact forms need real ones"):
+        function(ComplexScale(), torch.randn(4, 3), y)
+
+
+class InFloat32(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class ComplexScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale).real
+
+
 def test_gradients_through_batchnorm_of_one_sample_are_right() -> None:
     """Of a mean over positions, where PyTorch's own are not; those of two samples are."""
 
@@ -310,6 +405,51 @@ def test_gradients_through_batchnorm_of_one_sample_are_right() -> None:
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
     jacobian = torch.stack(rows)
     torch.testing.assert_close(exact_fisher(model, x, y), jacobian.T @ jacobian / 5, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [exact_fisher, exact_hessian])
+def test_sparse_gradients_of_an_embedding_are_as_dense_ones(function: Any) -> None:
+    def network(*, sparse: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    tokens, y = torch.arange(8).view(4, 2) % 5, torch.tensor([0, 1, 2, 0])
+    assert torch.equal(function(network(sparse=True), tokens, y), function(network(sparse=False), tokens, y))
+
+
+class Once(torch.autograd.Function):
+    """The identity. Autograd takes what lies behind it for unused in a second derivative, and says nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class DifferentiableOnce(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Once.apply(super().forward(x))
+
+
+@pytest.mark.parametrize("model", [DifferentiableOnce(4, 3), nn.EmbeddingBag(4, 3)], ids=["once", "not implemented"])
+def test_a_hessian_that_there_is_not_is_refused(model: nn.Module) -> None:
+    x = torch.arange(20).view(5, 4) % 4
+    with pytest.raises(UndefinedMeasureError, match="an operation of the model has no second derivative"):
+        exact_hessian(model, x.double() if isinstance(model, nn.Linear) else x, torch.arange(5) % 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("function", [exact_fisher, exact_hessian])
+def test_torchscript_has_the_same(function: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double().eval()
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    with torch.no_grad():
+        scripted = torch.jit.script(model)
+    assert relative_difference(function(scripted, x, y), function(model, x, y)) < 1e-12
 
 
 def test_a_hessian_that_pytorch_gets_wrong_is_refused() -> None:

@@ -26,12 +26,16 @@ def test_a_name_that_is_not_there_is_refused_as_python_does_and_the_one_meant_is
 
 def test_a_fresh_process_imports_what_is_looked_at_when_it_is() -> None:
     code = (
-        "import sys, flatminima as fm\n"
+        "import random, sys, flatminima as fm\n"
+        "seeded = random.getstate()\n"
         "first = 'torch' in sys.modules\n"
         "from flatminima import measure\n"
         "names = {}\n"
         "exec('from flatminima import *', names)\n"
-        "print([first, measure is fm.measures.measure, sorted(set(fm.__all__) - set(names)), fm.gramian.__name__])"
+        "print([first, measure is fm.measures.measure, sorted(set(fm.__all__) - set(names)), fm.gramian.__name__])\n"
+        "print(random.getstate() == seeded)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert ast.literal_eval(shown) == [False, True, [], "flatminima.gramian"]
+    found, unmoved = shown.splitlines()
+    assert ast.literal_eval(found) == [False, True, [], "flatminima.gramian"]
+    assert unmoved == "True", "what was imported has drawn from Python's generator"

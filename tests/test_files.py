@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flatminima.files import beside, write_whole
+from flatminima.errors import FlatminimaError
+from flatminima.files import beside, require_writable, write_file, write_whole
 
 NAME = "table [1].json"  # brackets mean something to a pattern
 
@@ -71,6 +72,56 @@ def test_another_machines_file_is_deleted_when_it_is_hours_old(path: Path) -> No
     half_written(path, "1@elsewhere", hours=2)
     write_whole(path, "whole")
     assert names(path) == {NAME}
+
+
+def test_a_link_stays_one_to_the_file_that_is_replaced(path: Path) -> None:
+    (path.parent / "elsewhere").mkdir()
+    target = path.parent / "elsewhere" / "target.json"
+    path.symlink_to(target)
+    for content in ("new", "newer"):
+        require_writable(path)
+        write_whole(path, content)
+        assert path.is_symlink()
+        assert target.read_text() == content
+    assert names(target) == {target.name}
+
+
+def test_a_file_keeps_its_permissions(path: Path) -> None:
+    path.write_text("old")
+    path.chmod(0o600)
+    write_whole(path, "new")
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o600)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_written_to_and_no_file_takes_its_place(path: Path) -> None:
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(path.read_text)
+        require_writable(path)
+        write_file(path, "content")
+        assert read.result() == "content"
+    assert path.is_fifo()
+    assert names(path) == {NAME}
+
+
+def test_an_interrupted_writer_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text("old")
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "new")
+    assert names(path) == {NAME}
+    assert path.read_text() == "old"
+
+
+def test_a_folder_is_no_file(path: Path) -> None:
+    for write in (write_whole, write_file):
+        with pytest.raises(FlatminimaError, match="it is a folder; name a file"):
+            write(path.parent, "content")
 
 
 def test_threads_that_write_one_file_do_not_take_each_others_away(path: Path) -> None:

@@ -162,6 +162,42 @@ def test_private_parts_are_found(line: str, expected: list[str]) -> None:
     assert private_names_of_others(line) == expected
 
 
+FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand", "randint"}
+FACTORIES |= {"randn", "randperm", "tensor", "zeros"}
+
+
+def without_a_device(source: str) -> list[str]:
+    """Calls that put what they make on the user's default device: factories of tensors, and generators."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        f"line {call.lineno}: {ast.unparse(call)}"
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "torch"
+        if (call.func.attr in FACTORIES and all(keyword.arg != "device" for keyword in call.keywords))
+        or (call.func.attr == "Generator" and not call.args and not call.keywords)
+    ]
+
+
+def test_the_library_makes_no_tensor_on_the_users_default_device() -> None:
+    library = [path for path in (SOURCE / "flatminima").rglob("*.py") if "lab" not in path.parts]
+    found = {str(path.relative_to(ROOT)): without_a_device(path.read_text(encoding="utf-8")) for path in library}
+    assert {name: calls for name, calls in found.items() if calls} == {}, "say device='cpu', or whose it is"
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("torch.randn(3)", 1),
+        ("torch.zeros(3, device=x.device)", 0),
+        ("torch.Generator().manual_seed(0)", 1),
+        ("torch.Generator('cpu')", 0),
+        ("x.new_zeros(3) + torch.zeros_like(x)", 0),
+    ],
+)
+def test_calls_without_a_device_are_found(line: str, count: int) -> None:
+    assert len(without_a_device(line)) == count
+
+
 def test_no_file_has_outgrown_its_room() -> None:
     lengths = {str(p.relative_to(ROOT)): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCE.rglob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 450} == {}

@@ -115,6 +115,21 @@ def test_modules_look_their_tensors_up_in_the_dictionaries_given() -> None:
     assert model[1].running_mean is other
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize("script", [False, True])
+def test_modules_hold_what_they_are_given(script: bool) -> None:
+    """TorchScript's mappings have neither ``get`` nor ``update``, and take a tensor of the same name alone."""
+    layer = torch.jit.script(nn.BatchNorm1d(2)) if script else nn.BatchNorm1d(2)
+    held, other = torch_compat.own_buffers(layer), torch.ones(2)
+    before = dict(held.items())
+    torch_compat.hold(held, {"running_mean": other})
+    assert layer.running_mean is other
+    torch_compat.hold(held, before)
+    assert layer.running_mean is before["running_mean"]
+    found = torch_compat.scripted_batch_norms(nn.Sequential(nn.Linear(2, 2), layer))
+    assert found == (["1"] if script else [])
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_every_batch_norm_is_of_one_class(layer: Callable[[int], nn.Module]) -> None:
     assert isinstance(layer(3), torch_compat.BatchNorm)

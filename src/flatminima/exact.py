@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima.errors import FlatminimaError, RankDeficientError, WrongGradientError
+from flatminima.errors import FlatminimaError, RankDeficientError, WrongGradientError, described, require
 from flatminima.gramian import trainable_parameters, unwrapped
 from flatminima.losses import off_target_log_probabilities, refuse_non_finite
+from flatminima.measures import differentiated, require_second_derivative
 from flatminima.network import (
     Inputs,
     batch_size,
     call_model,
     call_model_without_graph,
+    explained_errors,
     map_tensors,
     sound_batchnorm,
     take,
+    tensors_of,
     undisturbed,
 )
 from flatminima.torch_compat import differentiable_twice, without_checkpoints
@@ -133,6 +137,7 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
     Raises:
         FlatminimaError: as for :func:`exact_fisher`.
         NonFiniteError: as for :func:`exact_fisher`.
+        UndefinedMeasureError: if an operation has no second derivative.
         WrongGradientError: if what PyTorch gives is not symmetric.
     """
     model = unwrapped(model)
@@ -143,9 +148,11 @@ def exact_hessian(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
         for start in range(0, n, _HESSIAN_CHUNK):
             chunk = slice(start, start + _HESSIAN_CHUNK)
             loss = F.cross_entropy(reference.logits(chunk), reference.y[chunk], reduction="sum") / n
-            gradient = reference.gradient(loss, create_graph=True)
+            # with a history of the gradient that comes to them, functions that end it are found
+            gradient = reference.gradient(loss, torch.ones_like(loss, requires_grad=True), create_graph=True)
+            require_second_derivative([gradient])
             for i in range(W if gradient.requires_grad else 0):
-                hessian[i] += reference.gradient(gradient[i])
+                hessian[i] += _flat(differentiated([gradient[i]], reference.parameters, retain_graph=True))
     _require_symmetric(hessian)
     return hessian
 
@@ -178,7 +185,10 @@ class _Reference:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, labels: Labels) -> _Reference:
-        W = sum(p.numel() for p in trainable_parameters(model).values())
+        trainable = trainable_parameters(model)
+        for name, parameter in trainable.items():
+            require(not parameter.is_complex(), f"parameter {name!r} is {parameter.dtype}: exact forms need real ones")
+        W = sum(p.numel() for p in trainable.values())
         if W > MAX_PARAMETERS:
             raise FlatminimaError(
                 f"the exact matrix of W = {W:,} parameters needs {8 * W**2:,} bytes, and exact forms stop at "
@@ -186,19 +196,37 @@ class _Reference:
             )
         if batch_size(inputs if isinstance(labels, str) else (inputs, labels)) == 0:
             raise FlatminimaError("no samples: pass the training set")
-        model = copy.deepcopy(model).cpu().double().eval()
+        original, model = model, _copied(model).cpu().double().eval()
         inputs = map_tensors(_on_cpu, inputs)
-        logits = call_model_without_graph(model, inputs)
-        if logits.dim() != 2 or logits.shape[1] < 2:
+        with explained_errors(model, inputs, f"the float64 copy of {type(model).__name__} on the CPU"):
+            logits = call_model_without_graph(model, inputs)
+        if logits.dim() != 2 or len(logits) != batch_size(inputs) or logits.shape[1] < 2:
             raise FlatminimaError(
-                f"exact forms need logits of shape (N, K ≥ 2), the model returned {tuple(logits.shape)}"
+                f"exact forms need logits of shape (N, K ≥ 2) for N = {batch_size(inputs)} samples, the model returned "
+                f"{tuple(logits.shape)}"
             )
         refuse_non_finite("logits", logits)
-        return cls(model, inputs, _distributions(labels, logits), [p for p in model.parameters() if p.requires_grad])
+        reference = cls(
+            model, inputs, _distributions(labels, logits), [p for p in model.parameters() if p.requires_grad]
+        )
+        reference.require_independence(original)
+        return reference
 
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters)
+
+    def require_independence(self, original: nn.Module) -> None:
+        """Go on only where the copy runs on its own weights: a forward that is no method may hold the model itself."""
+        weights = [p for p in original.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            logits = self.logits(slice(0, 1))
+            used = torch.autograd.grad(logits.sum(), weights, allow_unused=True) if logits.requires_grad else ()
+        if any(gradient is not None for gradient in used):
+            raise FlatminimaError(
+                f"a copy of {type(original).__name__} runs on the weights of the original, which some function holds "
+                "(assigned to `forward`?), so there is no float64 copy: define forward as a method of the class"
+            )
 
     def logits(self, samples: slice) -> Tensor:
         with sound_batchnorm(), without_checkpoints():
@@ -206,10 +234,36 @@ class _Reference:
 
     def gradient(self, output: Tensor, weight: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
         """(W,): the gradient of ⟨weight, output⟩ over all parameters; zero for unused ones. Keeps the graph."""
-        parts = torch.autograd.grad(
-            output, self.parameters, weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
+        return _flat(
+            torch.autograd.grad(
+                output, self.parameters, weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
+            )
         )
-        return torch.cat([part.flatten() for part in parts])
+
+
+def _flat(gradients: Sequence[Tensor]) -> Tensor:
+    """One after the other; those of embeddings may be sparse."""
+    return torch.cat([gradient.to_dense().flatten() for gradient in gradients])
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy. What earlier passes have left in the modules with a graph, which cannot be copied, is detached.
+
+    Such as activations, and weights that a hook computes anew in every pass (pruning, older normalizations).
+    """
+    try:
+        left = [tensor for module in model.modules() for tensor in tensors_of(list(vars(module).values()))]
+        detached: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in left if not tensor.is_leaf}
+        copied = copy.deepcopy(model, detached)
+    except Exception as error:
+        raise FlatminimaError(
+            f"{type(model).__name__} cannot be copied, and exact forms need a float64 copy: {described(error)}; remove "
+            "what it holds beside weights and layers"
+        ) from error
+    for parameter in copied.parameters():
+        if not parameter.is_leaf:  # TorchScript's copies come from the originals
+            parameter.detach_().requires_grad_()
+    return copied
 
 
 def _fisher_factor(model: nn.Module, inputs: Inputs, labels: Labels) -> Tensor:
@@ -250,6 +304,8 @@ def _distributions(labels: Labels, logits: Tensor) -> Tensor:
         if labels != "model":
             raise FlatminimaError(f"unknown labels {labels!r}: pass class indices, probabilities or 'model'")
         return logits.softmax(1)
+    if not isinstance(labels, Tensor):
+        raise FlatminimaError(f"labels must be a tensor or 'model', got {type(labels).__name__}: convert them")
     labels, classes = _on_cpu(labels), logits.shape[1]
     if labels.dim() == 1 and not labels.is_floating_point():
         low, high = int(labels.min()), int(labels.max())

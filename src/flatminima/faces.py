@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -19,10 +21,10 @@ def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callabl
 
     def attribute(name: str) -> Any:
         if name in homes:
-            return import_module(f"{package}.{name}")
+            return _imported(f"{package}.{name}")
         if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
-        value = getattr(import_module(f"{package}.{home_of[name]}"), name)
+        value = getattr(_imported(f"{package}.{home_of[name]}"), name)
         setattr(sys.modules[package], name, value)
         return value
 
@@ -31,3 +33,12 @@ def on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> tuple[Callabl
         return sorted({*vars(sys.modules[package]), *shown, *home_of})
 
     return attribute, names
+
+
+def _imported(module: str) -> ModuleType:
+    """A module. What comes with it may draw from Python's generator (rich does), which may have been seeded by now."""
+    state = random.getstate()
+    try:
+        return import_module(module)
+    finally:
+        random.setstate(state)

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -20,23 +21,45 @@ _LONGEST_WRITE_SECONDS = 3600.0
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace ``path`` as a whole, and return once the disk has it.
 
+    A link stays one, to a file that is replaced; a file keeps its permissions. What is no file (``/dev/stdout``, a
+    pipe) is written to.
+
     Raises:
         FlatminimaError: The disk is full, or the folder cannot be written to; ``path`` is as before.
     """
-    temporary = beside(path)
+    data = content.encode() if isinstance(content, str) else content
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        if _is_special(path):
+            path.write_bytes(data)
+            return
+        path = Path(os.path.realpath(path))
+        _replace(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk has better use for its space
         raise unwritable(path, error) from None
     for left in abandoned(path.parent, path.name):
         with contextlib.suppress(OSError):
             left.unlink()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = beside(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        temporary.replace(path)
+    except BaseException:  # an interruption, too
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk has better use for its space
+        raise
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, which a file must not take the place of."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -58,6 +81,9 @@ def require_writable(path: Path) -> None:
     make_folder_of(path)
     if path.is_dir():
         raise FlatminimaError(f"cannot write {path}: it is a folder; name a file")
+    if _is_special(path):
+        return
+    path = Path(os.path.realpath(path))
     if not os.access(path.parent, os.W_OK):
         raise FlatminimaError(f"cannot write {path}: its folder is read-only; choose another one")
 
@@ -117,4 +143,6 @@ def _is_alive(pid: int) -> bool:
 
 def unwritable(path: Path, error: OSError) -> FlatminimaError:
     """What to raise where ``path`` could not be written."""
+    if isinstance(error, IsADirectoryError):
+        return FlatminimaError(f"cannot write {path}: it is a folder; name a file")
     return FlatminimaError(f"cannot write {path}: {error.strerror}; free some space or choose another folder")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from operator import attrgetter
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType
@@ -162,19 +162,32 @@ class _Checkpoint:
 # Modules.
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The dictionary in which a module holds its parameters, children's left out; it can be written to."""
+def own_parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
+    """The mapping in which a module holds its parameters, children's left out; written to by :func:`hold`."""
     return module._parameters
 
 
-def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The dictionary in which a module holds its buffers; ``named_buffers`` gives no more than a copy of it."""
+def own_buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """The mapping in which a module holds its buffers; ``named_buffers`` gives no more than a copy of it."""
     return module._buffers
+
+
+def hold(held: MutableMapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Put values into such a mapping. TorchScript's takes them one by one, and the same ones again not always."""
+    for name, value in values.items():
+        if name not in held or held[name] is not value:
+            held[name] = value
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
     """The dictionary in which a module holds its forward pre-hooks; it can be written to."""
     return module._forward_pre_hooks
+
+
+def scripted_batch_norms(model: nn.Module) -> list[str]:
+    """Names of the BatchNorm layers that are TorchScript's, which says by a name alone what a module was."""
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    return [name for name, module in modules if "BatchNorm" in getattr(module, "original_name", "")]
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.gramian.engine import factored_gram
@@ -85,6 +87,19 @@ def test_overwritten_activations_are_refused() -> None:
 
     with pytest.raises(FlatminimaError, match="overwritten in place"):
         factored_gram(Overwriting(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), "there are no samples"),
+        (torch.zeros(1, 4), torch.tensor(1), "the targets are a single number"),
+        (torch.zeros(2, 4), [0, 1], "targets must be a tensor, got list"),
+    ],
+)
+def test_targets_of_no_samples_are_refused(inputs: Tensor, targets: Any, message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        factored_gram(nn.Linear(4, 3), inputs, targets)
 
 
 def test_parameters_hidden_in_custom_operations_take_the_generic_path() -> None:

@@ -80,6 +80,11 @@ MISTAKES = {
     "alpha as nothing": (lambda: fm.FisherTraceRegularizer(mlp(), alpha=None), "alpha must be a positive.*None"),
     "a list as norm": (lambda: fm.FisherTraceRegularizer(mlp(), max_grad_norm=[1]), r"max_grad_norm must be.*\[1\]"),
     "a number as parameters": (lambda: fm.FisherTraceRegularizer(mlp(), parameters=3), "parameters must be.*got 3"),
+    "numbers as names": (lambda: fm.compare({0: mlp(), 1: mlp()}, (X, Y)), r"models' names are strings, got \[0\]"),
+    "models as measured": (
+        lambda: fm.comparison_of({"a": mlp()}),
+        "comparison_of takes what measure returned, by name",
+    ),
     "a list to compare": (lambda: fm.compare([mlp(), mlp()], (X, Y)), "needs models by name.*got list"),
     "a tensor as loss": (lambda: fm.measure(mlp(), (X, Y), loss=torch.ones(3)), "unknown loss a tensor of shape"),
     "half a sample": (lambda: fm.measure(mlp(), (X, Y), subset_size=6.5), "subset_size must be an integer, got 6.5"),

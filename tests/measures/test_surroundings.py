@@ -46,12 +46,22 @@ def binary(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 
+def others(found: fm.Characterization) -> list[tuple[str, str]]:
+    """What was measured, by name; as text, for NaN is not itself."""
+    return [(name, str(estimate.per_trial)) for name, estimate in found.estimates().items()]
+
+
+WIDE = nn.Linear(3, 60).double()
 USES: dict[str, Callable[[nn.Module, Tensor, Tensor], Any]] = {
     "measure": lambda model, x, y: fm.measure(model, (x, y), **OPTIONS).log_det_fisher.per_trial,
     "measure, exact Fisher": lambda m, x, y: fm.measure(m, (x, y), fisher="model", **OPTIONS).log_det_fisher.per_trial,
     "measure, passes": lambda m, x, y: fm.measure(m, (x, y), memory_budget=30_000, **OPTIONS).log_det_fisher.per_trial,
     "measure, batch statistics": lambda m, x, y: fm.measure(m.body, (x, y), batchnorm=3, **OPTIONS).spectrum,
     "compare": lambda model, x, y: fm.compare({"a": model, "b": OTHER}, (x, y), **OPTIONS).difference("a", "b"),
+    "measure, all": lambda m, x, y: others(fm.measure(m, (x, y), measures="all", **OPTIONS | {"trials": 1})),
+    "measure, many classes": lambda m, x, y: others(fm.measure(nn.Sequential(m, WIDE), (x, y), **OPTIONS)),
+    "landscape": lambda m, x, y: fm.landscape(m, (x, y), steps=3, progress=False).losses,
+    "landscape, Hessian": lambda m, x, y: fm.landscape(m, (x, y), directions="hessian", steps=3, progress=False).losses,
     "gram": lambda model, x, y: fm.gram(model, x[:6], y[:6]).tolist(),
     "gram of a callable": lambda m, x, y: fm.gram(m, x[:6], x[:6, :3].sigmoid(), loss=binary).tolist(),
     "exact Fisher": lambda model, x, y: fm.exact_fisher(model, x, y).tolist(),
@@ -83,6 +93,38 @@ def test_the_default_device_changes_nothing(use: str) -> None:
         assert USES[use](model, X, Y) == expected
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_default_type_changes_nothing(use: str) -> None:
+    model, expected = Network(), USES[use](Network(), X, Y)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert USES[use](model, X, Y) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("passes", ["one-by-one", "together"])
+def test_the_default_device_and_type_change_no_step_of_training(passes: Any) -> None:
+    def gradients() -> list[Tensor]:
+        model = nn.Linear(5, 3, dtype=torch.float64, device="cpu")
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, 0.1)
+        torch.manual_seed(0)
+        regularizer = fm.FisherTraceRegularizer(model, num_sub_batches=3, max_grad_norm=0.1, passes=passes)
+        regularizer.backward(nn.functional.cross_entropy, X, Y)
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    expected = gradients()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = gradients()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_threads_that_want_the_same_model_take_turns() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 import flatminima as fm
+from flatminima.errors import FlatminimaError
 from flatminima.network import evaluating
 
 
@@ -81,6 +85,46 @@ def test_adapters_still_learn_after_they_were_measured() -> None:
     fm.gram(model, x, y)
     nn.functional.cross_entropy(model(x), y).backward()
     assert model[0].up.grad is not None
+
+
+def test_weights_that_forward_changes_are_as_they_were_after_measuring() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Flatten(), nn.Linear(6, 3))
+    before = model[0].weight.detach().clone()
+    tokens = torch.arange(8).view(4, 2) % 5
+    fm.gram(model, tokens, torch.arange(4) % 3, path="generic")
+    assert torch.equal(model[0].weight, before)
+    model(tokens)
+    assert not torch.equal(model[0].weight, before)  # by the model itself
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::flatminima.errors.GenericPathWarning")
+def test_torchscript_is_measured_and_trained_with_its_buffers_left_to_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    scripted = torch.jit.script(copy.deepcopy(model))
+    x, y = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
+    torch.testing.assert_close(fm.gram(scripted, x, y), fm.gram(model, x, y), rtol=1e-10, atol=0)
+    for network in (model, scripted):
+        torch.manual_seed(0)
+        fm.FisherTraceRegularizer(network, num_sub_batches=2).backward(nn.functional.cross_entropy, x, y)
+    for own, of_script in zip((*model.parameters(),), (*scripted.parameters(),), strict=True):
+        torch.testing.assert_close(own.grad, of_script.grad, rtol=1e-8, atol=1e-12)
+    for own, of_script in zip((*model.buffers(),), (*scripted.buffers(),), strict=True):
+        torch.testing.assert_close(own, of_script)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
+def test_batchnorm_of_torchscript_takes_no_other_statistics() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    x, y = torch.randn(8, 5), torch.arange(8) % 3
+    with pytest.raises(FlatminimaError, match="BatchNorm layer '1' is TorchScript's"):
+        fm.measure(scripted, (x, y), subset_size=4, trials=1, batchnorm=2, progress=False)
+    regularizer = fm.FisherTraceRegularizer(scripted, num_sub_batches=2, batch_statistics="running")
+    with pytest.raises(FlatminimaError, match="BatchNorm layer '1' is TorchScript's"):
+        regularizer.backward(nn.functional.cross_entropy, x, y)
 
 
 def test_buffers_that_forward_changes_are_as_they_were_after_measuring() -> None:

@@ -5,11 +5,19 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning
-from flatminima.network.samples import samples_of
+from flatminima.network.samples import explained_errors, samples_of
 
 X, Y = torch.randn(30, 4), torch.arange(30)
 
@@ -161,6 +169,13 @@ def test_a_bucketing_loader_is_indexed_with_a_warning_and_pads_every_subset() ->
     assert targets.tolist() == [2, 0]
 
 
+def test_a_batchnorm_without_statistics_is_the_reason_that_is_told() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval()
+    x = torch.ones(1, 2)
+    with pytest.raises(FlatminimaError, match="has no running statistics, so that"), explained_errors(model, x):
+        model(x)
+
+
 def test_missing_values_are_the_same_in_two_passes() -> None:
     x = X.clone()
     x[3, 0] = torch.nan
@@ -182,10 +197,34 @@ class Pictures(Dataset):
         return Image.new("RGB", (4, 4)), i
 
 
+class Batches(IterableDataset):
+    """A stream of what it was given."""
+
+    def __init__(self, *batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def without_the_first(items: list[Any]) -> Any:
+    return default_collate(items[1:])
+
+
+def stream(*batches: Any) -> DataLoader[Any]:
+    return DataLoader(Batches(*batches), batch_size=None)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (DataLoader(PaddedStream(), batch_size=None), "pad all to one length"),
+        (stream((X[0], Y[0]), (X[1], Y[1])), "single samples, not batches: give it a batch_size"),
+        (stream({"x": X, "labels": Y}, {"x": X, "m": X, "labels": Y}), "different numbers of tensors"),
+        (stream({"x": X, "t": torch.tensor(1.0), "labels": Y}), "a tensor without dimensions"),
+        (DataLoader(TensorDataset(X, Y), collate_fn=without_the_first), "15 targets from 16 samples"),
+        ((X.to_sparse(), Y), "sparse tensors cannot be indexed"),
+        ((X[:1], Y[0]), "the targets are a single number"),
         (Ragged(), "cannot be made a batch: .* with a collate_fn that pads"),
         (Pictures(), "cannot be made a batch: .*give the data set a transform to tensors"),
         ((torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged), Y[:2]), "nested tensors"),
@@ -194,7 +233,7 @@ class Pictures(Dataset):
         ("data.pt", "data of type str is not understood"),
         ({"x": X, "labels": Y}, "data of type dict is not understood"),
     ],
-    ids=["padded stream", "ragged", "pictures", "nested", "strings", "three", "path", "bare mapping"],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_data_that_cannot_be_indexed_are_refused_in_one_line(data: Any, message: str) -> None:
     with pytest.raises(FlatminimaError, match=message) as raised:

@@ -403,7 +403,9 @@ def test_freezing_between_steps_is_seen() -> None:
         ({"beta": -1.0}, "beta must be"),
         ({"beta": math.nan}, "beta must be"),
         ({"num_sub_batches": 0}, "num_sub_batches must be"),
-        ({"num_sub_batches": 2.5}, "num_sub_batches must be"),
+        ({"num_sub_batches": 2.5}, "num_sub_batches must be an integer, got 2.5"),
+        ({"num_sub_batches": True}, "num_sub_batches must be an integer, got True"),
+        ({"every": np.int64(0)}, "every must be at least 1, got 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm must be"),
         ({"max_grad_norm": math.nan}, "max_grad_norm must be"),
         ({"passes": "at once"}, "passes must be one of 'one-by-one', 'together', 'compiled'; got 'at once'"),
@@ -414,8 +416,9 @@ def test_refuses_arguments_out_of_range(options: dict[str, Any], message: str) -
         FisherTraceRegularizer(mlp(), **options)
 
 
-def test_numpys_integers_are_integers() -> None:
-    regularizer = FisherTraceRegularizer(mlp(), num_sub_batches=np.int64(4), every=np.int64(2))
+def test_numpys_numbers_are_numbers() -> None:
+    options = {"num_sub_batches": np.int64(4), "every": np.int64(2), "alpha": np.float32(1e-4), "beta": np.int64(10)}
+    regularizer = FisherTraceRegularizer(mlp(), **options)
     assert json.loads(json.dumps([regularizer.num_sub_batches, regularizer.every])) == [4, 2]
 
 

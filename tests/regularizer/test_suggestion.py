@@ -269,6 +269,7 @@ def test_it_shows_itself() -> None:
     ("arguments", "message"),
     [
         ({"batches": []}, "there are no batches"),
+        ({"batches": (torch.zeros(0, 6), torch.zeros(0))}, "the batches are empty"),
         ({"batches": torch.zeros(3)}, "batches must be .inputs, targets., or a loader or list of such, got Tensor"),
         ({"batches": {"x": torch.zeros(3)}}, "got dict"),
         ({"batches": (torch.zeros(3, 6),)}, "a batch must be .inputs, targets., got tuple of 1"),

@@ -52,7 +52,7 @@ class Accumulator:
         self.scale_invariant = scale_invariant
         self.unit = torch.zeros(n, n, dtype=torch.float64, device=float64_device(device))
         self.loss, self.log_scale = self.unit.new_zeros(n), self.unit.new_zeros(n)
-        generator = torch.Generator().manual_seed(_SEED)
+        generator = torch.Generator("cpu").manual_seed(_SEED)
         weights = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu") + 0.5
         weights *= torch.randint(0, 2, (n,), generator=generator, device="cpu") * 2 - 1
         self.weights, self.forms = weights.to(self.unit), self.unit.new_zeros(len(parts), 2)

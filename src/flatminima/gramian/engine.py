@@ -143,6 +143,8 @@ def factored_gram(
         isinstance(targets, Tensor),
         f"targets must be a tensor, got {type(targets).__name__}: convert them",
     )
+    require(targets.dim() > 0, "the targets are a single number: pass one for every sample, in the first dimension")
+    require(len(targets) > 0, "there are no samples: pass at least one")
     with undisturbed(model), shared(model) as processes:
         inputs = model_inputs(model, map_tensors(torch.Tensor.detach, inputs), targets)
         n = batch_size((inputs, targets))

@@ -50,10 +50,10 @@ def random_directions(model: nn.Module, seed: int, count: int) -> list[Direction
 
 
 def _random_direction(weights: Mapping[str, Tensor], seed: int) -> Direction:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     direction = {}
     for name, weight in weights.items():
-        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).flatten(1)
+        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu").flatten(1)
         norms = weight.detach().double().cpu().flatten(1).norm(dim=1, keepdim=True)
         scaled = drawn * (norms / drawn.norm(dim=1, keepdim=True))
         direction[name] = scaled.view(weight.shape).to(weight)
@@ -69,7 +69,7 @@ def eigenvectors(
         sum(weight.numel() for weight in surface.parameters.values()) >= count,
         f"the model has fewer trainable parameters than directions: dimensions={count}",
     )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(differentiating(model))

@@ -46,7 +46,9 @@ class Landscape:
 
     def to_tensor(self) -> Tensor:
         """The losses in float64, with a dimension for each direction: (steps,) or (steps, steps)."""
-        return torch.tensor(self.losses, dtype=torch.float64).reshape([len(axis) for axis in self.coordinates])
+        return torch.tensor(self.losses, dtype=torch.float64, device="cpu").reshape(
+            [len(axis) for axis in self.coordinates]
+        )
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """The loss as a curve, or as contours of equal ratios; the minimum and the others are marked (matplotlib).

@@ -13,6 +13,7 @@ from flatminima.measures.options import MeasureOptions
 from flatminima.measures.plausibility import refuse_random
 from flatminima.measures.registry import CATALOGUE, Measure, Selection, catalogued, selected
 from flatminima.measures.results import Characterization, Estimate, Settings, Share, jsonable
+from flatminima.measures.second_derivatives import differentiated, require_second_derivative
 from flatminima.measures.tables import settings_in_words
 from flatminima.measures.trial import Trial
 
@@ -34,6 +35,7 @@ __all__ = [
     "catalogued",
     "compare",
     "comparison_of",
+    "differentiated",
     "evaluate",
     "hessian_of",
     "input_jacobian_norms",
@@ -41,6 +43,7 @@ __all__ = [
     "jsonable",
     "measure",
     "refuse_random",
+    "require_second_derivative",
     "robustness_sample_count",
     "selected",
     "settings_in_words",

@@ -74,6 +74,8 @@ def compare(  # noqa: D417 (the options are explained in one place)
     require(
         isinstance(models, Mapping), f"compare needs models by name, {{'a': model, ...}}, got {type(models).__name__}"
     )
+    names = [name for name in models if not isinstance(name, str)]
+    require(not names, f"models' names are strings, got {names[:1]}: write {{'0': model, ...}}")
     if len(models) < 2:
         raise FlatminimaError(f"compare needs at least two models, got {len(models)}: use measure for one")
     options = MeasureOptions(

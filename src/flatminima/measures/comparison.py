@@ -279,12 +279,18 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
     """A comparison of minima that are measured already, on the same subsets.
 
     Raises:
-        FlatminimaError: if they were measured with different subsets, data sizes or losses.
+        FlatminimaError: if they were measured with different subsets, data sizes or losses, or are no characterizations
+            by name.
 
     Warns:
         UnequalLossWarning: as for :func:`compare`.
         UnlikeModelsWarning: as for :func:`compare`.
     """
+    require(
+        isinstance(characterizations, Mapping)
+        and all(isinstance(name, str) and isinstance(c, Characterization) for name, c in characterizations.items()),
+        "comparison_of takes what measure returned, by name: {'a': measure(a, data), ...}",
+    )
     if len({_drawn(c) for c in characterizations.values()}) > 1:
         raise FlatminimaError(
             "the minima were measured on different subsets or with different settings: measure all with the same data, "

@@ -60,7 +60,7 @@ class Hessian:
         Raises:
             UndefinedMeasureError: if they differ by more than rounding.
         """
-        u, v = torch.randn(2, len(self), generator=generator, dtype=torch.float64).to(self.dtype)
+        u, v = torch.randn(2, len(self), generator=generator, dtype=torch.float64, device="cpu").to(self.dtype)
         Hu, Hv = self.times(u), self.times(v)
         difference, size = float(u @ Hv - v @ Hu), float(Hu.norm() + Hv.norm())
         if abs(difference) > _SYMMETRY[self.dtype] * size:
@@ -71,11 +71,11 @@ class Hessian:
 
     def dense(self) -> Tensor:
         """The whole matrix, by as many products as it has columns."""
-        return self @ torch.eye(len(self), dtype=self.dtype)
+        return self @ torch.eye(len(self), dtype=self.dtype, device=self.device)
 
     def times_array(self, vector: Any) -> Any:
         """As :meth:`times`, of arrays."""
-        return self.times(torch.as_tensor(vector).flatten()).numpy()
+        return self.times(torch.from_numpy(vector).flatten()).numpy()
 
     def times(self, vector: Tensor) -> Tensor:
         """(W,) → (W,)."""
@@ -97,7 +97,7 @@ class Hessian:
         used = [(part, along) for part, along in zip(gradient, direction, strict=True) if part.requires_grad]
         outputs, along = [part for part, _ in used], [part for _, part in used]
         products = differentiated(outputs, self._parameters, along, retain_graph=self._gradient is not None)
-        return torch.cat([product.flatten() for product in products])
+        return torch.cat([product.to_dense().flatten() for product in products])  # an embedding's may be sparse
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def top_eigenpairs(hessian: Hessian, count: int, generator: torch.Generator) -> 
 
         dtype = str(hessian.dtype).removeprefix("torch.")
         operator = LinearOperator(hessian.shape, matvec=hessian.times_array, dtype=dtype)
-        start = torch.randn(len(hessian), generator=generator, dtype=torch.float64).to(hessian.dtype)
+        start = torch.randn(len(hessian), generator=generator, dtype=torch.float64, device="cpu").to(hessian.dtype)
         tolerance = torch.finfo(hessian.dtype).eps ** 0.5  # of the eigenvector: the eigenvalue's is its square
         try:
             found = eigsh(operator, k=count, which="LA", v0=start.numpy(), tol=tolerance)

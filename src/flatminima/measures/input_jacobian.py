@@ -177,7 +177,8 @@ class _Jacobian:
         """σ₁² of J: (N,), or None where a second derivative is wrong or the iterations do not converge."""
         count, classes = self._others.shape
         tolerance = _TOLERANCE[self._logits.dtype]
-        start = torch.randn(classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(0)
+        start = torch.randn(classes, generator=generator, dtype=torch.float64, device="cpu")
         start = (start - start.mean()).to(self._others.device)  # S maps (1, ..., 1) to 0
         direction = _unit(start.expand(count, -1))
         directions = direction.new_zeros(count, 0, classes)

@@ -25,9 +25,11 @@ def require_second_derivative(gradient: Sequence[Tensor]) -> None:
 
 
 def differentiated(
-    gradient: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor], *, retain_graph: bool
+    gradient: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor] | None = None, *, retain_graph: bool
 ) -> tuple[Tensor, ...]:
     """Derivatives with respect to ``inputs`` of a gradient's product with ``along``; zero where there is no path.
+
+    Without ``along`` the gradient is a single number.
 
     Raises:
         UndefinedMeasureError: an operation has no second derivative.

@@ -211,4 +211,4 @@ class Trial:
 
     def generator(self) -> torch.Generator:
         """A new generator on the CPU that draws the same for this trial every time, whatever was measured before."""
-        return torch.Generator().manual_seed((1_000_003 * self.options.seed + self.number) % 2**64)
+        return torch.Generator("cpu").manual_seed((1_000_003 * self.options.seed + self.number) % 2**64)

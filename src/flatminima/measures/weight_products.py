@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from flatminima.losses import Loss, logit_gradient
 from flatminima.network import Inputs, call_model, in_float64, sound_batchnorm, take
-from flatminima.torch_compat import differentiable_twice, own_parameters
+from flatminima.torch_compat import differentiable_twice, hold, own_parameters
 
 _TOLERANCE = 1e-4
 """How far a product may be from plain autograd's, relative to ‖h_i‖‖w‖: beyond what float32 rounds, by far."""
@@ -61,7 +61,7 @@ class WeightProducts:
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 pass  # an error that is not forward mode's comes again
             one_by_one = [(alone.get(sample) or self._alone(sample))[0] for sample in range(len(self.targets))]
-            return torch.tensor(one_by_one, dtype=torch.float64)
+            return torch.tensor(one_by_one, dtype=torch.float64, device="cpu")
 
     def _in_forward_mode(self, rows: slice) -> Tensor:
         with forward_ad.dual_level(), differentiable_twice():
@@ -107,8 +107,8 @@ def _replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
     holders = [(held, dict(held)) for module in model.modules() if (held := own_parameters(module))]
     try:
         for held, own in holders:
-            held.update({name: values.get(id(p), p) for name, p in own.items()})  # type: ignore[misc]
+            hold(held, {name: values.get(id(p), p) for name, p in own.items()})
         yield
     finally:
         for held, own in holders:
-            held.update(own)
+            hold(held, own)

@@ -53,6 +53,10 @@ def batch_size(inputs: Inputs) -> int:
         not any(tensor.is_nested for tensor in tensors_of(inputs)),
         "nested tensors cannot be indexed by sample here: pad them to one length, and give the model a mask",
     )
+    require(
+        all(tensor.layout == torch.strided for tensor in tensors_of(inputs)),
+        "sparse tensors cannot be indexed by sample here: pass them dense (to_dense())",
+    )
     named = [(name, len(tensor)) for name, tensor in _named_tensors(inputs, "") if tensor.dim()]
     sizes = {size for _, size in named}
     if len(sizes) != 1:

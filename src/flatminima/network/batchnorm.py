@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flatminima.errors import require
-from flatminima.torch_compat import BatchNorm, own_buffers
+from flatminima.torch_compat import BatchNorm, hold, own_buffers, scripted_batch_norms
 
 BatchStatistics = Literal["sub-batch", "whole-batch", "running"]
 
@@ -54,6 +54,7 @@ class _GradientsOfTheirOwn(TorchFunctionMode):
 @contextmanager
 def chunk_statistics(model: nn.Module) -> Iterator[None]:
     """BatchNorm layers of a model in evaluation mode normalize by what they are run on; running statistics stay."""
+    _refuse_scripted(model)
     layers = _layers(model)
     with _restored(layers):
         for layer in layers.values():
@@ -73,6 +74,8 @@ def batch_statistics(model: nn.Module, forward: Callable[[], Any], policy: Batch
     Raises:
         FlatminimaError: for a layer that has no running statistics, or no one whole-batch statistic.
     """
+    if policy != "sub-batch":
+        _refuse_scripted(model)
     layers = {name: layer for name, layer in _layers(model).items() if layer.training}
     if policy == "sub-batch" or not layers:
         yield
@@ -81,8 +84,17 @@ def batch_statistics(model: nn.Module, forward: Callable[[], Any], policy: Batch
     with _restored(layers):
         for name, layer in layers.items():
             layer.training = False
-            own_buffers(layer).update(statistics[name])
+            hold(own_buffers(layer), statistics[name])
         yield
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    names = scripted_batch_norms(model)
+    require(
+        not names,
+        f"BatchNorm layer {next(iter(names), '')!r} is TorchScript's, whose statistics cannot be chosen: pass the "
+        "model without torch.jit, or leave batchnorm or batch_statistics out",
+    )
 
 
 def _layers(model: nn.Module) -> dict[str, BatchNorm]:
@@ -98,7 +110,7 @@ def _restored(layers: Mapping[str, BatchNorm]) -> Iterator[None]:
     finally:
         for layer, training, tracking, buffers in before:
             layer.training, layer.track_running_stats = training, tracking
-            own_buffers(layer).update(buffers)
+            hold(own_buffers(layer), buffers)
 
 
 def _running(layers: Mapping[str, BatchNorm]) -> dict[str, dict[str, Tensor | None]]:

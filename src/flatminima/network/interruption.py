@@ -24,6 +24,7 @@ from flatminima.torch_compat import (
     forward_pre_hooks,
     func_levels,
     function_modes,
+    hold,
     leave_func_levels,
     leave_function_modes,
     own_parameters,
@@ -115,7 +116,7 @@ class Before:
             for key in set(hooks) - known:
                 del hooks[key]
         for held, own in self._weights:
-            held.update(own)
+            hold(held, own)
         for parameter, requires_grad, gradient in self._parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient

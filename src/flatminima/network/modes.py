@@ -14,7 +14,7 @@ from flatminima.errors import FlatminimaError
 from flatminima.network.batches import device_of
 from flatminima.network.batchnorm import sound_batchnorm
 from flatminima.network.precision import true_precision
-from flatminima.torch_compat import foreach_add_, foreach_copy_, own_buffers, own_parameters, without_checkpoints
+from flatminima.torch_compat import foreach_add_, foreach_copy_, hold, own_buffers, own_parameters, without_checkpoints
 
 
 @contextmanager
@@ -22,10 +22,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode; every module's own mode, and its buffers, are restored afterwards.
 
     A module's ``train`` may do work (merge adapters into weights, say) and is called where the mode changes. What it
-    did to the module's own parameters is then undone to the bit, which its own way back would round.
+    did to the module's own parameters is then undone to the bit, which its own way back would round; and so is what an
+    embedding with ``max_norm`` does to its own in every pass.
     """
     modes = [(module, module.training) for module in model.modules()]
-    working = [module for module, _ in modes if type(module).train is not nn.Module.train]
+    working = [module for module, _ in modes if type(module).train is not nn.Module.train or _writes_to_weights(module)]
     weights = [(p, p.detach().clone()) for module in working for p in own_parameters(module).values() if p is not None]
     buffers = Buffers(model)
     saved = [buffer.detach().clone() for buffer in buffers.own]
@@ -41,6 +42,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             for tensor, before in (*weights, *zip(buffers.own, saved, strict=True)):
                 if not _same_bits(tensor, before):
                     tensor.copy_(before)
+
+
+def _writes_to_weights(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
 def _same_bits(tensor: Tensor, other: Tensor) -> bool:
@@ -113,7 +118,11 @@ class Buffers:
 
     def now(self) -> list[Tensor]:
         """What the modules hold in the places of :attr:`own`; the own buffer where a module has dropped it."""
-        return [own if (buffer := held.get(name)) is None else buffer for own, held, name in self._places]
+        present = (
+            held[name] if name in held else None  # noqa: SIM401 (TorchScript's mapping has no get)
+            for _, held, name in self._places
+        )
+        return [own if buffer is None else buffer for own, buffer in zip(self.own, present, strict=True)]
 
     @contextmanager
     def scratch(self) -> Iterator[None]:
@@ -124,7 +133,7 @@ class Buffers:
         copies = {id(buffer): buffer.detach().clone() for buffer in self.own}
         try:
             for held, own in self._holders:
-                held.update({name: copies.get(id(buffer)) for name, buffer in own.items()})
+                hold(held, {name: copies.get(id(buffer)) for name, buffer in own.items()})
             yield
         finally:
             self.put_back()
@@ -132,7 +141,7 @@ class Buffers:
     def put_back(self) -> None:
         """Let the modules hold their own buffers again, where they have taken others."""
         for held, own in self._holders:
-            held.update(own)
+            hold(held, own)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from flatminima.errors import FlatminimaError, ShuffledLoaderWarning, first_line, require, warn
 from flatminima.network.batches import Inputs, batch_size, map_tensors, take, tensors_of
+from flatminima.torch_compat import needs_more_than_one_sample
 
 Data = Any
 """A map-style data set (PyTorch's, Hugging Face's, a list) of (inputs, target) pairs or mappings with labels, a
@@ -102,8 +103,14 @@ class SamplesOfModel:
 
 
 @contextmanager
-def explained_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
-    """Turn what a model raises for inputs that it does not take into one line that says what it was given."""
+def explained_errors(model: nn.Module, inputs: Inputs, name: str | None = None) -> Iterator[None]:
+    """Turn what a model raises for inputs that it does not take into one line that says what it was given.
+
+    Args:
+        model: the model.
+        inputs: what it is given.
+        name: how the line calls it (None: by its type).
+    """
     try:
         yield
     except (FlatminimaError, torch.OutOfMemoryError):
@@ -112,14 +119,21 @@ def explained_errors(model: nn.Module, inputs: Inputs) -> Iterator[None]:
         given = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_of(inputs)[:8])
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         floats = {t.dtype for t in tensors_of(inputs) if t.is_floating_point()}
-        if floats - {dtype}:
+        if isinstance(error, ValueError) and needs_more_than_one_sample(error):
+            remedy = (
+                "a BatchNorm layer has no running statistics, so that samples would depend on one another: train it "
+            )
+            remedy += "with track_running_stats=True"
+        elif floats - {dtype}:
             remedy = f"convert the inputs to the parameters' type, {dtype}"
         elif any(t.dtype == torch.uint8 for t in tensors_of(inputs)):
             remedy = "convert bytes as in training (to floating point, scaled, normalized; tokens to int64)"
+        elif dtype == torch.float64:
+            remedy = "pass the data as the model takes them, and let its forward make no tensors of a fixed type"
         else:
             remedy = "pass the data as the model takes them"
         raise FlatminimaError(
-            f"{type(model).__name__} cannot be run on these inputs ({given}): {type(error).__name__}: "
+            f"{name or type(model).__name__} cannot be run on these inputs ({given}): {type(error).__name__}: "
             f"{first_line(error)}; {remedy}"
         ) from error
 
@@ -148,7 +162,7 @@ def _tensors_for_arrays(value: Any) -> Any:
         )
         return torch.from_numpy(value if value.flags.writeable else value.copy())
     if isinstance(value, list) and value and all(isinstance(item, (int, float)) for item in value):
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     if isinstance(value, Mapping):
         return {key: _tensors_for_arrays(item) for key, item in value.items()}
     if type(value) in (tuple, list):
@@ -158,6 +172,7 @@ def _tensors_for_arrays(value: Any) -> Any:
 
 class _TensorSamples:
     def __init__(self, inputs: Inputs, targets: Tensor) -> None:
+        require(targets.dim() > 0, "the targets are a single number: pass one for every sample, in the first dimension")
         batch_size((inputs, targets))
         self.inputs, self.targets = inputs, targets
 
@@ -165,7 +180,7 @@ class _TensorSamples:
         return len(self.targets)
 
     def fetch(self, indices: Sequence[int]) -> tuple[Inputs, Tensor]:
-        index = torch.as_tensor(indices, device=self.targets.device)
+        index = torch.as_tensor(indices, device="cpu")  # which may index tensors of any device
         return take(self.inputs, index), self.targets[index]
 
 
@@ -183,7 +198,14 @@ class _IndexedSamples:
             items = self.dataset.__getitems__(list(indices))
         else:
             items = [self.dataset[i] for i in indices]
-        return split_batch(self._collated(items))
+        inputs, targets = split_batch(self._collated(items))
+        found = len(targets) if targets.dim() else 1
+        require(
+            found == len(items),
+            f"the collate_fn made a batch of {found} targets from {len(items)} samples: if it leaves some out, leave "
+            "them out of the data set",
+        )
+        return inputs, targets
 
     def _collated(self, items: list[Any]) -> Any:
         try:
@@ -236,6 +258,10 @@ def _from_stream(loader: DataLoader[Any]) -> Samples:
     parts = [split_batch(batch) for batch in loader]
     if not parts:
         raise FlatminimaError("the data set is empty: pass the training set")
+    require(
+        all(targets.dim() > 0 for _, targets in parts),
+        "the DataLoader gives single samples, not batches: give it a batch_size",
+    )
     if not _same(first, parts[0]):
         raise FlatminimaError(_CHANGING.format("the DataLoader's first batch"))
     return _TensorSamples(*_concatenate(parts))
@@ -248,7 +274,15 @@ _CHANGING = (
 
 
 def _concatenate(parts: list[Inputs]) -> Inputs:
+    require(
+        len({len(tensors_of(part)) for part in parts}) == 1,
+        "the stream's batches hold different numbers of tensors: give all the same, or pass a map-style data set",
+    )
     columns = [*zip(*(tensors_of(part) for part in parts), strict=True)]
+    require(
+        all(tensor.dim() > 0 for column in columns for tensor in column),
+        "the stream's batches hold a tensor without dimensions, which belongs to no sample: leave it out",
+    )
     require(
         all(len({tensor.shape[1:] for tensor in column}) == 1 for column in columns),
         "the stream's batches have different shapes (padded each to its own length?): pad all to one length, or pass "

@@ -21,7 +21,7 @@ def norm_of(tensors: list[Tensor]) -> Tensor:
     ``torch.nn.utils.get_total_norm`` sorts them by device and type first, for as long as a small layer's pass takes.
     """
     if not tensors:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     norms = foreach_norm(tensors)
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     return norm

@@ -84,7 +84,9 @@ class VectorizedPasses(Passes):
 
     def rounds(self, rows: list[range]) -> list[tuple[int, Indices]]:
         """A round for each size, of (sub-batches, samples)."""
-        return [(size, torch.tensor(list(map(list, same)))) for size, same in itertools.groupby(rows, key=len)]
+        return [
+            (size, torch.tensor(list(map(list, same)), device="cpu")) for size, same in itertools.groupby(rows, key=len)
+        ]
 
     def sub_batches(
         self, model: nn.Module, closure: Closure, samples: Samples, weights: Weights, buffers: Buffers

@@ -90,7 +90,7 @@ class PenaltySettings:
         size = size_of(batch)
         if size == 0:
             raise FlatminimaError("the batch is empty: pass at least one sample")
-        order, count = torch.randperm(size), min(self.num_sub_batches, size)
+        order, count = torch.randperm(size, device="cpu"), min(self.num_sub_batches, size)
         with true_precision(), without_autocast(model), this_process_alone(model), without_reentrant_checkpoints():
             samples_at = shuffled(batch, order)
 

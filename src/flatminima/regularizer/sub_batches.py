@@ -47,12 +47,12 @@ class SeveralBatches:
         """
         sizes = {i: batch_size(batch) for i, batch in enumerate(_members(batches)) if tensors_of(batch)}
         count = min(count, *sizes.values())
-        return cls(batches, {i: list(torch.randperm(n).tensor_split(count)) for i, n in sizes.items()})
+        return cls(batches, {i: list(torch.randperm(n, device="cpu").tensor_split(count)) for i, n in sizes.items()})
 
     def take(self, indices: Indices) -> Any:
         """The pieces at ``indices``, joined; in tensors and containers of its own."""
         if isinstance(indices, slice):
-            indices = torch.arange(size_of(self))[indices]
+            indices = torch.arange(size_of(self), device="cpu")[indices]
         require(indices.dim() == 1, "batches of several loaders cannot go together: choose passes='one-by-one'")
         rows = {i: torch.cat([pieces[k] for k in indices.tolist()]) for i, pieces in self.rows.items()}
         members = enumerate(_members(self.batches))

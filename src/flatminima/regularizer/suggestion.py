@@ -194,6 +194,7 @@ def suggest(
         chosen = [map_tensors(lambda t: t.to(device), batch) for batch in islice(_each_of(batches), max_batches)]
         require(len(chosen) > 0, "there are no batches: pass (inputs, targets), or a loader or list of such")
         size = max(map(batch_size, chosen))
+        require(size > 0, "the batches are empty: pass samples")
         fewest = 2 if _has_batch_statistics(model) else 1
         require(size >= fewest, "BatchNorm has no statistics on a batch of 1 sample: pass larger batches")
         count = _number_of_sub_batches(size, at_least=fewest)

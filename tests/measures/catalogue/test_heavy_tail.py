@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import UndefinedMeasureError
 from flatminima.measures import CATALOGUE
+from flatminima.measures.catalogue.heavy_tail import tail_exponent
 from support.trials import trial_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
@@ -48,6 +49,18 @@ def test_a_power_law_has_its_exponent(exponent: float) -> None:
     layer = nn.Linear(400, 405).double()
     layer.weight.data = with_eigenvalues((1 - quantiles) ** (-1 / (exponent - 1)))
     assert alpha(layer, nn.Flatten(), nn.Linear(405, 2).double(), inputs=(400,)) == pytest.approx(exponent, rel=0.02)
+
+
+def test_the_default_type_changes_nothing() -> None:
+    """Not even one so coarse that another x_min would fit best."""
+    torch.manual_seed(2)
+    values = torch.rand(100, dtype=torch.float64).pow(-1.3).sort().values
+    expected = tail_exponent(values)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert tail_exponent(values) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_it_is_the_mean_over_layers_of_the_best_fit_to_all_positions_of_a_kernel() -> None:

@@ -89,6 +89,15 @@ def test_the_trace_of_few_parameters_is_exact() -> None:
     assert TRACE.of(trial) == pytest.approx(exact(trial)[1], rel=1e-12)
 
 
+def test_sparse_gradients_of_an_embedding_are_as_dense_ones() -> None:
+    def trace(*, sparse: bool) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.Linear(6, 3)).double()
+        return TRACE.of(trial_of(model, torch.arange(16).view(8, 2) % 5, torch.arange(8) % 3, subset_size=4))
+
+    assert trace(sparse=True) == trace(sparse=False)
+
+
 def test_the_trace_of_low_rank_is_exact() -> None:
     trial = trial_of(*wide(6))
     assert TRACE.of(trial) == pytest.approx(exact(trial)[1], rel=1e-9)

@@ -134,6 +134,29 @@ def test_networks_of_anything_else_have_none(name: str, function: Callable[[Tens
         path_norm(Calls(function), 3)
 
 
+def test_weights_in_float32_outside_of_layers_have_none() -> None:
+    torch.manual_seed(0)
+    trial = trial_of(Calls(lambda x, head: x @ head.weight.T), torch.randn(4, 3), torch.arange(4) % 2, subset_size=2)
+    with pytest.raises(UndefinedMeasureError, match=r"cannot be run on ones in float64: .*dtype"):
+        CATALOGUE["path_norm"].of(trial)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_a_part_in_torchscript_whose_weights_are_not_seen_has_none() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UndefinedMeasureError, match="TorchScript's in part, which hides what it calls"):
+        path_norm(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), torch.jit.script(nn.Linear(4, 2).double())), 3)
+
+
+def test_a_compiled_part_has_its_own() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    compiled = copy.deepcopy(plain).double()
+    compiled[0] = torch.compile(compiled[0], backend="eager")
+    compiled(torch.randn(4, 3, dtype=torch.float64))  # once compiled
+    assert path_norm(compiled, 3) == path_norm(plain, 3)
+
+
 def test_a_batchnorm_without_statistics_has_no_scale() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False))

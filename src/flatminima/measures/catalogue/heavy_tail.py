@@ -61,7 +61,8 @@ def tail_exponent(values: Tensor) -> float:
         excess = logarithms[first:] - logarithms[first]
         count = len(excess)
         exponent = count / excess.sum()  # α − 1
-        fitted, observed = -torch.expm1(-exponent * excess), torch.arange(count) / count
+        fitted = -torch.expm1(-exponent * excess)
+        observed = torch.arange(count, dtype=torch.float64, device="cpu") / count
         distance = (fitted - observed).abs().max().item()
         if distance < best:
             best, found = distance, 1 + exponent.item()

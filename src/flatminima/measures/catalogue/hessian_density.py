@@ -67,7 +67,8 @@ def spectral_density(trial: Trial, *, probes: int = 1, steps: int = STEPS) -> Sp
             eigenvalues = torch.linalg.eigvalsh(hessian.dense().double())
             return SpectralDensity(eigenvalues, torch.full_like(eigenvalues, 1 / len(eigenvalues)))
         generator = trial.generator()
-        starts = [torch.randn(len(hessian), generator=generator, dtype=torch.float64) for _ in range(probes)]
+        size = len(hessian)
+        starts = [torch.randn(size, generator=generator, dtype=torch.float64, device="cpu") for _ in range(probes)]
         rules = [_quadrature(*_tridiagonal(hessian, start, steps)) for start in starts]
     eigenvalues, order = torch.cat([nodes for nodes, _ in rules]).sort()
     return SpectralDensity(eigenvalues, torch.cat([weights for _, weights in rules])[order] / probes)
@@ -112,8 +113,8 @@ def _tridiagonal(hessian: Hessian, start: Tensor, steps: int) -> tuple[list[floa
 
 def _quadrature(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
     """Nodes and weights."""
-    whole = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    off = torch.tensor(beside, dtype=torch.float64)
+    whole = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+    off = torch.tensor(beside, dtype=torch.float64, device="cpu")
     whole += torch.diag(off, 1) + torch.diag(off, -1)
     nodes, vectors = torch.linalg.eigh(whole)
     return nodes, vectors[0].square()

@@ -48,7 +48,7 @@ def _hits_under_noise(trial: Trial, sigma: float) -> int:
     """Right predictions over all draws."""
     parameters, generator, hits = list(trial.parameters.values()), trial.generator(), 0
     for _ in range(_DRAWS):
-        noise = [torch.randn(p.shape, generator=generator, dtype=torch.float32) for p in parameters]
+        noise = [torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu") for p in parameters]
         direction = [back_like(part, parameter) for part, parameter in zip(noise, parameters, strict=True)]
         with moved(parameters, direction, sigma):  # type: ignore[arg-type]
             hits += sum(int(part.sum()) for part in _hits(trial))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flatminima.errors import UndefinedMeasureError
+from flatminima.errors import UndefinedMeasureError, first_line
 from flatminima.measures.registry import catalogued
 from flatminima.measures.trial import Trial
 from flatminima.network import call_model, float64_device, take, tensors_of
+from flatminima.torch_compat import eager_stance
 
 _LINEAR = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 _POOLINGS = frozenset(
@@ -44,9 +45,14 @@ def path_norm(trial: Trial) -> float:
     inputs = trial.inputs
     if not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
         raise UndefinedMeasureError("the input is not one floating-point tensor")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in trial.model.modules()):
+        raise UndefinedMeasureError("the network is TorchScript's in part, which hides what it calls")
     ones = torch.ones_like(take(inputs, slice(1)).to(float64_device(inputs.device)), dtype=torch.float64)
-    with torch.no_grad(), _SquaredWeights(trial.model):
-        return call_model(trial.model, ones).sum().item()
+    try:
+        with torch.no_grad(), eager_stance(), _SquaredWeights(trial.model):
+            return call_model(trial.model, ones).sum().item()
+    except (RuntimeError, TypeError) as error:  # float32 weights in what is no layer, say
+        raise UndefinedMeasureError(f"the network cannot be run on ones in float64: {first_line(error)}") from None
 
 
 class _SquaredWeights(TorchFunctionMode):

@@ -113,10 +113,6 @@ class Tracker:
         time_share: float | None = None,
         path: str | Path | None = None,
     ) -> None:
-        require(
-            options is None or isinstance(options, MeasureOptions),
-            f"options must be flatminima.MeasureOptions(...), got {type(options).__name__}",
-        )
         require_integer("every", every)
         require(every >= 1, f"every must be at least 1, got {every}")
         if time_share is not None:

@@ -20,18 +20,16 @@ from flatminima.measures.second_derivatives import (
 from flatminima.network import (
     back_like,
     call_model,
-    evaluating,
+    differentiating,
     frozen,
     in_float64,
-    sound_batchnorm,
-    true_precision,
 )
 from flatminima.parallel import is_sharded
-from flatminima.torch_compat import differentiable_twice, without_checkpoints
+from flatminima.torch_compat import differentiable_twice
 
 _ALL_DIRECTIONS = 40
-"""Up to so many classes all directions are back-propagated, which then takes no longer than the iterations: three to
-five at a minimum, up to some twenty elsewhere, each of a pass back to the input and one that takes longer."""
+"""Up to so many classes all directions are back-propagated, which then takes no longer than the iterations: each of
+them is a pass back to the input and one that takes longer."""
 
 _ITERATIONS = 100
 """After so many, all directions are back-propagated: the largest singular values are too close to one another."""
@@ -46,9 +44,9 @@ _MISMATCH = 1e-3
 def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
     """‖J_x[f_w(x)]‖₂² of every sample, f_w the softmax output (Jia & Su, Sec. 7.1, "robustness").
 
-    Exact but for the network's rounding: by K − 1 backward passes up to 40 classes, beyond by three to twenty Lanczos
-    iterations of two passes each. Where these cannot be had (a layer without second derivatives, half precision, a
-    sharded model) or do not converge, by K − 1 passes again.
+    Exact but for the network's rounding: by K − 1 backward passes up to 40 classes, beyond by Lanczos iterations of two
+    passes each, the fewer the surer the network. Where these cannot be had (a layer without second derivatives, half
+    precision, a sharded model) or do not converge, by K − 1 passes again.
 
     Args:
         model: logits out, one floating-point tensor in; run in eval mode and left as it was found.
@@ -62,19 +60,12 @@ def input_jacobian_norms(model: nn.Module, inputs: Tensor) -> Tensor:
         UndefinedMeasureError: if a logit's derivative is.
         FlatminimaError: if the logits are not (N, K) with K ≥ 2.
     """
-    with (
-        evaluating(model),
-        true_precision(),
-        torch.enable_grad(),
-        frozen(model.parameters()),
-        sound_batchnorm(),
-        without_checkpoints(),
-    ):
+    with differentiating(model), frozen(model.parameters()):
         x = inputs.detach().requires_grad_()
         logits = _logits(model, x)
         if not logits.requires_grad:  # nor is any path from the input to them differentiable
             return in_float64(logits.new_zeros(len(logits)))
-        if logits.shape[1] > _ALL_DIRECTIONS and _can_be_differentiated_twice(model, logits, x):
+        if logits.shape[1] > _ALL_DIRECTIONS and _can_iterate(model, logits, x):
             del logits  # with its graph, which this way has one of its own
             squares = _by_lanczos(model, x)
             if squares is not None:
@@ -88,7 +79,7 @@ def input_jacobian_passes(classes: int) -> int:
     return min(classes, _ALL_DIRECTIONS)
 
 
-def _can_be_differentiated_twice(model: nn.Module, logits: Tensor, x: Tensor) -> bool:
+def _can_iterate(model: nn.Module, logits: Tensor, x: Tensor) -> bool:
     """Unless rounding is coarse, or processes share the parameters, which must all make the same passes."""
     return {logits.dtype, x.dtype} <= set(_TOLERANCE) and not any(map(is_sharded, model.parameters()))
 

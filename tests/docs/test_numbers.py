@@ -22,6 +22,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("extensions.readme")
 
 
+def intervals_of(page: str) -> set[tuple[str, ...]]:
+    """Value and interval of each cell that has one; over minima, where that over settings stands between."""
+    return set(re.findall(r"[+]?(-?\d\.\d\d)(?: \([+-]\d\.\d\d\))? \\\[(-?\d\.\d\d), (-?\d\.\d\d)\\\]", page))
+
+
 def test_its_tables_are_those_of_the_records(made: ModuleType) -> None:
     assert made.with_tables(README) == README, "run make numbers"
 
@@ -36,9 +41,16 @@ def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: Module
     said = set(re.findall(r"(−?\d\.\d\d)\s\[(−?\d\.\d\d), (−?\d\.\d\d)\]", README.split("<!-- /rankings -->")[1]))
     known = set(re.findall(r"(-?\d\.\d\d) \[(-?\d\.\d\d), (-?\d\.\d\d)\]", made.rankings()))
     pages = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "results").glob("*/*.md")))
-    known |= set(re.findall(r"[+]?(-?\d\.\d\d) \\\[(-?\d\.\d\d), (-?\d\.\d\d)\\\]", pages))
+    known |= intervals_of(pages)
     assert len(said) >= 3
     assert {tuple(number.replace("−", "-") for number in numbers) for numbers in said} <= known
+
+
+def test_what_is_said_of_the_middle_size_is_in_its_record() -> None:
+    text = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"(\d\.\d\d)[a-z ]* \((?:95 % interval )?(\d\.\d\d) to (\d\.\d\d)\)", text))
+    assert len(said) >= 5
+    assert said <= intervals_of((ROOT / "results" / "medium" / "scenario-1.md").read_text(encoding="utf-8"))
 
 
 def test_the_regularizers_gain_over_ten_seeds_is_that_of_both_records() -> None:

@@ -142,6 +142,9 @@ def test_a_file_that_cannot_be_written_is_refused_before_any_epoch(
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(FlatminimaError, match="its folder is read-only; choose another one"):
         Tracker(data, path=tmp_path / "epochs.jsonl")
+    for name, value in {"TORCHELASTIC_RUN_ID": "any", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert Tracker(data, path=tmp_path / "epochs.jsonl").epochs == []  # the first process's to write
 
 
 @pytest.mark.parametrize("text", ["", "no json", json.dumps({"epoch": 1}), "[1]"])

@@ -32,11 +32,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         if _is_special(path):
             path.write_bytes(data)
             return
-        path = Path(os.path.realpath(path))
-        _replace(path, data)
+        file = Path(os.path.realpath(path))
+        _replace(file, data)
     except OSError as error:
         raise unwritable(path, error) from None
-    for left in abandoned(path.parent, path.name):
+    for left in abandoned(file.parent, file.name):
         with contextlib.suppress(OSError):
             left.unlink()
 
@@ -83,8 +83,7 @@ def require_writable(path: Path) -> None:
         raise FlatminimaError(f"cannot write {path}: it is a folder; name a file")
     if _is_special(path):
         return
-    path = Path(os.path.realpath(path))
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(Path(os.path.realpath(path)).parent, os.W_OK):
         raise FlatminimaError(f"cannot write {path}: its folder is read-only; choose another one")
 
 

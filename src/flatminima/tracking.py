@@ -126,7 +126,7 @@ class Tracker:
         self._options = MeasureOptions(trials=10) if options is None else options
         self._every, self._time_share = every, time_share
         self._path = None if path is None else Path(path)
-        if self._path is not None:
+        if self._path is not None and Processes.launched().rank == 0:  # which alone writes it
             require_writable(self._path)  # now, not when the first epoch has been trained
         self.epochs = read_epochs(self._path) if self._path is not None and self._path.exists() else []
         self.left_out: list[int] = []

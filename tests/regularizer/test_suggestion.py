@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flatminima import FisherTraceRegularizer, suggest
 from flatminima.errors import FlatminimaError, NotTrainingWarning
+from support.once_differentiable import Once
 from support.regularizer_cases import CASES, SEED, Case, assert_same_bits, by_case, make, mlp, snapshot
 
 Batch = tuple[Tensor, Tensor]
@@ -168,19 +169,6 @@ def test_the_exact_form_is_for_what_always_rounds() -> None:
     found = suggest(mlp(), scaled(1e-7), batches(dtype=torch.float32)[0])
     assert (found.alpha, found.estimator, found.rounding_share) == (1e-4, "hvp", 0.0)
     assert "estimator" in str(found)
-
-
-class Once(torch.autograd.Function):
-    """The identity, without a second derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
 
 
 def test_where_neither_form_works_it_says_so() -> None:

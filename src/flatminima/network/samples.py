@@ -122,8 +122,8 @@ def explained_errors(model: nn.Module, inputs: Inputs, name: str | None = None) 
         if isinstance(error, ValueError) and needs_more_than_one_sample(error):
             remedy = (
                 "a BatchNorm layer has no running statistics, so that samples would depend on one another: train it "
+                "with track_running_stats=True"
             )
-            remedy += "with track_running_stats=True"
         elif floats - {dtype}:
             remedy = f"convert the inputs to the parameters' type, {dtype}"
         elif any(t.dtype == torch.uint8 for t in tensors_of(inputs)):

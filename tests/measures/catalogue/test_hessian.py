@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 import flatminima as fm
 from flatminima.errors import UndefinedMeasureError
 from flatminima.measures import CATALOGUE, Measure, Trial
 from flatminima.network import sound_batchnorm
+from support.once_differentiable import DifferentiableOnce
 from support.small_networks import pinned_linear
 from support.trials import trial_of
 
@@ -132,22 +132,6 @@ def test_float32_agrees_with_float64_where_the_loss_is_tiny() -> None:
         assert 0 < expected < 1e-9
         found = measure.of(trial_of(copy.deepcopy(model).float(), x.float(), y))
         assert found == pytest.approx(expected, rel=1e-3)
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class DifferentiableOnce(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return Once.apply(super().forward(x))
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", lambda z, y: z.gather(1, y[:, None])[:, 0]], ids=["", "linear"])

@@ -6,6 +6,7 @@ And how many run at once (``pytest -n logical``): three for two cores, as tests 
 import functools
 import importlib.metadata
 import os
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def process_state() -> Iterator[None]:
     before = _state()
     yield
     after = _state()
+    _forget_compiled_graphs()
     assert after == before, "the test leaves another state of the process than it has found"
 
 
@@ -65,6 +67,14 @@ def no_lines_of_progress() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "LINE_SECONDS", (1e9, 1e9, 1e9))
         yield
+
+
+def _forget_compiled_graphs() -> None:
+    """Dynamo keeps eight graphs for each piece of code, whosever test they are of: a ninth model would run eagerly."""
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch.compiler.reset()
 
 
 def _state() -> dict[str, Any]:

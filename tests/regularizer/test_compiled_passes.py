@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,11 @@ pytestmark = [
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What ``torch.compile`` uses: all of it but Inductor, which takes ten times as long."""
     chosen = getattr(request, "param", "aot_eager")
-    torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(compile_by, backend=chosen))
-    yield chosen
-    torch.compiler.reset()
+    return chosen
 
 
 def step(case: Case, passes: str, *, samples: int = 24, **options: Any) -> list[dict[str, Tensor | None]]:

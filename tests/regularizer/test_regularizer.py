@@ -759,7 +759,6 @@ def test_refuses_a_weight_that_is_none() -> None:
 @pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_compiled_model_gives_the_same_gradient(estimator: Any, main_gradient: Any, backend: str) -> None:
     """Weights and buffers that move between passes are inputs of the compiled graph, not constants in it."""
-    torch.compiler.reset()  # graphs of other tests would be used again, or reach the limit and leave this one eager
     options: dict[str, Any] = {"num_sub_batches": 4, "estimator": estimator, "main_gradient": main_gradient}
     model, inputs, targets = make(CASES["batchnorm"])
     eager = copy.deepcopy(model)
@@ -777,7 +776,6 @@ def test_compiled_model_gives_the_same_gradient(estimator: Any, main_gradient: A
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_only_the_first_step_compiles(main_gradient: Any) -> None:
-    torch.compiler.reset()
     backend = CountingBackend()
     model, inputs, targets = make(CASES["batchnorm"])
     compiled = torch.compile(model, backend=backend)

@@ -397,7 +397,6 @@ def test_batchnorm_on_single_samples_says_what_to_do() -> None:
 @pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
 @pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_compiled_model_gives_the_same_gradient(estimator: Any) -> None:
-    torch.compiler.reset()
     model, inputs, targets = make(CASES["batchnorm"])
     eager = copy.deepcopy(model)
     for network, passes in ((eager, "one-by-one"), (torch.compile(model, backend="aot_eager"), "together")):

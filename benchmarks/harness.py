@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flatminima.errors import FlatminimaWarning
 
@@ -74,6 +75,14 @@ def warnings_ignored() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FlatminimaWarning)
         yield
+
+
+def sharpen(model: nn.Module, factor: float) -> None:
+    """Multiply the logits, as training does to fit: the weights and the bias of the last linear layer."""
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter *= factor
 
 
 def interleaved(

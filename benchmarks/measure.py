@@ -2,6 +2,7 @@
 
     python benchmarks/measure.py --threads 1 --clock cpu        # the paper's four networks, on a busy machine
     python benchmarks/measure.py --networks resnet50 vit-s gpt2 --trials 3
+    python benchmarks/measure.py --networks resnet50 --sharpness 20    # p as nearly one-hot as after training
     python benchmarks/measure.py --device cuda --memory-limit 0 --output measure-cuda
 
 One call of ``measure`` is timed from within: by its data set, which sees every fetch, and by a clock around every
@@ -113,10 +114,11 @@ class Watched:
             CATALOGUE[name] = dataclasses.replace(measure, function=watched(measure.function, part))
 
 
-def trials_of(network: str, trials: int, clock: str, device: str) -> dict[str, Any]:
-    """One call of ``measure``, by part, in ratios to plain passes."""
+def trials_of(network: str, trials: int, sharpness: float, clock: str, device: str) -> dict[str, Any]:
+    """One call of ``measure``, by part, in ratios to plain passes; ``sharpness`` multiplies the logits."""
     n = NETWORKS[network].samples
     model, x, y, loss = NETWORKS[network].make(SUBSETS * n)
+    harness.sharpen(model, sharpness)
     model, x, y = model.to(device), x.to(device), y.to(device)
     references = {PLAIN: plain(model, loss), XI: ours(model, loss)}
     for reference in references.values():
@@ -145,11 +147,19 @@ def trials_of(network: str, trials: int, clock: str, device: str) -> dict[str, A
         "first trial, with its checks": first[TRIAL],
     }
     return {
+        "largest probability": _largest_probability(model, x),
         "seconds": harness.summary(plain_seconds),
         "parts": {name: harness.ratios(values, plain_seconds) for name, values in parts.items()},
         "all but robustness / ξ by itself": harness.ratios(parts[NEXT_TO_XI], parts[XI]),
         "once": {name: harness.ratios([seconds] * len(others), plain_seconds) for name, seconds in once.items()},
     }
+
+
+@torch.no_grad()
+def _largest_probability(model: nn.Module, x: Tensor) -> float:
+    """The mean over samples (and tokens): how nearly p is one-hot, on which the iterations of the robustness depend."""
+    logits: Tensor = model(x)
+    return logits.softmax(-1).amax(-1).mean().item()
 
 
 def slogdet_by(peer: str) -> Callable[[nn.Module, PerSampleLoss], Callable[[Tensor, Tensor], object]]:
@@ -228,6 +238,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=PAPERS)
     parser.add_argument("--trials", type=int, default=5, help="of measure, beside the first")
     parser.add_argument("--jobs", nargs="*", choices=JOBS, default=list(JOBS), help="of other libraries")
+    parser.add_argument("--sharpness", type=float, default=1.0, help="factor on the last layer, in the trials")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = harness.parse(parser)
     console = Console(width=120)
@@ -237,7 +248,7 @@ def main() -> None:
             console.print(f"{network}: skipped, transformers is not installed")
             continue
         limits, where = harness.limits(options), (options.clock, options.device)
-        result = harness.in_own_process(trials_of, network, options.trials, *where, **limits)
+        result = harness.in_own_process(trials_of, network, options.trials, options.sharpness, *where, **limits)
         result["samples"] = NETWORKS[network].samples
         result["jobs"] = {
             job: harness.in_own_process(time_job, network, job, options.repetitions, *where, **limits)

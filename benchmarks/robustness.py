@@ -95,9 +95,7 @@ def make(network: str, classes: int, samples: int, sharpness: float) -> tuple[nn
     with torch.no_grad():
         for _ in range(3):
             model.train()(x)
-        head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        head.weight *= sharpness
-        head.bias *= sharpness
+    harness.sharpen(model, sharpness)
     return model.eval().requires_grad_(False), x
 
 

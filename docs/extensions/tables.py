@@ -290,7 +290,10 @@ def origin_of(file: str) -> str:
     return f"By `{environment['command']}`, on {environment['cpu']} with torch {environment['torch']}."
 
 
-MEASURE_RECORDS = ("measure", "measure-wrn28-2", "measure-large", "measure-imagenet", "measure-sharp", "measure-curvlinops")
+MEASURE_RECORDS = (
+    "measure",
+    *(f"measure-{name}" for name in ("wrn28-2", "large", "imagenet", "sharp", "curvlinops")),
+)
 STARTS = ("suggest", "suggest-cifar", "suggest-large")
 
 BENCHMARK_TABLES = {

@@ -134,7 +134,7 @@ def test_two_seeds_have_no_interval_and_say_so() -> None:
     found = kendall(ledger_of(random_frame(16, seeds=2), seed="seed"), "x")
     assert found.value is not None
     assert found.interval is None
-    assert found.reason == "no interval: 2 seeds are too few to resample, it takes 3"
+    assert found.reason == "no interval: resampling takes at least 3 seeds, not 2"
 
 
 def test_an_interval_is_not_made_of_the_few_resamples_that_have_a_value() -> None:

@@ -133,7 +133,7 @@ def bootstrap(minima: Minima, statistic: Statistic) -> tuple[float, float] | str
     units, strata = minima.units, strata_of(minima)
     kind, number = "minima" if minima.seeds is None else "seeds", sum(map(len, strata))
     if number < LEAST:
-        return f"no interval: {number} {kind} are too few to resample, it takes {LEAST}"
+        return f"no interval: resampling takes at least {LEAST} {kind}, not {number}"
     many = int(units.max()) + 1
 
     def of_drawn(*drawn: NDArray[np.intp], axis: int = -1) -> NDArray[np.float64]:

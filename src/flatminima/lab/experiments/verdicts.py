@@ -33,13 +33,14 @@ def _ranking(summary: Summary) -> list[str]:
         return ["There are not yet two settings to order."]
     cases = len({record.case for record in records})
     sentences = [
-        f"γ̂ {_reading(gamma)}{_papers(summary, 'log_det_fisher')}: it orders the means of {cases} settings with "
-        f"Kendall's τ = {number(gamma.tau_of_settings, '.2f')}, and {len(records)} single minima with {_tau(gamma)}."
+        f"γ̂ {_reading(summary, 'log_det_fisher')}{_papers(summary, 'log_det_fisher')}: "
+        f"it orders the means of {cases} settings with Kendall's τ = "
+        f"{number(gamma.tau_of_settings, '.2f')}, and {len(records)} single minima with {_tau(gamma)}."
     ]
     for name in [name for name in RIVALS[1:] if name in correlations]:
         rival = correlations[name]
         sentences.append(
-            f"{SHORT_NAMES[name].capitalize()} {_reading(rival)}{_papers(summary, name)}: over settings "
+            f"{SHORT_NAMES[name].capitalize()} {_reading(summary, name)}{_papers(summary, name)}: over settings "
             f"τ = {number(rival.tau_of_settings, '.2f')}, over minima {_tau(rival)}."
         )
     as_good = [
@@ -179,10 +180,12 @@ def _papers(summary: Summary, indicator: str) -> str:
     return f", where the paper says it {'follows' if summary.captured[indicator] else 'fails'}"
 
 
-def _reading(correlation: RankCorrelation) -> str:
+def _reading(summary: Summary, indicator: str) -> str:
     """One yardstick for all indicators."""
+    correlation = summary.correlations[indicator]
     if correlation.defined and math.isnan(correlation.low):
-        return "cannot be judged yet, as an interval takes several whole seeds"
+        reason = None if summary.evaluation is None else summary.evaluation.all[indicator].kendall.reason
+        return f"cannot be judged yet ({reason or 'no interval'})"
     if correlation.high < 0:
         return "goes against the test error"
     if not correlation.low > 0:

@@ -46,11 +46,11 @@ def main(mixed_precision: str = "no") -> dict[str, float]:
     for _ in range(3):
         for x, y in loader:
             with accelerator.accumulate(model):
-                optimizer.zero_grad()
                 loss = backward(
                     accelerator, regularizer, loss_fn, x, y
                 )  # was: accelerator.backward(loss_fn(model(x), y))
                 optimizer.step()
+                optimizer.zero_grad()  # here: before the last micro-batch it would clear the gradients of the others
             losses.append(float(loss))
     accelerator.end_training()
     return {"first_loss": losses[0], "last_loss": losses[-1], "steps": regularizer.step, **regularizer.diagnostics()}

@@ -93,6 +93,27 @@ def test_example_trains(mixed_precision: str) -> None:
     assert found["fisher_trace"] > 0
 
 
+def test_the_example_steps_with_the_gradients_of_all_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's optimizers zero nothing but before the last micro-batch, where they would clear the others'."""
+    added, before = [torch.zeros(())], []
+
+    def watched(accelerator: Any, regularizer: FisherTraceRegularizer, *batch: Any) -> torch.Tensor:
+        def norm() -> torch.Tensor:
+            gradients = [p.grad.norm() for p in regularizer.model.parameters() if p.grad is not None]
+            return torch.stack(gradients).norm() if gradients else torch.zeros(())
+
+        before.append((norm(), added[-1] if accelerator.sync_gradients else torch.zeros(())))
+        loss = backward(accelerator, regularizer, *batch)
+        added.append(norm())
+        return loss
+
+    monkeypatch.setattr("flatminima.integrations.accelerate.backward", watched)
+    runpy.run_path(str(EXAMPLE))["main"]()
+    assert len(before) == 48
+    for found, expected in before:
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.slow
 def test_example_runs_on_two_processes() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]

@@ -23,8 +23,9 @@ def backward(
     """Replaces the forward pass and ``accelerator.backward(loss)``.
 
     Mixed precision, gradient scaling and accumulation are the accelerator's: inside ``accelerator.accumulate(model)``
-    every micro-batch counts 1/``gradient_accumulation_steps``. Clip with ``max_grad_norm`` of the regularizer, not with
-    ``accelerator.clip_grad_norm_``. ``accelerator.register_for_checkpointing(regularizer)`` makes resuming exact.
+    every micro-batch counts 1/``gradient_accumulation_steps``. Call ``optimizer.zero_grad()`` after the step: before
+    the last micro-batch it would clear the gradients of the others. Clip with ``max_grad_norm`` of the regularizer, not
+    with ``accelerator.clip_grad_norm_``. ``accelerator.register_for_checkpointing(regularizer)`` makes resuming exact.
     Under FSDP2 every micro-batch with a penalty reduces its gradients.
 
     Args:

@@ -286,6 +286,7 @@ class FisherTraceRegularizer:
             self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._passes
         )
         update_buffers, size = self.main_gradient == "sub-batches", size_of(batch)
+        resumed = since > 0 and not self._largest_batch  # perhaps at the last, short batch of an epoch
         before = Before(self.model, writes_buffers=update_buffers)
         try:
             with gathered_weights(self.model):
@@ -297,7 +298,7 @@ class FisherTraceRegularizer:
                     weights,
                     before.generators,
                     update_buffers=update_buffers,
-                    short=size < self._largest_batch,
+                    short=resumed or size < self._largest_batch,
                     first=self._eps is None,
                 )
             if self._eps is None:

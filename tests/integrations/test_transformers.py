@@ -37,11 +37,15 @@ def tiny_model() -> Any:
     )  # fmt: skip
 
 
+def arguments_of(folder: Path, **arguments: Any) -> Any:
+    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", **arguments}
+    return transformers.TrainingArguments(str(folder), **settings)
+
+
 def trainer_for(model: Any, folder: Path, **arguments: Any) -> Any:
-    settings = {"use_cpu": True, "report_to": [], "disable_tqdm": True, **arguments}
     return integration.FisherTraceTrainer(
         model=model,
-        args=transformers.TrainingArguments(str(folder), **settings),
+        args=arguments_of(folder, **arguments),
         regularizer={"alpha": 1e-2, "beta": 20.0, "num_sub_batches": 8, "every": 2},
     )
 
@@ -116,6 +120,86 @@ def test_losses_that_take_the_labels_out_of_the_batch(tmp_path: Path, how: str) 
     )
 
 
+def test_a_compute_loss_that_divides_by_the_number_of_items_has_that_of_its_sub_batch(tmp_path: Path) -> None:
+    class Divides(integration.FisherTraceTrainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            return mean_of_tokens(model(inputs["input_ids"]), inputs["labels"], num_items_in_batch)
+
+    def logged(kind: Any) -> dict[str, float]:
+        tokens = torch.randint(16, (16, 12), generator=torch.Generator().manual_seed(SEED))
+        counted = torch.cat([torch.full((16, 1), -100), tokens[:, 1:]], 1)  # as the model counts, whatever the version
+        trainer = kind(
+            model=tiny_model(),
+            args=arguments_of(tmp_path, max_steps=1, logging_steps=1, gradient_accumulation_steps=2),
+            train_dataset=[{"input_ids": row, "labels": own} for row, own in zip(tokens, counted, strict=True)],
+            regularizer={"alpha": 1e-2, "num_sub_batches": 4},
+        )
+        trainer.train()
+        return {name: trainer.state.log_history[0][name] for name in ("loss", "penalty", "grad_norm")}
+
+    assert logged(Divides) == pytest.approx(logged(integration.FisherTraceTrainer), rel=1e-3, abs=1e-4)
+
+
+def test_a_micro_batch_without_labels_that_count_weighs_nothing(tmp_path: Path) -> None:
+    """Its loss in the Trainer is nothing divided by the labels of all micro-batches."""
+    model = tiny_model()
+    without = copy.deepcopy(model)
+    tokens = torch.randint(16, (8, 12))
+    counted, none = ({"input_ids": tokens, "labels": labels} for labels in (tokens, torch.full_like(tokens, -100)))
+    for trained, batches in ((model, [none, counted]), (without, [counted])):
+        trainer = trainer_for(trained, tmp_path)
+        trainer.current_gradient_accumulation_steps = 2
+        for batch in batches:
+            trainer.training_step(trained, batch, num_items_in_batch=torch.tensor(8 * 11))
+    for name, gradient in gradients_of(without).items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient)
+
+
+def test_the_penalty_is_at_the_weights_that_the_optimizer_trains(tmp_path: Path) -> None:
+    """Schedule-free optimizers hold others while the model is evaluated."""
+    model = tiny_model()
+    trainer = trainer_for(model, tmp_path)
+    seen: list[bool] = []
+
+    class ScheduleFree(torch.optim.SGD):
+        trains = False
+
+        def train(self) -> None:
+            self.trains = True
+
+    trainer.optimizer = ScheduleFree(model.parameters())
+    trainer.current_gradient_accumulation_steps = 1
+    model.register_forward_pre_hook(lambda *_: seen.append(trainer.optimizer.trains))
+    tokens = torch.randint(16, (8, 12))
+    trainer.training_step(model, {"input_ids": tokens, "labels": tokens})
+    assert all(seen)
+    assert len(seen) > 8
+
+
+def test_a_generator_of_parameters_serves_a_wrapped_model(tmp_path: Path) -> None:
+    model = tiny_model()
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = model
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.module(**inputs)
+
+    trainer = integration.FisherTraceTrainer(
+        model=model,
+        args=arguments_of(tmp_path),
+        regularizer={"num_sub_batches": 4, "parameters": model.transformer.h.parameters()},
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    tokens = torch.randint(16, (8, 12))
+    trainer.training_step(Wrapped(), {"input_ids": tokens, "labels": tokens})
+    assert trainer.regularizer.diagnostics()["fisher_trace"] > 0
+
+
 def test_refuses_what_the_trainer_owns(tmp_path: Path) -> None:
     with pytest.raises(FlatminimaError, match="max_grad_norm is not the regularizer's here"):
         integration.FisherTraceTrainer(model=tiny_model(), regularizer={"max_grad_norm": 1.0})
@@ -187,14 +271,11 @@ def test_measures_are_tracked_and_logged_and_change_nothing(tmp_path: Path) -> N
     sentences = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(16, (24, 12), generator=generator)]
     options = MeasureOptions(loss=CrossEntropy(next_token=True), subset_size=4, trials=2, progress=False)
     arguments = {
-        "use_cpu": True, "report_to": [], "disable_tqdm": True, "num_train_epochs": 2, "save_strategy": "no",
-        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2, "per_device_train_batch_size": 8, "logging_strategy": "epoch",
     }  # fmt: skip
 
     def trained(tracker: Tracker | None) -> Any:
-        trainer = transformers.Trainer(
-            tiny_model(), transformers.TrainingArguments(str(tmp_path), **arguments), train_dataset=sentences
-        )
+        trainer = transformers.Trainer(tiny_model(), arguments_of(tmp_path, **arguments), train_dataset=sentences)
         if tracker is not None:
             trainer.add_callback(integration.MeasureCallback(trainer, tracker))
         trainer.train()
@@ -202,10 +283,16 @@ def test_measures_are_tracked_and_logged_and_change_nothing(tmp_path: Path) -> N
 
     tracker = Tracker(sentences, options)
     log = trained(tracker).state.log_history
+    untracked = trained(None)
     expected = measure(
-        trained(None).model, sentences, loss=options.loss, subset_size=4, trials=2, progress=False
+        untracked.model, sentences, loss=options.loss, subset_size=4, trials=2, progress=False
     ).to_metrics()
     assert [tracked.epoch for tracked in tracker.epochs] == [1, 2]
     assert tracker.epochs[-1].measures == expected
     logged = [entry["flatminima/sensitivity"] for entry in log if "flatminima/sensitivity" in entry]
     assert logged == [tracked.measures["sensitivity"] for tracked in tracker.epochs]
+    losses, expected_losses = (
+        [entry["loss"] for entry in entries if "loss" in entry] for entries in (log, untracked.state.log_history)
+    )
+    assert losses == expected_losses
+    assert len(losses) == 2

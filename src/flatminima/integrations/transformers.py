@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class FisherTraceMixin:
             if name in regularizer:
                 raise FlatminimaError(f"{name} is not the regularizer's here: the Trainer owns the main backward pass")
         super().__init__(*args, **kwargs)
+        if isinstance(regularizer.get("parameters"), Iterator):  # a wrapped model goes through them again
+            regularizer = {**regularizer, "parameters": list(regularizer["parameters"])}
         self._regularizer_options = regularizer
         self.regularizer = FisherTraceRegularizer(self.model, **regularizer)  # type: ignore[attr-defined]
 
@@ -57,10 +60,20 @@ class FisherTraceMixin:
         if self.regularizer.model is not model:  # the Trainer wraps it for several processes
             self.regularizer = FisherTraceRegularizer(model, **self._regularizer_options)
         model.train()
+        if callable(getattr(trainer.optimizer, "train", None)):  # schedule-free ones evaluate at other weights
+            trainer.optimizer.train()
         self.regularizer.step = trainer.state.global_step
-        penalty = self.regularizer.penalize(
-            lambda batch: trainer.compute_loss(model, batch, **_items(trainer, batch)), trainer._prepare_inputs(inputs)
-        )
+        batch = trainer._prepare_inputs(inputs)
+        # what has no label that counts adds nothing to a loss that is divided by the labels of all micro-batches
+        weighs = num_items_in_batch is None or _labels_that_count(trainer, batch) != 0
+
+        def closure(part: Any) -> Any:
+            if not weighs:
+                return torch.zeros((), device=trainer.args.device)
+            return trainer.compute_loss(model, part, **_items(trainer, part))
+
+        together = trainer.is_fsdp_enabled  # all processes gather the weights, with whatever batch
+        penalty = self.regularizer.penalize(closure, batch) if weighs or together else None
         if penalty is not None:
             scaler = trainer.accelerator.scaler
             scale: Any = 1.0 if scaler is None else scaler.scale(torch.ones_like(penalty.value))
@@ -98,16 +111,27 @@ class MeasureCallback(TrainerCallback):
         """Measure, if it is time."""
         tracked = self.tracker.track(kwargs["model"], math.ceil(state.epoch - 1e-6))  # an epoch cut short is its own
         if tracked is not None:
+            is_due = control.should_log
             self._trainer.log(tracked.logged())
+            control.should_log = is_due  # which this log has reset, and the Trainer's own of the epoch is to come
 
 
 def _items(trainer: Any, batch: Any) -> dict[str, Any]:
-    """What a ``compute_loss_func`` divides its sum by: the number of labels that count, as the Trainer counts them."""
-    if getattr(trainer, "compute_loss_func", None) is None or not isinstance(batch.get("labels"), Tensor):
+    """What a ``compute_loss_func``, or a ``compute_loss`` of a user's, divides its sum by."""
+    own = type(trainer).compute_loss is not Trainer.compute_loss and trainer.model_accepts_loss_kwargs
+    count = _labels_that_count(trainer, batch)
+    if count is None or (getattr(trainer, "compute_loss_func", None) is None and not own):
         return {}
-    labels = batch["labels"][..., 1:] if getattr(trainer, "_loss_shifts_labels", False) else batch["labels"]
     across = trainer.args.average_tokens_across_devices  # the Trainer then multiplies by the number of processes
-    return {"num_items_in_batch": labels.ne(-100).sum() * (trainer.accelerator.num_processes if across else 1)}
+    return {"num_items_in_batch": count * (trainer.accelerator.num_processes if across else 1)}
+
+
+def _labels_that_count(trainer: Any, batch: Any) -> Tensor | None:
+    """Their number, as the Trainer counts them; None where it counts none."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        return None
+    return (labels[..., 1:] if getattr(trainer, "_loss_shifts_labels", False) else labels).ne(-100).sum()
 
 
 class FisherTraceTrainer(FisherTraceMixin, Trainer):

@@ -215,6 +215,102 @@ def test_refuses_what_lightning_owns_and_manual_optimization() -> None:
         fit(module, integration.FisherTraceCallback())
 
 
+@pytest.mark.parametrize("never_logs", [{"log_every_n_steps": 0}, {"barebones": True}])
+def test_a_trainer_that_never_logs_is_no_error(never_logs: dict[str, Any]) -> None:
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[integration.FisherTraceCallback(**OPTIONS)],
+        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+           "enable_model_summary": False} if "barebones" not in never_logs else {}, **never_logs,
+    )  # fmt: skip
+    trainer.fit(module_type()(), DataLoader(data(), batch_size=8))
+    assert trainer.global_step == 6
+    assert not [name for name in trainer.callback_metrics if name.startswith("fisher_trace")]
+
+
+def test_training_step_gets_what_lightning_gives_it() -> None:
+    class TakesMore(module_type()):
+        def training_step(self, batch: Any, **unused: Any) -> torch.Tensor:
+            return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    assert fit(TakesMore(), integration.FisherTraceCallback(**OPTIONS)).global_step == 6
+
+    class TakesIterator(module_type()):
+        def training_step(self, dataloader_iter: Any) -> torch.Tensor:
+            (inputs, targets), *_ = next(dataloader_iter)
+            return F.cross_entropy(self.network(inputs), targets)
+
+    with pytest.raises(FlatminimaError, match="TakesIterator's training_step takes a dataloader_iter"):
+        fit(TakesIterator(), integration.FisherTraceCallback(**OPTIONS))
+
+
+def test_penalty_passes_make_tensors_in_the_trainers_precision() -> None:
+    types: list[torch.dtype] = []
+
+    class MakesTensors(module_type()):
+        def training_step(self, batch: Any) -> torch.Tensor:
+            made = torch.ones(3)
+            types.append(made.dtype)
+            return F.cross_entropy(self.network(batch[0]) @ made.diag(), batch[1])
+
+    fit(MakesTensors(), integration.FisherTraceCallback(**OPTIONS), precision="64-true")
+    assert set(types) == {torch.float64}
+
+
+def test_what_belongs_to_the_batch_as_a_whole_is_not_split() -> None:
+    """Class weights, say, of another length than the samples: only several loaders have batches of several sizes."""
+
+    class Weighted(module_type()):
+        def training_step(self, batch: Any) -> torch.Tensor:
+            inputs, targets, class_weights = batch
+            return F.cross_entropy(self.network(inputs), targets, class_weights)
+
+    def with_weights(samples: Any) -> Any:
+        inputs, targets = torch.utils.data.default_collate(samples)
+        return inputs, targets, torch.tensor([1.0, 2.0, 3.0])
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[integration.FisherTraceCallback(**OPTIONS)],
+    )  # fmt: skip
+    with pytest.raises(FlatminimaError, match="must be tensors that share their first dimension"):
+        trainer.fit(Weighted(), DataLoader(data(), batch_size=8, collate_fn=with_weights))
+
+
+def test_penalty_passes_do_not_join_the_metrics_of_a_collection() -> None:
+    """A collection has one state for metrics that agree after its first update, as top-1 and top-2 on one sample do."""
+
+    class Collecting(module_type()):
+        def __init__(self) -> None:
+            super().__init__()
+            accuracies = {
+                f"top-{k}": torchmetrics.classification.MulticlassAccuracy(3, top_k=k, average="micro") for k in (1, 2)
+            }
+            self.accuracies = torchmetrics.MetricCollection(accuracies)
+
+        def training_step(self, batch: Any) -> torch.Tensor:
+            inputs, targets = batch
+            scores = 2 * F.one_hot(targets, 3) + F.one_hot((targets + 1) % 3, 3)
+            second = 2 * F.one_hot((targets + 1) % 3, 3) + F.one_hot(targets, 3)
+            self.accuracies.update(torch.where(inputs[:, :1] <= threshold, second, scores).float(), targets)
+            return F.cross_entropy(self.network(inputs), targets)
+
+    threshold = data().tensors[0][:8, 0].min()  # so that one sample of the first batch is second best
+    module = Collecting()
+    fit(module, integration.FisherTraceCallback(**OPTIONS))
+    right = (data().tensors[0][:, 0] > threshold).float().mean().item()
+    assert right < 1
+    assert {name: value.item() for name, value in module.accuracies.compute().items()} == {
+        "top-1": pytest.approx(right), "top-2": 1.0,
+    }  # fmt: skip
+
+
+def test_a_generator_of_parameters_serves_every_fit() -> None:
+    module = module_type()()
+    callback = integration.FisherTraceCallback(**OPTIONS, parameters=module.network[0].parameters())
+    fit(module, callback)
+    assert fit(module, callback).callback_metrics["fisher_trace/fisher_trace"] > 0
+
+
 def test_example_trains() -> None:
     trainer = runpy.run_path(str(EXAMPLE))["main"]()
     assert trainer.global_step == 64
@@ -296,6 +392,21 @@ def test_measures_are_tracked_and_logged_and_change_nothing() -> None:
     assert last.others["validation_loss"] < first.others["validation_loss"]
     assert not [name for name in last.others if name.startswith("flatminima/")]
     assert logger.seen["validation_loss"] == pytest.approx(last.others["validation_loss"])
+
+
+def test_an_epoch_without_validation_has_none_of_an_earlier_one() -> None:
+    callback = integration.MeasureCallback(
+        Tracker(data(), MeasureOptions(subset_size=12, trials=2, progress=False)), log=False
+    )
+    tracked_run(callback, logging_module_type()(), logger=False, check_val_every_n_epoch=2)
+    assert [sorted(tracked.others) for tracked in callback.tracker.epochs] == [[], ["validation_loss"]] * 2
+
+
+def test_a_module_without_forward_is_refused_before_it_trains() -> None:
+    module = module_type()()
+    with pytest.raises(FlatminimaError, match=r"Module has no forward that could be measured: .* network="):
+        fit(module, integration.MeasureCallback(Tracker(data())))
+    assert module.seen.update_count == 0
 
 
 @pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")  # `measure` itself gives it

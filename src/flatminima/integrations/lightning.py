@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +17,8 @@ from flatminima.tracking import LOGGED_AS, Tracker
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from torchmetrics import Metric
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+    from torchmetrics import Metric, MetricCollection
 except ImportError as error:
     raise FlatminimaError(
         "flatminima.integrations.lightning needs Lightning: pip install 'flatminima[integrations]'"
@@ -47,8 +48,9 @@ class FisherTraceCallback(Callback):
         regularizer: the :class:`flatminima.FisherTraceRegularizer`, None before training starts.
 
     Raises:
-        FlatminimaError: for arguments out of range (when training starts), manual optimization, FSDP1
-            (``FSDPStrategy``), tensor parallelism, or sharding that leaves trainable parameters whole.
+        FlatminimaError: for arguments out of range (when training starts), manual optimization, a ``training_step``
+            that takes a ``dataloader_iter``, FSDP1 (``FSDPStrategy``), tensor parallelism, or sharding that leaves
+            trainable parameters whole.
     """
 
     def __init__(self, *, log: bool = True, **options: Any) -> None:
@@ -56,6 +58,8 @@ class FisherTraceCallback(Callback):
             if name in options:
                 raise FlatminimaError(f"{name} is not the regularizer's here: Lightning owns the main backward pass")
         self.regularizer: FisherTraceRegularizer | None = None
+        if isinstance(options.get("parameters"), Iterator):  # every fit goes through them
+            options["parameters"] = list(options["parameters"])
         self._log = log
         self._options = options
         self._penalty: Penalty | None = None
@@ -66,14 +70,21 @@ class FisherTraceCallback(Callback):
             raise FlatminimaError(
                 f"{type(pl_module).__name__} optimizes manually: call FisherTraceRegularizer.backward in training_step"
             )
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            raise FlatminimaError(
+                f"{type(pl_module).__name__}'s training_step takes a dataloader_iter, so that its batches cannot be "
+                "split before it sees them: let it take a batch"
+            )
         self.regularizer = FisherTraceRegularizer(pl_module, **self._options)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compute the penalty; Lightning zeroes ``.grad`` later on."""
         assert self.regularizer is not None
         self.regularizer.step = trainer.global_step
-        with _without_side_effects(pl_module):
-            split = _several(batch, self.regularizer.num_sub_batches)
+        several = isinstance(trainer.train_dataloader, (dict, list, tuple))
+        split = _several(batch, self.regularizer.num_sub_batches) if several else batch
+        # where the precision is float64, it also is what training_step makes tensors in
+        with trainer.precision_plugin.train_step_context(), _without_side_effects(pl_module):
             self._penalty = self.regularizer.penalize(lambda part: _loss(pl_module, part, batch_idx), split)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -89,8 +100,8 @@ class FisherTraceCallback(Callback):
     ) -> None:
         """Log, and free the penalty's memory."""
         self._penalty = None
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
-        if self._log and self.regularizer is not None and trainer.global_step % every == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector; 0: never
+        if self._log and self.regularizer is not None and every and trainer.global_step % every == 0:
             found = self.regularizer.diagnostics()
             pl_module.log_dict({f"fisher_trace/{name}": value for name, value in found.items()})
 
@@ -107,7 +118,8 @@ class MeasureCallback(Callback):
         log: log the measures, to whatever logger the Trainer has.
 
     Raises:
-        FlatminimaError: as the tracker does, at the end of the first epoch that is due.
+        FlatminimaError: for a module without a ``forward`` (when training starts), and as the tracker does, at the end
+            of the first epoch that is due.
     """
 
     def __init__(
@@ -115,20 +127,34 @@ class MeasureCallback(Callback):
     ) -> None:
         self.tracker = tracker
         self._network, self._log = network, log
+        self._metrics_before: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the module."""
+        if self._network is None and type(pl_module).forward is LightningModule.forward:
+            raise FlatminimaError(
+                f"{type(pl_module).__name__} has no forward that could be measured: define one, or say what is to be "
+                "measured, MeasureCallback(tracker, network=lambda module: module.network)"
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics of earlier epochs, which the Trainer keeps until they are logged anew."""
+        self._metrics_before = dict(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, if it is time."""
         network = pl_module if self._network is None else self._network(pl_module)
-        logged = {name: value for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        # among them is what was logged here in an earlier epoch
-        others = {name: float(value) for name, value in logged.items() if not name.startswith(LOGGED_AS)}
+        before = self._metrics_before
+        logged = {name: value for name, value in trainer.callback_metrics.items() if value is not before.get(name)}
+        # among them is what another of these callbacks has logged
+        others = {n: float(v) for n, v in logged.items() if v.numel() == 1 and not n.startswith(LOGGED_AS)}
         tracked = self.tracker.track(network, trainer.current_epoch + 1, others)
         if tracked is not None and self._log:
             pl_module.log_dict(tracked.logged())
 
 
 def _loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    takes_index = len(inspect.signature(module.training_step).parameters) > 1
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as Lightning asks
     output: Any = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
     loss: Tensor | None = output["loss"] if isinstance(output, dict) else output
     return torch.zeros((), device=module.device) if loss is None else loss  # None skips the batch
@@ -144,7 +170,7 @@ def _several(batch: Any, count: int) -> Any:
 @contextmanager
 def _without_side_effects(module: LightningModule) -> Iterator[None]:
     """``self.log`` does nothing, and metrics come out as they went in."""
-    metrics = {metric: _state(metric) for metric in module.modules() if isinstance(metric, Metric)}
+    metrics = {metric: _state(metric) for metric in module.modules() if isinstance(metric, (Metric, MetricCollection))}
     try:
         module.__dict__["log"] = lambda *args, **kwargs: None
         yield
@@ -154,12 +180,17 @@ def _without_side_effects(module: LightningModule) -> Iterator[None]:
             metric.__dict__.update(state)
 
 
-def _state(metric: Metric) -> dict[str, Any]:
-    """A metric's attributes; tensors and lists, which it may change in place, are copied."""
+def _state(metric: Metric | MetricCollection) -> dict[str, Any]:
+    """A metric's attributes; tensors and lists, which it may change in place, are copied.
+
+    A collection's say which of its metrics are one: those that agree after its first update, as on one sample many do.
+    """
 
     def copy_of(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.clone()
         return list(value) if isinstance(value, list) else value
 
+    if isinstance(metric, MetricCollection):
+        return {name: copy.deepcopy(vars(metric)[name]) for name in ("_groups", "_groups_checked")}
     return {name: copy_of(value) for name, value in metric.__dict__.items()}

@@ -95,7 +95,8 @@ def test_example_trains(mixed_precision: str) -> None:
 
 def test_the_example_steps_with_the_gradients_of_all_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate's optimizers zero nothing but before the last micro-batch, where they would clear the others'."""
-    added, before = [torch.zeros(())], []
+    added = [torch.zeros(())]
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(accelerator: Any, regularizer: FisherTraceRegularizer, *batch: Any) -> torch.Tensor:
         def norm() -> torch.Tensor:

@@ -192,5 +192,5 @@ def _state(metric: Metric | MetricCollection) -> dict[str, Any]:
         return list(value) if isinstance(value, list) else value
 
     if isinstance(metric, MetricCollection):
-        return {name: copy.deepcopy(vars(metric)[name]) for name in ("_groups", "_groups_checked")}
-    return {name: copy_of(value) for name, value in metric.__dict__.items()}
+        return {name: copy.deepcopy(value) for name, value in vars(metric).items() if name.startswith("_groups")}
+    return {name: copy_of(value) for name, value in vars(metric).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -181,6 +182,12 @@ class Tracker:
         if self._path is not None:
             processes.first(partial(write_file, self._path, _lines_of(self.epochs)))
         return tracked
+
+    def rehearsal(self) -> Tracker:
+        """A tracker that measures as this one does, but whose epochs are not kept, here or in the file."""
+        twin = copy.copy(self)
+        twin._path, twin.left_out = None, []
+        return twin
 
     def plot(self, measures: Sequence[str] = PARTS, *, ax: Axes | None = None) -> Axes:
         """Measures over epochs, on the left; on the right the training error, and what else is an error (matplotlib).

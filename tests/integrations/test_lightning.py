@@ -396,6 +396,24 @@ def test_an_epoch_without_validation_has_none_of_an_earlier_one() -> None:
     assert [sorted(tracked.others) for tracked in callback.tracker.epochs] == [[], ["validation_loss"]] * 2
 
 
+def test_a_fast_dev_run_measures_and_leaves_the_record_of_a_real_one(tmp_path: Path) -> None:
+    file = tmp_path / "epochs.jsonl"
+    tracker = Tracker(data(), MeasureOptions(subset_size=12, trials=2, progress=False), path=file)
+    before = tracker(logging_module_type()().network, epoch=1)
+    assert before is not None
+    content, found = file.read_text(encoding="utf-8"), {}
+
+    class Logged(integration.MeasureCallback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            super().on_train_epoch_end(trainer, module)
+            found.update(trainer.callback_metrics)
+
+    tracked_run(Logged(tracker), logging_module_type()(), logger=False, fast_dev_run=True)
+    assert "flatminima/log_det_fisher" in found
+    assert file.read_text(encoding="utf-8") == content
+    assert [epoch.measures for epoch in tracker.epochs] == [before]
+
+
 def test_a_module_without_forward_is_refused_before_it_trains() -> None:
     module = module_type()()
     with pytest.raises(FlatminimaError, match=r"Module has no forward that could be measured: .* network="):

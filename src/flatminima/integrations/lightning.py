@@ -110,7 +110,8 @@ class MeasureCallback(Callback):
     """Measures the network while it trains: ``Trainer(callbacks=[MeasureCallback(Tracker(train_set, every=5))])``.
 
     At the end of a training epoch, after its validation. Logged as ``flatminima/...``; the Trainer's own metrics of the
-    epoch are kept beside the measures. With several processes all measure, and get the same.
+    epoch are kept beside the measures. With several processes all measure, and get the same. In a ``fast_dev_run`` the
+    tracker measures, and keeps nothing.
 
     Args:
         tracker: what it measures on, how, and how often: a :class:`flatminima.Tracker`.
@@ -148,7 +149,8 @@ class MeasureCallback(Callback):
         logged = {name: value for name, value in trainer.callback_metrics.items() if value is not before.get(name)}
         # among them is what another of these callbacks has logged
         others = {n: float(v) for n, v in logged.items() if v.numel() == 1 and not n.startswith(LOGGED_AS)}
-        tracked = self.tracker.track(network, trainer.current_epoch + 1, others)
+        tracker = self.tracker.rehearsal() if trainer.fast_dev_run else self.tracker  # type: ignore[attr-defined]
+        tracked = tracker.track(network, trainer.current_epoch + 1, others)
         if tracked is not None and self._log:
             pl_module.log_dict(tracked.logged())
 

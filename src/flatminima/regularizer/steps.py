@@ -26,8 +26,8 @@ WINDOW = 20
 class RegularizerStep:
     """What one step saw. Scalar tensors on the model's device, so that keeping them does not wait for the device.
 
-    With micro-batches, all but ``grad_norm`` are averages over them; with several processes, all but ``grad_norm`` are
-    this process's.
+    With micro-batches, all but ``grad_norm`` are averages over them, or those of the last one where a framework owns the
+    main pass (:meth:`FisherTraceRegularizer.penalize`); with several processes, all but ``grad_norm`` are this process's.
 
     Attributes:
         trace: mean_i ‖g_i‖₂², the trace estimate that the penalty drives down (Sec. 6).
@@ -39,7 +39,7 @@ class RegularizerStep:
             that the passes go through, a frozen base's too; measured errors were 1 ε‖g‖ (small MLP) to 25 ε‖g‖
             (convolutional network late in training). Zero for ``"hvp"``.
         grad_norm: global 2-norm of ``.grad`` after the step and before clipping; None where a framework owns the main
-            pass (:meth:`FisherTraceRegularizer.penalize`).
+            pass.
     """
 
     trace: Tensor

@@ -26,8 +26,9 @@ WINDOW = 20
 class RegularizerStep:
     """What one step saw. Scalar tensors on the model's device, so that keeping them does not wait for the device.
 
-    With micro-batches, all but ``grad_norm`` are averages over them, or those of the last one where a framework owns the
-    main pass (:meth:`FisherTraceRegularizer.penalize`); with several processes, all but ``grad_norm`` are this process's.
+    With micro-batches, all but ``grad_norm`` are averages over them; where a framework owns the main pass
+    (:meth:`FisherTraceRegularizer.penalize`) they are those of the last one. With several processes, all but
+    ``grad_norm`` are this process's.
 
     Attributes:
         trace: mean_i ‖g_i‖₂², the trace estimate that the penalty drives down (Sec. 6).

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
+from flatminima.integrations import regularizer_options
 from flatminima.network import tensors_of
 from flatminima.regularizer import FisherTraceRegularizer, Penalty, SeveralBatches
 from flatminima.tracking import LOGGED_AS, Tracker
@@ -54,14 +55,9 @@ class FisherTraceCallback(Callback):
     """
 
     def __init__(self, *, log: bool = True, **options: Any) -> None:
-        for name in ("max_grad_norm", "main_gradient"):
-            if name in options:
-                raise FlatminimaError(f"{name} is not the regularizer's here: Lightning owns the main backward pass")
+        self._options = regularizer_options(options, "Lightning")  # for every fit
         self.regularizer: FisherTraceRegularizer | None = None
-        if isinstance(options.get("parameters"), Iterator):  # every fit goes through them
-            options["parameters"] = list(options["parameters"])
         self._log = log
-        self._options = options
         self._penalty: Penalty | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

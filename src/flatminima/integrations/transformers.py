@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
+from flatminima.integrations import regularizer_options
 from flatminima.regularizer import FisherTraceRegularizer
 from flatminima.tracking import Tracker
 
@@ -43,14 +43,10 @@ class FisherTraceMixin:
     """
 
     def __init__(self, *args: Any, regularizer: dict[str, Any], **kwargs: Any) -> None:
-        for name in ("max_grad_norm", "main_gradient"):
-            if name in regularizer:
-                raise FlatminimaError(f"{name} is not the regularizer's here: the Trainer owns the main backward pass")
+        options = regularizer_options(regularizer, "the Trainer")
         super().__init__(*args, **kwargs)
-        if isinstance(regularizer.get("parameters"), Iterator):  # a wrapped model goes through them again
-            regularizer = {**regularizer, "parameters": list(regularizer["parameters"])}
-        self._regularizer_options = regularizer
-        self.regularizer = FisherTraceRegularizer(self.model, **regularizer)  # type: ignore[attr-defined]
+        self._regularizer_options = options  # for the model as the Trainer will wrap it, too
+        self.regularizer = FisherTraceRegularizer(self.model, **options)  # type: ignore[attr-defined]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The Trainer's, after the penalty has been added to ``.grad``."""
@@ -119,8 +115,10 @@ class MeasureCallback(TrainerCallback):
 def _items(trainer: Any, batch: Any) -> dict[str, Any]:
     """What a ``compute_loss_func``, or a ``compute_loss`` of a user's, divides its sum by."""
     own = type(trainer).compute_loss is not Trainer.compute_loss and trainer.model_accepts_loss_kwargs
+    if getattr(trainer, "compute_loss_func", None) is None and not own:
+        return {}
     count = _labels_that_count(trainer, batch)
-    if count is None or (getattr(trainer, "compute_loss_func", None) is None and not own):
+    if count is None:
         return {}
     across = trainer.args.average_tokens_across_devices  # the Trainer then multiplies by the number of processes
     return {"num_items_in_batch": count * (trainer.accelerator.num_processes if across else 1)}

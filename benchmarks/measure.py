@@ -2,7 +2,7 @@
 
     python benchmarks/measure.py --threads 1 --clock cpu        # the paper's four networks, on a busy machine
     python benchmarks/measure.py --networks resnet50 vit-s gpt2 --trials 3
-    python benchmarks/measure.py --networks resnet50 --sharpness 20    # p as nearly one-hot as after training
+    python benchmarks/measure.py --networks resnet50 --sharpness 20    # p less uniform than by random weights
     python benchmarks/measure.py --device cuda --memory-limit 0 --output measure-cuda
 
 One call of ``measure`` is timed from within: by its data set, which sees every fetch, and by a clock around every

@@ -168,7 +168,7 @@ _MEDIUM = Preset(
         "20 % label noise": replace(_MEDIUM_TABLE_RUN, train_size=8000, confusion=2000),
     },
     measured=("ResNet-8 wide, CIFAR-10", "10 % label noise", "20 % label noise"),
-    betas=(10, 100, 1000),
+    betas=(1, 3, 10, 100, 1000),
     sub_batches=(4,),
     clipping=(5,),
     validation=5000,

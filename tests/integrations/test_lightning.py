@@ -58,11 +58,14 @@ def data() -> TensorDataset:
     return TensorDataset(torch.randn(48, 6, generator=generator), torch.randint(3, (48,), generator=generator))
 
 
+def quiet_trainer(*callbacks: Any, **arguments: Any) -> Any:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = {"accelerator": "cpu", "enable_model_summary": False, **quiet, **arguments}
+    return lightning.Trainer(callbacks=list(callbacks), **options)
+
+
 def fit(module: Any, callback: Any, **arguments: Any) -> Any:
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback], log_every_n_steps=1, **arguments,
-    )  # fmt: skip
+    trainer = quiet_trainer(callback, max_epochs=1, log_every_n_steps=1, **arguments)
     trainer.fit(module, DataLoader(data(), batch_size=8))
     return trainer
 
@@ -143,10 +146,7 @@ def test_batches_of_several_loaders_are_split_side_by_side() -> None:
     start = copy.deepcopy(module)
     loaders = {"a": DataLoader(data(), batch_size=8), "b": DataLoader(data(), batch_size=24)}
     callback = integration.FisherTraceCallback(**{**OPTIONS, "num_sub_batches": 4})
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback],
-    )  # fmt: skip
+    trainer = quiet_trainer(callback, max_steps=1)
     trainer.fit(module, lightning.utilities.CombinedLoader(loaders, "min_size"))
 
     pieces = parts[::2]  # of each piece two passes
@@ -196,7 +196,7 @@ def test_gradient_scaler_scales_the_penalty_too() -> None:
     gradients = []
     for used in (None, scaler):
         module.zero_grad()
-        trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer = quiet_trainer()
         trainer.precision_plugin.scaler = used
         callback.on_train_start(trainer, module)
         callback.on_train_batch_start(trainer, module, data()[:8], 0)
@@ -217,11 +217,7 @@ def test_refuses_what_lightning_owns_and_manual_optimization() -> None:
 
 @pytest.mark.parametrize("never_logs", [{"log_every_n_steps": 0}, {"barebones": True}])
 def test_a_trainer_that_never_logs_is_no_error(never_logs: dict[str, Any]) -> None:
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1, callbacks=[integration.FisherTraceCallback(**OPTIONS)],
-        **{"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-           "enable_model_summary": False} if "barebones" not in never_logs else {}, **never_logs,
-    )  # fmt: skip
+    trainer = quiet_trainer(integration.FisherTraceCallback(**OPTIONS), max_epochs=1, **never_logs)
     trainer.fit(module_type()(), DataLoader(data(), batch_size=8))
     assert trainer.global_step == 6
     assert not [name for name in trainer.callback_metrics if name.startswith("fisher_trace")]
@@ -268,10 +264,7 @@ def test_what_belongs_to_the_batch_as_a_whole_is_not_split() -> None:
         inputs, targets = torch.utils.data.default_collate(samples)
         return inputs, targets, torch.tensor([1.0, 2.0, 3.0])
 
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[integration.FisherTraceCallback(**OPTIONS)],
-    )  # fmt: skip
+    trainer = quiet_trainer(integration.FisherTraceCallback(**OPTIONS), max_steps=1)
     with pytest.raises(FlatminimaError, match="must be tensors that share their first dimension"):
         trainer.fit(Weighted(), DataLoader(data(), batch_size=8, collate_fn=with_weights))
 
@@ -363,10 +356,7 @@ def logger_type() -> Any:
 
 
 def tracked_run(callback: Any, module: Any, **arguments: Any) -> Any:
-    trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=4, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[] if callback is None else [callback], **arguments,
-    )  # fmt: skip
+    trainer = quiet_trainer(*filter(None, [callback]), max_epochs=4, **arguments)
     trainer.fit(module, DataLoader(data(), batch_size=8), DataLoader(data(), batch_size=48))
     return trainer
 

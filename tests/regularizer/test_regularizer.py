@@ -504,6 +504,7 @@ def test_schedule_is_that_of_plain_and_penalized_steps() -> None:
     betas = {3: 3 * 2 / 4, 5: 3 * 2 * 3 / 4, 7: 3 * 2, 9: 3 * 2}
     for t in range(11):
         reference = copy.deepcopy(model)
+        assert scheduled.is_due == (t in betas)
         torch.manual_seed(t)
         model.zero_grad()
         scheduled.backward(F.cross_entropy, inputs, targets)

@@ -59,7 +59,12 @@ class FisherTraceMixin:
         if callable(getattr(trainer.optimizer, "train", None)):  # schedule-free ones evaluate at other weights
             trainer.optimizer.train()
         self.regularizer.step = trainer.state.global_step
-        batch = trainer._prepare_inputs(inputs)
+        if self.regularizer.is_due:
+            self._add_penalty(trainer, model, trainer._prepare_inputs(inputs), num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        return loss
+
+    def _add_penalty(self, trainer: Any, model: nn.Module, batch: Any, num_items_in_batch: Any) -> None:
         # what has no label that counts adds nothing to a loss that is divided by the labels of all micro-batches
         weighs = num_items_in_batch is None or _labels_that_count(trainer, batch) != 0
 
@@ -76,8 +81,6 @@ class FisherTraceMixin:
             penalty.add_gradient_to_grad(
                 self.regularizer.present_beta / trainer.current_gradient_accumulation_steps * scale
             )
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's; training logs also hold the regularizer's diagnostics."""

@@ -279,9 +279,9 @@ class FisherTraceRegularizer:
             NonFiniteError: if a sub-batch's loss is NaN or infinite.
             FlatminimaError: as :meth:`backward`.
         """
-        since = self.step - self.start_step
-        if since < 0 or since % self.every:
+        if not self.is_due:
             return None
+        since = self.step - self.start_step
         settings = PenaltySettings(
             self.alpha, self.num_sub_batches, self.estimator, self.batch_statistics, self._passes
         )
@@ -315,6 +315,12 @@ class FisherTraceRegularizer:
             before.back_from(error)
             raise
         return penalty
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the penalty acts at this step, by ``start_step`` and ``every``."""
+        since = self.step - self.start_step
+        return since >= 0 and since % self.every == 0
 
     @property
     def present_beta(self) -> float:

@@ -164,9 +164,11 @@ def test_medium_is_the_papers_scenario_1_on_a_smaller_network() -> None:
 
 def test_mediums_tables_are_at_three_rates_of_label_noise_on_as_many_images() -> None:
     one, two = built("table-1", "medium"), built("table-2", "medium")
-    plain = [s.spec for s in one.settings if s.arm == PLAIN]
+    *plain, fitted = [s.spec for s in one.settings if s.arm == PLAIN]
     assert [(spec.train_size, spec.confusion) for spec in plain] == [(10_000, 0), (9000, 1000), (8000, 2000)]
     assert [replace(spec, train_size=10_000, confusion=0) for spec in plain] == [plain[0]] * 3
+    assert (fitted.train_size, fitted.confusion, fitted.epochs) == (8000, 2000, plain[0].epochs)
+    assert fitted.augmentation == "no-aug"  # there as many epochs fit wrong labels, too
     assert two.cases == one.cases
     assert one.arms == [PLAIN, REGULARIZED, EXACT, SAM, MATCHED, "+reg, every=10"]
     regularizers = {(s.case, s.arm): s.spec.regularizer for s in one.settings}

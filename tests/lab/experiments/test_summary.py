@@ -69,6 +69,21 @@ def test_comparisons_say_whether_the_claim_holds(gain: float, said: str) -> None
     assert pooled.p_sign == pytest.approx(2 / 2**35)
 
 
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [(-0.01, "Whether {} cannot be said yet: 1 of 7 are compared."), (0.01, "That {} does not hold here.")],
+)
+def test_a_claim_about_every_case_waits_for_all_unless_one_settles_it(gain: float, said: str) -> None:
+    experiment = table_1(PRESETS["paper"], {})
+    records = [
+        record_of(experiment.cases[0], arm, seed, 0.1 + 0.001 * seed + (gain if arm == REGULARIZED else 0))
+        for arm in (PLAIN, REGULARIZED)
+        for seed in range(3)
+    ]
+    verdict = summarize(experiment, records, Unfinished(left=("one more",))).verdict
+    assert verdict[0] == said.format("the regularizer lowers the test error for every network")
+
+
 def test_every_way_of_training_stands_against_the_regularizer_and_against_plain_training() -> None:
     experiment = table_1(PRESETS["paper"], {})
     case = experiment.cases[0]

@@ -95,14 +95,20 @@ def _comparison(summary: Summary) -> list[str]:
         return ["There is no pair to compare yet.", *_unfitted(summary.records)]
     claimed = [d for d in summary.differences if (d.arm, d.against) == summary.contrast]
     if claimed:
-        clearly, lower = sum(d.high < 0 for d in claimed), sum(d.mean < 0 for d in claimed)
-        holds = "holds" if clearly == len(claimed) else "holds in tendency"
-        if lower < len(claimed):
-            holds = "does not hold"
-        every = f"number of {summary.factor}" if _counts(summary.cases) else "network"
-        first = f"That the regularizer lowers the {what} for every {every} {holds} here."
-        sentences = [first, *(_effect(summary, difference) for difference in claimed), *sentences]
+        sentences = [_claim(summary, claimed), *(_effect(summary, difference) for difference in claimed), *sentences]
     return sentences + _not_minima(summary) + _unfitted(summary.records)
+
+
+def _claim(summary: Summary, claimed: Sequence[Contrast]) -> str:
+    """Whether the regularizer lowers the quantity in every case; one in which it does not settles that."""
+    clearly, lower = sum(d.high < 0 for d in claimed), sum(d.mean < 0 for d in claimed)
+    every = f"number of {summary.factor}" if _counts(summary.cases) else "network"
+    claim = f"the regularizer lowers the {SHORT_NAMES[summary.quantity]} for every {every}"
+    if lower < len(claimed):
+        return f"That {claim} does not hold here."
+    if len(claimed) < len(summary.cases):
+        return f"Whether {claim} cannot be said yet: {len(claimed)} of {len(summary.cases)} are compared."
+    return f"That {claim} {'holds' if clearly == len(claimed) else 'holds in tendency'} here."
 
 
 def _effect(summary: Summary, difference: Contrast) -> str:

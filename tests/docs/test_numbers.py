@@ -55,6 +55,16 @@ def test_what_is_said_of_the_middle_size_is_in_its_record(number: int) -> None:
     assert said <= intervals_of((ROOT / "results" / "medium" / f"scenario-{number}.md").read_text(encoding="utf-8"))
 
 
+def test_what_is_said_of_the_middle_sizes_regularizer_is_in_its_records() -> None:
+    text = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
+    section = next(part for part in text.split("## ") if part.startswith("Tables 1 and 2")).replace("−", "-")
+    difference = r"([+-]\d+\.\d\d)[a-z ]* \((?:95 % interval )?([+-]\d+\.\d\d) to ([+-]\d+\.\d\d)\)"
+    said = set(re.findall(difference, section))
+    assert len(said) >= 2
+    records = [(ROOT / "results" / "medium" / f"table-{k}.md").read_text(encoding="utf-8") for k in (1, 2)]
+    assert said <= set(re.findall(difference, "".join(records)))
+
+
 def test_the_regularizers_gain_over_ten_seeds_is_that_of_both_records() -> None:
     records = [
         record

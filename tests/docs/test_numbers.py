@@ -60,9 +60,27 @@ def test_what_is_said_of_the_middle_sizes_regularizer_is_in_its_records() -> Non
     section = next(part for part in text.split("## ") if part.startswith("Tables 1 and 2")).replace("−", "-")
     difference = r"([+-]\d+\.\d\d)[a-z ]* \((?:95 % interval )?([+-]\d+\.\d\d) to ([+-]\d+\.\d\d)\)"
     said = set(re.findall(difference, section))
-    assert len(said) >= 2
+    assert len(said) >= 3
+    assert set(re.findall(difference, README.replace("−", "-"))) <= said
     records = [(ROOT / "results" / "medium" / f"table-{k}.md").read_text(encoding="utf-8") for k in (1, 2)]
     assert said <= set(re.findall(difference, "".join(records)))
+
+
+def test_the_runs_named_as_missing_are_those_that_the_records_lack() -> None:
+    text = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| `?(?:paper|matched)?`? ?\| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    named = {name: (int(planned), int(missing)) for name, planned, missing in rows}
+    assert len(named) == 6
+    files = {
+        "Scenario I": "scenario-1",
+        "Scenario III": "scenario-3",
+        "Search for β": "search",
+        "Tables 1 and 2": "table-1",
+    }
+    for name, file in files.items():
+        record = json.loads((ROOT / "results" / "medium" / f"{file}.json").read_text(encoding="utf-8"))[0]
+        ended = len(record["records"]) + len(record["failures"])
+        assert named[name] == (ended + len(record["left"]), len(record["left"])), name
 
 
 def test_the_regularizers_gain_over_ten_seeds_is_that_of_both_records() -> None:

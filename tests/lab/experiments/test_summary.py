@@ -111,7 +111,7 @@ def test_networks_that_have_not_fitted_are_counted() -> None:
 
 
 def test_what_the_regularizer_has_kept_from_a_minimum_is_counted() -> None:
-    experiment, off = table_1(PRESETS["paper"], {}), [(REGULARIZED, 1), (PLAIN, 0)]
+    experiment, off = table_1(PRESETS["paper"], {}), [(REGULARIZED, 1), (REGULARIZED, 0), (PLAIN, 0)]  # both at 0
     records = [
         record_of(experiment.cases[0], arm, seed, 0.1, warnings=("the loss is too high",) if (arm, seed) in off else ())
         for arm in (PLAIN, REGULARIZED)

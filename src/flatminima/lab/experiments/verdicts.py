@@ -156,15 +156,16 @@ def _of_trials(trials: Sequence[TrialSummary]) -> str:
 
 
 def _not_minima(summary: Summary) -> list[str]:
-    """Where the arm of the claim has not been trained to a minimum."""
-    ours = select(summary.records, (summary.contrast or summary.arms)[0])
-    off = [record for record in ours if record.warnings]
+    """Where the arm of the claim has not been trained to a minimum, and the other arm has."""
+    ours, baseline = (select(summary.records, arm) for arm in (summary.contrast or summary.arms)[:2])
+    minima = {(record.case, record.seed) for record in baseline if not record.warnings}
+    off = [record for record in ours if record.warnings and (record.case, record.seed) in minima]
     if not off:
         return []
     return [
-        f"{len(off)} of {len(ours)} runs of {ours[0].arm} end at a training loss too high to be called a minimum: "
-        "there the regularizer keeps the network from fitting its training images, and only γ̂ at normalized logits "
-        "compares."
+        f"{len(off)} of {len(ours)} runs of {ours[0].arm} end at a training loss too high to be called a minimum, "
+        f"where those of {baseline[0].arm} do not: there the regularizer keeps the network from fitting its training "
+        "images, and only γ̂ at normalized logits compares."
     ]
 
 

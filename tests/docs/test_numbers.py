@@ -14,6 +14,7 @@ from flatminima.lab.experiments.statistics import paired_difference
 from support.documents import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEDIUM = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -25,6 +26,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def intervals_of(page: str) -> set[tuple[str, ...]]:
     """Value and interval of each cell that has one; over minima, where that over settings stands between."""
     return set(re.findall(r"[+]?(-?\d\.\d\d)(?: \([+-]\d\.\d\d\))? \\\[(-?\d\.\d\d), (-?\d\.\d\d)\\\]", page))
+
+
+def section_of(page: str, title: str) -> str:
+    return next(part for part in page.split("## ") if part.startswith(title))
 
 
 def test_its_tables_are_those_of_the_records(made: ModuleType) -> None:
@@ -48,16 +53,14 @@ def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: Module
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_what_is_said_of_the_middle_size_is_in_its_record(number: int) -> None:
-    text = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
-    section = next(part for part in text.split("## ") if part.startswith(f"Scenario {'I' * number}:"))
+    section = section_of(MEDIUM, f"Scenario {'I' * number}:")
     said = set(re.findall(r"(\d\.\d\d)[a-z ]* \((?:95 % interval )?(\d\.\d\d) to (\d\.\d\d)\)", section))
     assert len(said) >= 5
     assert said <= intervals_of((ROOT / "results" / "medium" / f"scenario-{number}.md").read_text(encoding="utf-8"))
 
 
 def test_what_is_said_of_the_middle_sizes_regularizer_is_in_its_records() -> None:
-    text = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
-    section = next(part for part in text.split("## ") if part.startswith("Tables 1 and 2")).replace("−", "-")
+    section = section_of(MEDIUM, "Tables 1 and 2").replace("−", "-")
     difference = r"([+-]\d+\.\d\d)[a-z ]* \((?:95 % interval )?([+-]\d+\.\d\d) to ([+-]\d+\.\d\d)\)"
     said = set(re.findall(difference, section))
     assert len(said) >= 3
@@ -67,8 +70,7 @@ def test_what_is_said_of_the_middle_sizes_regularizer_is_in_its_records() -> Non
 
 
 def test_the_runs_named_as_missing_are_those_that_the_records_lack() -> None:
-    text = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+) \| `?(?:paper|matched)?`? ?\| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| ([^|]+) \| `?(?:paper|matched)?`? ?\| (\d+) \| (\d+) \|$", MEDIUM, re.MULTILINE)
     named = {name: (int(planned), int(missing)) for name, planned, missing in rows}
     assert len(named) == 6
     files = {

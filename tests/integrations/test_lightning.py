@@ -59,9 +59,13 @@ def data() -> TensorDataset:
 
 
 def quiet_trainer(*callbacks: Any, **arguments: Any) -> Any:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    options = {"accelerator": "cpu", "enable_model_summary": False, **quiet, **arguments}
-    return lightning.Trainer(callbacks=list(callbacks), **options)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return lightning.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **arguments})
 
 
 def fit(module: Any, callback: Any, **arguments: Any) -> Any:

@@ -391,8 +391,8 @@ def test_soft_labels_are_told_as_what_they_are(reduction: str) -> None:
         ),
         (CrossEntropy(), (5, 3, 4), torch.arange(15).view(5, 3) % 4, lambda z, y: F.cross_entropy(z.mT, y)),
         (nn.BCEWithLogitsLoss(), (5, 4), (torch.arange(20).view(5, 4) % 2).double(), nn.BCEWithLogitsLoss()),
-        (nn.MSELoss(), (5, 4), torch.ones(5, 4), nn.MSELoss()),
-        (nn.MSELoss(reduction="none"), (5, 1), torch.ones(5, 1), nn.MSELoss()),
+        (nn.MSELoss(), (5, 4), torch.ones(5, 4), lambda z, y: F.mse_loss(z, y.double())),
+        (nn.MSELoss(reduction="none"), (5, 1), torch.ones(5, 1), lambda z, y: F.mse_loss(z, y.double())),
         (plain, (5, 4), torch.arange(5) % 4, F.cross_entropy),
     ],
 )

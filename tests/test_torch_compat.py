@@ -23,10 +23,9 @@ from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode, wrap_torch
 from torch.utils.checkpoint import checkpoint
 
 from flatminima import torch_compat
+from support.versions import TORCH
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what dynamo imports
-
-TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
 def doubles(*shape: int) -> Tensor:

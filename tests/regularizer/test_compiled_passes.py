@@ -31,6 +31,7 @@ from support.regularizer_cases import (
     snapshot,
 )
 from support.regularizer_cases import assert_same as assert_same_numbers
+from support.versions import needs_newer_compiler
 
 compile_by = torch.compile
 
@@ -93,7 +94,10 @@ second graph is the first once more."""
             case,
             options,
             id=f"{sizes}-{name}",
-            marks=[] if sizes == ("unequal" if name in TWO_GRAPHS else "equal") else pytest.mark.slow,
+            marks=[
+                *([] if sizes == ("unequal" if name in TWO_GRAPHS else "equal") else [pytest.mark.slow]),
+                *([needs_newer_compiler] if name == "old-function" else []),
+            ],
         )
         for sizes, options in SIZES.items()
         for name, case in TRACED.items()
@@ -156,7 +160,11 @@ def test_graphs_of_other_models_do_not_count_towards_the_limit() -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
-    "wrap", [lambda model: model.compile() or model, DistributedDataParallel], ids=["compile", "ddp"]
+    "wrap",
+    [
+        pytest.param(lambda model: model.compile() or model, id="compile"),
+        pytest.param(DistributedDataParallel, id="ddp", marks=needs_newer_compiler),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::flatminima.errors.AccumulationWarning")
 def test_models_compiled_in_place_and_on_several_processes(
@@ -215,6 +223,7 @@ def test_hvp_is_refused() -> None:
         FisherTraceRegularizer(mlp(), passes="compiled", estimator="hvp")
 
 
+@needs_newer_compiler
 @pytest.mark.usefixtures("backend")
 def test_an_exception_in_the_loss_is_reported() -> None:
     with pytest.raises(FlatminimaError, match=r"must return a scalar tensor.*choose passes='one-by-one'"):

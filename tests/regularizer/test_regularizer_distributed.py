@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
+from flatminima.torch_compat import has_reshard_switches
 from support.collectives import counted_collectives, run_in_processes
 from support.regularizer_cases import CASES, SEED, assert_same_bits, assert_same_gradients, gradients_of, make, snapshot
 
@@ -102,9 +103,17 @@ def in_each_process(rank: int, folder: str) -> None:
     results["collectives of the penalty"] = calls()
     wrapped(inputs)
     results["and of a plain forward"] = calls()
-    results["sharded"] = under_fsdp(rank)
+    if can_train_sharded():
+        results["sharded"] = under_fsdp(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def can_train_sharded() -> bool:
+    """Whether this torch can; the others are refused by name."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return has_reshard_switches(FSDPModule)
 
 
 def under_fsdp(rank: int) -> dict[str, Any]:
@@ -242,6 +251,14 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
+@pytest.fixture
+def sharded_processes(processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the processes have found with weights that they share."""
+    if not can_train_sharded():
+        pytest.skip("this torch cannot train under fully_shard")
+    return [found["sharded"] for found in processes]
+
+
 @pytest.mark.parametrize(
     ("name", "case", "options"),
     [
@@ -269,47 +286,47 @@ def test_two_processes_are_one_with_the_joined_batch(
 
 @pytest.mark.parametrize("name", STEPS)
 def test_two_processes_that_share_the_weights_are_one_with_the_joined_batch(
-    processes: list[dict[str, Any]], name: str
+    sharded_processes: list[dict[str, Any]], name: str
 ) -> None:
     case, options = STEPS[name]
-    assert_joined(processes, name, case, options)
-    for _, exchanges, _ in (found["sharded"][name] for found in processes):
+    assert_joined(sharded_processes, name, case, options)
+    for _, exchanges, _ in (found[name] for found in sharded_processes):
         # FSDP2 reduces once per layer; without a main pass, there is a reduction per parameter
         layers, parameters = (1, 3) if case == "tied" else (2, 4)
         reductions = sum(count for call, count in exchanges.items() if "reduce_scatter" in call)
         assert reductions == (parameters if "main_gradient" in options else layers)
 
 
-def test_penalty_passes_of_shared_weights_gather_them_once(processes: list[dict[str, Any]]) -> None:
-    for found in processes:
-        assert found["sharded"]["exchanges of the penalty"] == {"c10d::_allgather_base_": 2}  # one per layer
+def test_penalty_passes_of_shared_weights_gather_them_once(sharded_processes: list[dict[str, Any]]) -> None:
+    for found in sharded_processes:
+        assert found["exchanges of the penalty"] == {"c10d::_allgather_base_": 2}  # one per layer
 
 
 @pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
-def test_micro_batches_of_shared_weights_add_up(processes: list[dict[str, Any]], main_gradient: str) -> None:
-    assert_joined(processes, f"accumulated {main_gradient}", "mlp", {})
+def test_micro_batches_of_shared_weights_add_up(sharded_processes: list[dict[str, Any]], main_gradient: str) -> None:
+    assert_joined(sharded_processes, f"accumulated {main_gradient}", "mlp", {})
 
 
-def test_layers_may_share_their_weights_without_an_outermost_module(processes: list[dict[str, Any]]) -> None:
-    assert_joined(processes, "layers on their own", "mlp", {})
+def test_layers_may_share_their_weights_without_an_outermost_module(sharded_processes: list[dict[str, Any]]) -> None:
+    assert_joined(sharded_processes, "layers on their own", "mlp", {})
 
 
-def assert_joined(processes: list[dict[str, Any]], name: str, case: str, options: dict[str, Any]) -> None:
+def assert_joined(sharded_processes: list[dict[str, Any]], name: str, case: str, options: dict[str, Any]) -> None:
     model, inputs, targets = make(CASES[case], samples=12)
     regularizer = FisherTraceRegularizer(model, num_sub_batches=12, **OPTIONS, **options)
     regularizer.backward(F.cross_entropy, inputs, targets)
-    for gradients, _, grad_norm in (found["sharded"][name] for found in processes):
+    for gradients, _, grad_norm in (found[name] for found in sharded_processes):
         assert_same_gradients(gradients, gradients_of(model))
         assert grad_norm == pytest.approx(regularizer.diagnostics()["grad_norm"])
 
 
-def test_training_shared_weights_is_training(processes: list[dict[str, Any]]) -> None:
+def test_training_shared_weights_is_training(sharded_processes: list[dict[str, Any]]) -> None:
     model, inputs, targets = make(CASES["mlp"], samples=12)
     expected = trained(model, inputs, targets, 12)
-    for found in processes:
-        assert found["sharded"]["trained"].keys() == expected.keys()
+    for found in sharded_processes:
+        assert found["trained"].keys() == expected.keys()
         for name, weights in expected.items():
-            torch.testing.assert_close(found["sharded"]["trained"][name], weights, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(found["trained"][name], weights, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -321,13 +338,13 @@ def test_training_shared_weights_is_training(processes: list[dict[str, Any]]) ->
         ("NaN", "the loss is nan"),
     ],
 )
-def test_errors_with_shared_weights(processes: list[dict[str, Any]], name: str, message: str) -> None:
-    for found in processes:
-        assert message in found["sharded"]["errors"][name]
+def test_errors_with_shared_weights(sharded_processes: list[dict[str, Any]], name: str, message: str) -> None:
+    for found in sharded_processes:
+        assert message in found["errors"][name]
 
 
-def test_uneven_batches_of_shared_weights_end(processes: list[dict[str, Any]]) -> None:
-    first, second = (found["sharded"]["uneven"] for found in processes)
+def test_uneven_batches_of_shared_weights_end(sharded_processes: list[dict[str, Any]]) -> None:
+    first, second = (found["uneven"] for found in sharded_processes)
     assert_same_gradients(first, second)
 
 

@@ -285,7 +285,9 @@ def call_model_without_graph(model: nn.Module, inputs: Inputs) -> Tensor:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter (the CPU for a model without any)."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    for parameter in model.parameters():  # not next() with a default, which PyTorch 2.6 cannot compile
+        return parameter.device
+    return torch.device("cpu")
 
 
 def to_device(batch: tuple[Inputs, Tensor], device: torch.device) -> tuple[Inputs, Tensor]:

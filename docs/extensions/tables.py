@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flatminima.lab.experiments import SHORT_NAMES, RankCorrelation, Summary, read_summaries
+from flatminima.lab.experiments.statistics import Difference, paired_difference
 from flatminima.tables import Table, rounded
 
 ROOT = Path(__file__).parents[2]
@@ -249,15 +250,73 @@ def starts(file: str) -> Table:
     return Table("Test error (%)", header, tuple(rows), caption)
 
 
+def stops(file: str) -> Table:
+    """Test errors of plain training at its end and stopped early, beside those of the regularizer at its end.
+
+    Stopped early is after the epoch with the least error on the held-out images, the first of several; the best epoch
+    is chosen on the test set, and no way of stopping comes below it.
+    """
+    rows = []
+    for case, arms in json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["runs"].items():
+        plain, regularized = arms["plain"], arms["+reg"]
+        end = _test_errors(regularized, _last)
+        ways = {"end": _last, "stopped": _least_held_out, "best": _least_of_test}
+        errors = {name: _test_errors(plain, epoch) for name, epoch in ways.items()}
+        rows.append(
+            (
+                case,
+                *(_mean(list(values.values())) for values in (*errors.values(), end)),
+                _with_limits(paired_difference(end, errors["stopped"])),
+                _with_limits(paired_difference(end, errors["best"])),
+            )
+        )
+    header = (
+        "network, data",
+        "plain",
+        "stopped early",
+        "best epoch",
+        "+reg",
+        "+reg − stopped early",
+        "+reg − best epoch",
+    )
+    caption = "Means over seeds with standard errors, and differences paired by seed with 95 % intervals (Student's)"
+    return Table("Test error (%)", header, tuple(rows), caption)
+
+
+Curves = Mapping[str, Sequence[float]]
+
+
+def _test_errors(runs: Mapping[str, Curves], epoch: Callable[[Curves], int]) -> dict[str, float]:
+    """In percent by seed, after the epoch that is chosen of each run."""
+    return {seed: 100 * curves["test_error"][epoch(curves)] for seed, curves in runs.items()}
+
+
+def _last(curves: Curves) -> int:
+    return len(curves["test_error"]) - 1
+
+
+def _least_held_out(curves: Curves) -> int:
+    return curves["validation_error"].index(min(curves["validation_error"]))
+
+
+def _least_of_test(curves: Curves) -> int:
+    return curves["test_error"].index(min(curves["test_error"]))
+
+
+def _with_limits(found: Difference | None) -> str:
+    """As the records have it."""
+    return "–" if found is None else f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+
+
 def _number_of(arm: str) -> float:
     """The strength, or β, in an arm's name."""
     return float(arm.split()[1])
 
 
-Difference = tuple[float, float]
+MeanAndError = tuple[float, float]
 
 
-def _judgement(ratio: float, found: Sequence[tuple[Difference, Difference | None]]) -> str:
+def _judgement(ratio: float, found: Sequence[tuple[MeanAndError, MeanAndError | None]]) -> str:
     better = sum(mean < -2 * error for (mean, error), _ in found)
     worse = sum(mean > 2 * error for (mean, error), _ in found)
     behind = [mean <= 2 * error for mean, error in (best for _, best in found if best is not None)]
@@ -310,5 +369,6 @@ BENCHMARK_TABLES = {
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),
     "finite-differences": ("finite_differences.json", cosines),
     **{name: (f"{name}.json", partial(starts, f"{name}.json")) for name in STARTS},
+    "stopping": ("early_stopping.json", partial(stops, "early_stopping.json")),
 }
 """By name: the record and what makes its table."""

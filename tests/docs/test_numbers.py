@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import statistics
 from types import ModuleType
 
 import pytest
@@ -93,6 +94,34 @@ def test_the_runs_named_as_missing_are_those_that_the_records_lack(title: str, p
         record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))[0]
         ended = len(record["records"]) + len(record["failures"])
     assert f"| {title} | `{protocol}` | {planned} | {planned - ended} |" in MEDIUM
+
+
+def test_what_is_said_of_early_stopping_is_in_its_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "early_stopping.json").read_text(encoding="utf-8"))["runs"]
+    how_to = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8")
+    digits = (ROOT / "docs" / "results" / "digits.md").read_text(encoding="utf-8")
+    kept, between, later = [], [], []
+    for arms in record.values():
+        stopped = {arm: {seed: stop(run) for seed, run in runs.items()} for arm, runs in arms.items()}
+        ends = {arm: {seed: 100 * run["test_error"][-1] for seed, run in runs.items()} for arm, runs in arms.items()}
+        plain, early, end = (statistics.fmean(d.values()) for d in (ends[PLAIN], stopped[PLAIN], ends[REGULARIZED]))
+        kept.append(f"{100 * (plain - early) / (plain - end):.0f}")
+        found = paired_difference(ends[REGULARIZED], stopped[PLAIN])
+        assert found is not None
+        assert (found.below, found.pairs) == (5, 5)
+        between.append(f"{found.mean:.2f} ({found.low:+.2f} to {found.high:+.2f})")
+        later.append(f"{statistics.fmean(stopped[REGULARIZED].values()) - end:.2f}")
+    said = how_to.replace("−", "-")
+    assert f"by {between[0].replace(' (', ' points (')} and {between[1]}" in said
+    assert f"({later[0]} and {later[1]} points)" in said
+    for text in (how_to, digits, README):
+        assert f"{kept[0]} and {kept[1]} % of the" in text
+
+
+def stop(run: dict[str, list[float]]) -> float:
+    """The test error after the epoch with the least error on the held-out images, in percent."""
+    errors = run["validation_error"]
+    return 100 * run["test_error"][errors.index(min(errors))]
 
 
 def test_the_regularizers_gain_over_ten_seeds_is_that_of_both_records() -> None:

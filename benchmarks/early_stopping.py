@@ -2,7 +2,7 @@ r"""Is the regularizer's gain under label noise that of early stopping? Errors a
 
     python benchmarks/early_stopping.py --threads 1
     python benchmarks/early_stopping.py --threads 1 --preset medium --cases "20 % label noise, no-aug" \
-        --data path/to/cifar --output early_stopping-cifar
+        --arms plain --data path/to/cifar --output early_stopping-cifar
 
 The networks with label noise of Table 1, at its settings, and as many images are held out as in the search for β. These
 have their own labels, which is the best that early stopping can have. Seeds are those of Table 1, but as images are
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", metavar="CASE", help="all of the preset that have label noise, if not given"
     )
+    parser.add_argument("--arms", nargs="+", choices=(PLAIN, REGULARIZED), default=[PLAIN, REGULARIZED])
     parser.add_argument("--data", type=Path, help="a folder of CIFAR-10's parquet files")
     options = harness.parse(parser)
     torch.set_num_threads(options.threads)
@@ -59,9 +60,7 @@ def main() -> None:
     settings = [
         setting
         for setting in table.settings
-        if setting.arm in (PLAIN, REGULARIZED)
-        and setting.spec.confusion
-        and setting.case in (options.cases or table.cases)
+        if setting.arm in options.arms and setting.spec.confusion and setting.case in (options.cases or table.cases)
     ]
     for seed, setting in itertools.product(options.seeds, settings):
         own = runs.setdefault(setting.case, {}).setdefault(setting.arm, {})

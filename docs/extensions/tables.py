@@ -251,21 +251,21 @@ def starts(file: str) -> Table:
 
 
 def stops(file: str) -> Table:
-    """Test errors of plain training at its end and stopped early, beside those of the regularizer at its end.
+    """Test errors of plain training at its end and stopped early, beside those of the regularizer, if run, at its end.
 
     Stopped early is after the epoch with the least error on the held-out images, the first of several; the best epoch
     is chosen on the test set, and no way of stopping comes below it.
     """
     rows = []
     for case, arms in json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["runs"].items():
-        plain, regularized = arms["plain"], arms["+reg"]
-        end = _test_errors(regularized, _last)
+        plain, end = arms["plain"], _test_errors(arms.get("+reg", {}), _last)
         ways = {"end": _last, "stopped": _least_held_out, "best": _least_of_test}
         errors = {name: _test_errors(plain, epoch) for name, epoch in ways.items()}
         rows.append(
             (
                 case,
-                *(_mean(list(values.values())) for values in (*errors.values(), end)),
+                *(_mean(list(values.values())) if values else "–" for values in (*errors.values(), end)),
+                _with_limits(paired_difference(errors["stopped"], errors["end"])),
                 _with_limits(paired_difference(end, errors["stopped"])),
                 _with_limits(paired_difference(end, errors["best"])),
             )
@@ -276,6 +276,7 @@ def stops(file: str) -> Table:
         "stopped early",
         "best epoch",
         "+reg",
+        "stopped early − plain",
         "+reg − stopped early",
         "+reg − best epoch",
     )
@@ -370,5 +371,6 @@ BENCHMARK_TABLES = {
     "finite-differences": ("finite_differences.json", cosines),
     **{name: (f"{name}.json", partial(starts, f"{name}.json")) for name in STARTS},
     "stopping": ("early_stopping.json", partial(stops, "early_stopping.json")),
+    "stopping-cifar": ("early_stopping-cifar.json", partial(stops, "early_stopping-cifar.json")),
 }
 """By name: the record and what makes its table."""

@@ -118,6 +118,27 @@ def test_what_is_said_of_early_stopping_is_in_its_record() -> None:
         assert f"{kept[0]} and {kept[1]} % of the" in text
 
 
+def test_what_is_said_of_early_stopping_on_cifar_is_in_its_record() -> None:
+    path = ROOT / "benchmarks" / "results" / "early_stopping-cifar.json"
+    ((_, arms),) = json.loads(path.read_text(encoding="utf-8"))["runs"].items()
+    ends = {seed: 100 * run["test_error"][-1] for seed, run in arms[PLAIN].items()}
+    found = paired_difference({seed: stop(run) for seed, run in arms[PLAIN].items()}, ends)
+    assert found is not None
+    said = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8").replace("−", "-")
+    assert f"gains {found.mean:.2f} points ({found.low:.2f} to {found.high:.2f})" in said
+    record = json.loads((ROOT / "results" / "medium" / "table-1.json").read_text(encoding="utf-8"))[0]["records"]
+    errors = {
+        arm: {r["seed"]: 100 * r["test_error"] for r in record if (r["case"], r["arm"]) == (NOT_AUGMENTED, arm)}
+        for arm in (PLAIN, REGULARIZED)
+    }
+    found = paired_difference(errors[REGULARIZED], errors[PLAIN])
+    assert found is not None
+    assert f"gains {found.mean:.2f} ({found.low:.2f} to {found.high:.2f})" in said
+
+
+NOT_AUGMENTED = "20 % label noise, no-aug"
+
+
 def stop(run: dict[str, list[float]]) -> float:
     """The test error after the epoch with the least error on the held-out images, in percent."""
     errors = run["validation_error"]

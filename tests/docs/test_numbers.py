@@ -125,7 +125,7 @@ def test_what_is_said_of_early_stopping_on_cifar_is_in_its_record() -> None:
     found = paired_difference({seed: stop(run) for seed, run in arms[PLAIN].items()}, ends)
     assert found is not None
     said = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8").replace("−", "-")
-    assert f"gains {found.mean:.2f} points ({found.low:.2f} to {found.high:.2f})" in said
+    assert f"changes by {found.mean:.2f} points ({found.low:.2f} to {found.high:.2f})" in said
     record = json.loads((ROOT / "results" / "medium" / "table-1.json").read_text(encoding="utf-8"))[0]["records"]
     errors = {
         arm: {r["seed"]: 100 * r["test_error"] for r in record if (r["case"], r["arm"]) == (NOT_AUGMENTED, arm)}
@@ -133,7 +133,7 @@ def test_what_is_said_of_early_stopping_on_cifar_is_in_its_record() -> None:
     }
     found = paired_difference(errors[REGULARIZED], errors[PLAIN])
     assert found is not None
-    assert f"gains {found.mean:.2f} ({found.low:.2f} to {found.high:.2f})" in said
+    assert f"held out, by {found.mean:.2f} ({found.low:.2f} to {found.high:.2f})" in said
 
 
 NOT_AUGMENTED = "20 % label noise, no-aug"

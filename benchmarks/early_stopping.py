@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 import harness
-from flatminima.lab.experiments import PRESETS
-from flatminima.lab.experiments.paper import PLAIN, REGULARIZED
+from flatminima.lab.experiments import PLAIN, PRESETS, REGULARIZED
 from flatminima.lab.reproduce import Reproduction
 from flatminima.lab.runs import RunSpec, train
 

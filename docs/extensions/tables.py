@@ -10,8 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flatminima.lab.experiments import SHORT_NAMES, RankCorrelation, Summary, read_summaries
-from flatminima.lab.experiments.statistics import Difference, paired_difference
+from flatminima.lab.experiments import (
+    PLAIN,
+    REGULARIZED,
+    SHORT_NAMES,
+    Difference,
+    RankCorrelation,
+    Summary,
+    paired_difference,
+    read_summaries,
+)
 from flatminima.tables import Table, rounded
 
 ROOT = Path(__file__).parents[2]
@@ -258,7 +266,7 @@ def stops(file: str) -> Table:
     """
     rows = []
     for case, arms in json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["runs"].items():
-        plain, end = arms["plain"], _test_errors(arms.get("+reg", {}), _last)
+        plain, end = arms[PLAIN], _test_errors(arms.get(REGULARIZED, {}), _last)
         ways = {"end": _last, "stopped": _least_held_out, "best": _least_of_test}
         errors = {name: _test_errors(plain, epoch) for name, epoch in ways.items()}
         rows.append(

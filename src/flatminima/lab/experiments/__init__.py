@@ -15,10 +15,19 @@ from flatminima.lab.experiments.experiment import (
 )
 from flatminima.lab.experiments.files import json_of, read_summaries, read_winners, winners_of, write_winners
 from flatminima.lab.experiments.ledger import write_ledger
-from flatminima.lab.experiments.paper import EXPERIMENTS, MATCHED_COST, Winners, build_experiment, described, registered
+from flatminima.lab.experiments.paper import (
+    EXPERIMENTS,
+    MATCHED_COST,
+    PLAIN,
+    REGULARIZED,
+    Winners,
+    build_experiment,
+    described,
+    registered,
+)
 from flatminima.lab.experiments.presets import PRESETS, Preset
 from flatminima.lab.experiments.search import SearchTrial, Tuning, expected, perform_search_trial
-from flatminima.lab.experiments.statistics import Difference, RankCorrelation, Spread, number
+from flatminima.lab.experiments.statistics import Difference, RankCorrelation, Spread, number, paired_difference
 from flatminima.lab.experiments.summary import (
     SHORT_NAMES,
     Contrast,
@@ -34,7 +43,9 @@ __all__ = [
     "INDICATORS",
     "MATCHED_COST",
     "NORMALIZED",
+    "PLAIN",
     "PRESETS",
+    "REGULARIZED",
     "SHORT_NAMES",
     "Archive",
     "Contrast",
@@ -60,6 +71,7 @@ __all__ = [
     "json_of",
     "look_up",
     "number",
+    "paired_difference",
     "perform",
     "perform_search_trial",
     "read_summaries",

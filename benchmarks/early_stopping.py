@@ -24,7 +24,7 @@ import torch
 import harness
 from flatminima.lab.experiments import PLAIN, PRESETS, REGULARIZED
 from flatminima.lab.reproduce import Reproduction
-from flatminima.lab.runs import RunSpec, train
+from flatminima.lab.runs import RunFolder, RunSpec, train
 
 RECORDS = Path(__file__).parents[1] / "results"
 
@@ -33,9 +33,8 @@ def curves(spec: RunSpec) -> dict[str, list[float]]:
     """Test error and error on the held-out images after every epoch."""
     with tempfile.TemporaryDirectory() as folder:
         train(spec, folder, progress=False)
-        (history,) = Path(folder).glob("*/history.jsonl")
-        epochs = [json.loads(line) for line in history.read_text().splitlines()]
-    return {name: [epoch[name] for epoch in epochs] for name in ("test_error", "validation_error")}
+        epochs = RunFolder.of(folder, spec).read_history()
+    return {name: [getattr(epoch, name) for epoch in epochs] for name in ("test_error", "validation_error")}
 
 
 def main() -> None:

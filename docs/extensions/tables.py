@@ -267,7 +267,7 @@ def stops(file: str) -> Table:
     rows = []
     for case, arms in json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["runs"].items():
         plain, end = arms[PLAIN], _test_errors(arms.get(REGULARIZED, {}), _last)
-        ways = {"end": _last, "stopped": _least_held_out, "best": _least_of_test}
+        ways = {"end": _last, "stopped": _least("validation_error"), "best": _least("test_error")}
         errors = {name: _test_errors(plain, epoch) for name, epoch in ways.items()}
         rows.append(
             (
@@ -304,12 +304,8 @@ def _last(curves: Curves) -> int:
     return len(curves["test_error"]) - 1
 
 
-def _least_held_out(curves: Curves) -> int:
-    return curves["validation_error"].index(min(curves["validation_error"]))
-
-
-def _least_of_test(curves: Curves) -> int:
-    return curves["test_error"].index(min(curves["test_error"]))
+def _least(error: str) -> Callable[[Curves], int]:
+    return lambda curves: curves[error].index(min(curves[error]))
 
 
 def _with_limits(found: Difference | None) -> str:

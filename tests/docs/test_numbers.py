@@ -134,17 +134,41 @@ def test_what_is_said_of_early_stopping_on_cifar_is_in_its_record() -> None:
     assert found is not None
     said = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8").replace("−", "-")
     assert f"changes by {found.mean:.2f} points ({found.low:.2f} to {found.high:.2f})" in said
-    record = json.loads((ROOT / "results" / "medium" / "table-1.json").read_text(encoding="utf-8"))[0]["records"]
-    errors = {
-        arm: {r["seed"]: 100 * r["test_error"] for r in record if (r["case"], r["arm"]) == (NOT_AUGMENTED, arm)}
-        for arm in (PLAIN, REGULARIZED)
-    }
-    found = paired_difference(errors[REGULARIZED], errors[PLAIN])
+    found = paired_difference(middle_errors(NOT_AUGMENTED, REGULARIZED), middle_errors(NOT_AUGMENTED, PLAIN))
     assert found is not None
     assert f"held out, by {found.mean:.2f} ({found.low:.2f} to {found.high:.2f})" in said
 
 
 NOT_AUGMENTED = "20 % label noise, no-aug"
+
+
+def middle_errors(case: str, arm: str) -> dict[int, float]:
+    """Test errors of the middle size's Table 1 by seed, in percent."""
+    records = json.loads((ROOT / "results" / "medium" / "table-1.json").read_text(encoding="utf-8"))[0]["records"]
+    return {
+        found["seed"]: 100 * found["test_error"] for found in records if (found["case"], found["arm"]) == (case, arm)
+    }
+
+
+def test_mean_errors_of_the_middle_size_under_label_noise_are_those_of_its_record() -> None:
+    plain, regularized, rare, crops = (
+        f"{statistics.fmean(middle_errors(case, arm).values()):.1f}"
+        for case, arm in [
+            (NOT_AUGMENTED, PLAIN),
+            (NOT_AUGMENTED, REGULARIZED),
+            (NOT_AUGMENTED, f"{REGULARIZED}, every=10"),
+            ("20 % label noise", PLAIN),
+        ]
+    )
+    how_to = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8")
+    train = (ROOT / "docs" / "how-to" / "train.md").read_text(encoding="utf-8")
+    for text in (README, how_to, MEDIUM):
+        assert f"from {plain} to {regularized} %" in text
+    assert f"({rare} % of the {plain}, where that leaves {regularized})" in README
+    assert f"{crops} % with the same labels" in README
+    assert f"({rare} %)" in how_to
+    assert f"comes to {crops} % on the same labels" in how_to
+    assert f"{plain} % to {regularized} and {rare} " in train
 
 
 def stop(run: dict[str, list[float]]) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from flatminima.losses import Loss, per_sample_form
-from flatminima.network import Samples, tensors_of
+from flatminima.network import Samples, index_batches, tensors_of
 
 _SAMPLES_AT_ONCE = 500
 """As in evaluations."""
@@ -43,9 +43,8 @@ def fingerprint(settings: Any, loss: Loss, weights: Iterable[Mapping[str, Tensor
         for name, tensor in named.items():
             digest.update(name.encode())
             add_tensor(digest, tensor)
-    for start in range(0, len(samples), _SAMPLES_AT_ONCE):
-        batch = samples.fetch(range(start, min(start + _SAMPLES_AT_ONCE, len(samples))))
-        for tensor in tensors_of(batch):
+    for indices in index_batches(len(samples), _SAMPLES_AT_ONCE):
+        for tensor in tensors_of(samples.fetch(indices)):
             add_tensor(digest, tensor)
     return digest.hexdigest()
 

@@ -19,6 +19,7 @@ from flatminima.network import (
     device_of,
     evaluating,
     explained_errors,
+    index_batches,
     tensors_of,
     to_device,
     true_precision,
@@ -77,14 +78,9 @@ def evaluate(
     """
     evaluated = Evaluating(model, samples, loss)
     with evaluated.running():
-        for indices in track(batches(len(samples), batch), "training loss", progress):
+        for indices in track(index_batches(len(samples), batch), "training loss", progress):
             evaluated.add(indices)
     return evaluated.result()
-
-
-def batches(samples: int, batch: int) -> list[range]:
-    """All samples by index, ``batch`` at a time."""
-    return [range(start, min(start + batch, samples)) for start in range(0, samples, batch)]
 
 
 class Evaluating:

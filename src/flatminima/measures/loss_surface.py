@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from flatminima.gramian import trainable_parameters
 from flatminima.losses import Loss, mean_loss
 from flatminima.measures.trial import Trial
-from flatminima.network import Inputs, Samples, call_model, call_model_without_graph, device_of, to_device
+from flatminima.network import (
+    Inputs,
+    Samples,
+    call_model,
+    call_model_without_graph,
+    device_of,
+    index_batches,
+    to_device,
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,7 @@ class DataSurface:
 
     def parts(self) -> Iterator[tuple[Inputs, Tensor]]:
         """The samples on the model's device, some at a time."""
-        for start in range(0, self.size, self.samples_at_once):
-            indices = range(start, min(start + self.samples_at_once, self.size))
+        for indices in index_batches(self.size, self.samples_at_once):
             yield to_device(self.samples.fetch(indices), device_of(self.model))
 
 

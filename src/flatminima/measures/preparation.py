@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import naming, naming_errors, require
 from flatminima.gramian import Checks, Plan, plan_for, trainable_parts, unwrapped
-from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluating, Evaluation, batches
+from flatminima.measures.evaluation import EVALUATION_BATCH, Evaluating, Evaluation
 from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
 from flatminima.measures.plausibility import SAMPLES_LOOKED_AT, constant_outputs, refuse_random, warn_of_implausible
@@ -24,6 +24,7 @@ from flatminima.network import (
     device_of,
     evaluating,
     explained_errors,
+    index_batches,
     map_tensors,
     take,
     to_device,
@@ -136,7 +137,7 @@ def _training_losses(planned: Mapping[str, _Planned], options: MeasureOptions) -
         for one in evaluated.values():
             stack.enter_context(one.running())
         size = len(next(iter(planned.values())).samples)
-        for indices in track(batches(size, batch), "training loss", options.progress):
+        for indices in track(index_batches(size, batch), "training loss", options.progress):
             for name, one in evaluated.items():
                 with named(name):
                     one.add(indices)

@@ -34,7 +34,15 @@ from flatminima.network.precision import (
     true_precision,
 )
 from flatminima.network.requirements import require_module, require_usable, require_values
-from flatminima.network.samples import Data, Samples, SamplesOfModel, explained_errors, model_inputs, samples_of
+from flatminima.network.samples import (
+    Data,
+    Samples,
+    SamplesOfModel,
+    explained_errors,
+    index_batches,
+    model_inputs,
+    samples_of,
+)
 from flatminima.network.surroundings import undisturbed
 
 __all__ = [
@@ -61,6 +69,7 @@ __all__ = [
     "float64_device",
     "frozen",
     "in_float64",
+    "index_batches",
     "map_tensors",
     "model_inputs",
     "moved",

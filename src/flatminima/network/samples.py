@@ -38,6 +38,11 @@ class Samples(Protocol):
         ...
 
 
+def index_batches(samples: int, batch: int) -> list[range]:
+    """All samples by index, ``batch`` at a time."""
+    return [range(start, min(start + batch, samples)) for start in range(0, samples, batch)]
+
+
 def samples_of(data: Data) -> Samples:
     """Samples by index, whatever form the data come in.
 

@@ -18,6 +18,7 @@ from support.documents import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MEDIUM = (ROOT / "docs" / "results" / "medium.md").read_text(encoding="utf-8")
+LABEL_NOISE = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -106,7 +107,6 @@ def test_the_runs_named_as_missing_are_those_that_the_records_lack(title: str, p
 
 def test_what_is_said_of_early_stopping_is_in_its_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "early_stopping.json").read_text(encoding="utf-8"))["runs"]
-    how_to = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8")
     digits = (ROOT / "docs" / "results" / "digits.md").read_text(encoding="utf-8")
     kept, between, later = [], [], []
     for arms in record.values():
@@ -119,10 +119,10 @@ def test_what_is_said_of_early_stopping_is_in_its_record() -> None:
         assert (found.below, found.pairs) == (5, 5)
         between.append(f"{found.mean:.2f} ({found.low:+.2f} to {found.high:+.2f})")
         later.append(f"{statistics.fmean(stopped[REGULARIZED].values()) - end:.2f}")
-    said = how_to.replace("−", "-")
+    said = LABEL_NOISE.replace("−", "-")
     assert f"by {between[0].replace(' (', ' points (')} and {between[1]}" in said
     assert f"({later[0]} and {later[1]} points)" in said
-    for text in (how_to, digits, README):
+    for text in (LABEL_NOISE, digits, README):
         assert f"{kept[0]} and {kept[1]} % of the" in text
 
 
@@ -132,7 +132,7 @@ def test_what_is_said_of_early_stopping_on_cifar_is_in_its_record() -> None:
     ends = {seed: 100 * run["test_error"][-1] for seed, run in arms[PLAIN].items()}
     found = paired_difference({seed: stop(run) for seed, run in arms[PLAIN].items()}, ends)
     assert found is not None
-    said = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8").replace("−", "-")
+    said = LABEL_NOISE.replace("−", "-")
     assert f"changes by {found.mean:.2f} points ({found.low:.2f} to {found.high:.2f})" in said
     found = paired_difference(middle_errors(NOT_AUGMENTED, REGULARIZED), middle_errors(NOT_AUGMENTED, PLAIN))
     assert found is not None
@@ -160,14 +160,13 @@ def test_mean_errors_of_the_middle_size_under_label_noise_are_those_of_its_recor
             ("20 % label noise", PLAIN),
         ]
     )
-    how_to = (ROOT / "docs" / "how-to" / "label-noise.md").read_text(encoding="utf-8")
     train = (ROOT / "docs" / "how-to" / "train.md").read_text(encoding="utf-8")
-    for text in (README, how_to, MEDIUM):
+    for text in (README, LABEL_NOISE, MEDIUM):
         assert f"from {plain} to {regularized} %" in text
     assert f"({rare} % of the {plain}, where that leaves {regularized})" in README
     assert f"{crops} % with the same labels" in README
-    assert f"({rare} %)" in how_to
-    assert f"comes to {crops} % on the same labels" in how_to
+    assert f"({rare} %)" in LABEL_NOISE
+    assert f"comes to {crops} % on the same labels" in LABEL_NOISE
     assert f"{plain} % to {regularized} and {rare} " in train
 
 

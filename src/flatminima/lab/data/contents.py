@@ -12,7 +12,7 @@ from flatminima.lab.data.pictures import Pictures
 from flatminima.lab.data.ready import OwnData
 from flatminima.lab.data.texts import Texts
 from flatminima.lab.storage import bytes_of, digest_of
-from flatminima.network import tensors_of
+from flatminima.network import index_batches, tensors_of
 
 _AT_ONCE = 100  # samples
 
@@ -28,8 +28,7 @@ def _digests(data: OwnData) -> Iterator[str]:
     """Some samples' at a time."""
     if isinstance(data, (Pictures, Texts)) and data.labels is not None:
         yield digest_of(bytes_of(data.labels))
-    for start in range(0, len(data), _AT_ONCE):
-        some = range(start, min(start + _AT_ONCE, len(data)))
+    for some in index_batches(len(data), _AT_ONCE):
         if isinstance(data, Pictures):
             yield from (digest_of(_bytes(each)) for each in data.encoded(some))
         elif isinstance(data, Texts):

@@ -18,6 +18,7 @@ from flatminima.errors import FlatminimaError, require
 from flatminima.lab.data.decoding import decode_image
 from flatminima.lab.data.images import ImageSet, channel_statistics
 from flatminima.lab.reading import Reading
+from flatminima.network import index_batches
 from flatminima.progress import track
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ class Pictures:
         return channel_statistics(self._parts())
 
     def _parts(self) -> Iterator[Tensor]:
-        for start in track(range(0, len(self), _AT_ONCE), "mean of the images"):
-            yield self.pixels(range(start, min(start + _AT_ONCE, len(self))))
+        for some in track(index_batches(len(self), _AT_ONCE), "mean of the images"):
+            yield self.pixels(some)
 
     def _places(self, indices: Sequence[int]) -> list[int]:
         """Where in the source they are."""

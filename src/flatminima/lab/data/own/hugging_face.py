@@ -20,6 +20,7 @@ from flatminima.lab.data.sources import bars_like_ours
 from flatminima.lab.data.texts import Texts
 from flatminima.lab.errors import NoPartsError
 from flatminima.lab.reading import Reading
+from flatminima.network import index_batches
 
 PREFIX = "hf:"
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -95,8 +96,7 @@ def open_hugging_face(source: str, reading: Reading) -> Opened:
 def _with_text(texts: Callable[[Sequence[int]], tuple[list[str], ...]], count: int) -> Tensor:
     """The places of rows that have some in every column."""
     kept: list[int] = []
-    for start in range(0, count, _AT_ONCE):
-        some = range(start, min(start + _AT_ONCE, count))
+    for some in index_batches(count, _AT_ONCE):
         cells = zip(*texts(some), strict=True)
         kept += [place for place, row in zip(some, cells, strict=True) if all(text and text.strip() for text in row)]
     return torch.tensor(kept, dtype=torch.long)

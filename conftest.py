@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: tests run side by side, one for each core
+os.environ["MPLBACKEND"] = "agg"  # no windows, wherever the tests run
 
 # Fabric reads those of all installed packages for every run that is trained; they are the same for all tests.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
@@ -56,6 +57,7 @@ def process_state() -> Iterator[None]:
     yield
     after = _state()
     _forget_compiled_graphs()
+    _close_figures()
     assert after == before, "the test leaves another state of the process than it has found"
 
 
@@ -75,6 +77,12 @@ def _forget_compiled_graphs() -> None:
         import torch
 
         torch.compiler.reset()
+
+
+def _close_figures() -> None:
+    """Pyplot keeps every figure that it has made, whosever test drew it."""
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def _state() -> dict[str, Any]:

@@ -18,15 +18,9 @@ TESTED_ELSEWHERE = {"train_like_timm", "train_with_accelerate", "train_with_ligh
 
 
 @pytest.fixture(autouse=True)
-def _without_windows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+def _own_rules() -> Iterator[None]:
     with temporary_rules():
         yield
-    plt.close("all")
 
 
 def test_the_better_of_two_checkpoints_is_found(capsys: pytest.CaptureFixture[str]) -> None:

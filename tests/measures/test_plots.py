@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,13 +17,6 @@ from flatminima.palette import PARTS, SERIES, VARIABLES
 from support.results import TRIALS, characterization, comparison
 
 ODD = "a$b$ [/] _x^2"
-
-
-@pytest.fixture(autouse=True)
-def off_screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with mpl.rc_context({"backend": "agg"}):
-        yield
-    plt.close("all")
 
 
 def three() -> fm.Comparison:

@@ -151,13 +151,14 @@ def middle_errors(case: str, arm: str) -> dict[int, float]:
 
 
 def test_mean_errors_of_the_middle_size_under_label_noise_are_those_of_its_record() -> None:
-    plain, regularized, rare, crops = (
+    plain, regularized, rare, crops, longer = (
         f"{statistics.fmean(middle_errors(case, arm).values()):.1f}"
         for case, arm in [
             (NOT_AUGMENTED, PLAIN),
             (NOT_AUGMENTED, REGULARIZED),
             (NOT_AUGMENTED, f"{REGULARIZED}, every=10"),
             ("20 % label noise", PLAIN),
+            ("20 % label noise", MATCHED),
         ]
     )
     train = (ROOT / "docs" / "how-to" / "train.md").read_text(encoding="utf-8")
@@ -167,6 +168,8 @@ def test_mean_errors_of_the_middle_size_under_label_noise_are_those_of_its_recor
     assert f"{crops} % with the same labels" in README
     assert f"({rare} %)" in LABEL_NOISE
     assert f"comes to {crops} % on the same labels" in LABEL_NOISE
+    assert f"come to {longer} %" in LABEL_NOISE
+    assert f"with 20 % {longer} %, less by" in MEDIUM
     assert f"{plain} % to {regularized} and {rare} " in train
 
 

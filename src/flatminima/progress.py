@@ -353,13 +353,18 @@ def track_parts(parts: Mapping[str, T], enabled: bool = True) -> Iterator[tuple[
             yield name, part
 
 
-def live_bars() -> rich.progress.Progress:
-    """Bars beneath each other, to be drawn by a live view: each with a text for its ``status`` and its ``loss``."""
+def live_bars(*, at_most: bool = False) -> rich.progress.Progress:
+    """Bars beneath each other, to be drawn by a live view: each with a text for its ``status`` and its ``loss``.
+
+    ``at_most`` is written before the time left of work that may end before its last step.
+    """
+    bound = [TextColumn("at most", style="progress.remaining", table_column=Column(no_wrap=True))] if at_most else []
     return rich.progress.Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(ratio=4, no_wrap=True, overflow="ellipsis")),
         BarColumn(None, table_column=Column(ratio=1)),
         TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[loss]}", markup=False, table_column=Column(no_wrap=True)),
+        *bound,
         TimeRemainingColumn(),
         auto_refresh=False,
         speed_estimate_period=_SPEED_SECONDS,

@@ -132,12 +132,13 @@ class Study(abc.ABC):
         known = enumerate(_known(task, self.archive) for task in runs) if tuning is None else ()
         settled = {number: outcome for number, outcome in known if outcome is not None}
         left = [number for number in range(len(tasks)) if number not in settled]
+        early = tuning is not None or any(task.setting.spec.stop_at_loss is not None for task in runs)
         records: list[Record] = []
         if tell is not None:
             tell(f"{experiment.title} {len(tasks)} runs, those of every setting in a line once they are known:")
         with contextlib.closing(self.executor.run(work, [tasks[number] for number in left])) as performed:
             ended = itertools.chain(settled.items(), ((left[place], outcome) for place, outcome in performed))
-            for number, outcome in watch(ended, len(tasks), runs, name, progress):
+            for number, outcome in watch(ended, len(tasks), runs, name, progress, at_most=early):
                 if isinstance(outcome, Failure):
                     failures[tasks[number].name] = outcome.error
                 elif outcome is not None:

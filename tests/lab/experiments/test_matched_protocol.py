@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.experiments import PRESETS
+from flatminima.lab.reports import progress_line
 from flatminima.lab.reproduce import Reproduction
 
 SCENARIOS = ("scenario-1", "scenario-2", "scenario-3")
@@ -31,6 +33,14 @@ def test_its_pages_and_runs_have_a_folder_of_their_own_and_say_so(tmp_path: Path
     assert matched.folder == tmp_path / "digits-matched"
     assert "equally well" in matched.lead
     assert "matched" in matched.heading
+
+
+@pytest.mark.parametrize(("protocol", "bound"), [("paper", "about"), ("matched", "at most")])
+def test_before_any_run_has_ended_the_time_left_is_a_bound(
+    protocol: Literal["paper", "matched"], bound: str, tmp_path: Path
+) -> None:
+    asked = Reproduction(("scenario-1",), "digits", tmp_path, protocol=protocol)
+    assert f"are left, {bound} " in progress_line(asked.summary("scenario-1"))
 
 
 def test_it_is_refused_for_tables(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,43 @@ def test_runs_in_progress_are_shown_until_they_end(tmp_path: Path, screen: Calla
     assert max(len(line) for frame in frames(screen) for line in frame.split("\n")) == 77  # room for a terminal's ^C
     assert frames(screen)[-1] == ""
     assert "\x1b[?25h" in screen()  # the cursor is back
+
+
+def test_the_time_left_of_runs_that_may_end_early_is_a_bound(tmp_path: Path, screen: Callable[[], str]) -> None:
+    task, _ = tasks(tmp_path)
+    task.folder.path.mkdir()
+
+    def run() -> Iterator[tuple[int, Any]]:
+        with task.folder.watched() as note:
+            note(TRAINING)
+            wait_for(screen, "at most -:--:--")
+        yield 0, "done"
+
+    list(watch(run(), 1, [task], "experiment", at_most=True))
+
+
+def test_that_it_is_a_bound_is_said_where_there_is_no_terminal_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flatminima.progress.LINE_SECONDS", (0.0, 0.0, 0.001))
+    task, _ = tasks(tmp_path)
+    task.folder.path.mkdir()
+    said = ""
+
+    def run() -> Iterator[tuple[int, Any]]:
+        nonlocal said
+        deadline = time.monotonic() + 60
+        with task.folder.watched() as note:
+            for iteration in itertools.count(1):
+                note(replace(TRAINING, iteration=iteration, iterations=10**9))
+                said += capsys.readouterr().err
+                if " left, a case" in said:
+                    break
+                assert time.monotonic() < deadline, said
+        yield 0, "done"
+
+    list(watch(run(), 1, [task], "experiment", at_most=True))
+    assert re.search(r"experiment: 0/1 runs, at most [^,]*(days, )?\d+:\d\d:\d\d left, a case", said)
 
 
 def test_failures_are_counted(tmp_path: Path, screen: Callable[[], str]) -> None:

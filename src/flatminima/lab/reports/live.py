@@ -25,15 +25,22 @@ LOOK_SECONDS = 1.0
 
 
 def watch(
-    ended: Iterable[tuple[int, Outcome]], total: int, runs: Sequence[Task], description: str, enabled: bool = True
+    ended: Iterable[tuple[int, Outcome]],
+    total: int,
+    runs: Sequence[Task],
+    description: str,
+    enabled: bool = True,
+    *,
+    at_most: bool = False,
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield what has ``ended``; show meanwhile how far each of the ``runs`` in progress is.
 
     On a terminal, an overall bar of ``total`` runs, and beneath it a line for every run in progress: epoch, loss, time
     left; on standard error, once it has taken a second; gone at the end. Elsewhere the same in a line now and then.
+    The time left is said to be a bound, ``at_most``, of runs that may end before their last epoch.
     """
     with progress.aside():
-        view = _View(total, runs, description, progress.terminal(enabled), enabled)
+        view = _View(total, runs, description, progress.terminal(enabled), enabled, at_most)
         try:
             for number, outcome in ended:
                 view.end(failed=isinstance(outcome, Failure))
@@ -46,15 +53,22 @@ class _View:
     """Looks at the folders once a second, in a thread of its own."""
 
     def __init__(
-        self, total: int, runs: Sequence[Task], description: str, console: Console | None, enabled: bool
+        self,
+        total: int,
+        runs: Sequence[Task],
+        description: str,
+        console: Console | None,
+        enabled: bool,
+        at_most: bool,
     ) -> None:
         self._total, self._runs = total, runs
+        self._bound = "at most " if at_most else ""
         self._width = None if console is None else console.width
         # of processes that were killed, until something newer stands there
         self._stale = [run.folder.progress_written() for run in runs]
         self._ended = self._failed = 0
         self._lines: dict[int, TaskID] = {}
-        self._bars = progress.live_bars()
+        self._bars = progress.live_bars(at_most=at_most)
         self._live = Live(console=console, transient=True, auto_refresh=False, get_renderable=self._table)
         self._overall = self._bars.add_task(description, total=total, status="", loss="")
         self._closed = threading.Event()
@@ -96,7 +110,7 @@ class _View:
         overall, *others = self._bars.tasks
         left = overall.time_remaining
         parts = [f"{overall.description}: {overall.fields['status']}"]
-        parts += [] if left is None else [f"{timedelta(seconds=int(left))} left"]
+        parts += [] if left is None else [f"{self._bound}{timedelta(seconds=int(left))} left"]
         parts += [f"{each.description.strip()} {each.fields['status']}" for each in others]
         return ", ".join(parts)
 

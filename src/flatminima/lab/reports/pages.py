@@ -73,7 +73,9 @@ def progress_line(summary: Summary) -> str:
     text += f", {failed} failed" if failed else ""
     if left:
         text += f", {left} {'is' if left == 1 else 'are'} left"
-        bound = "about" if summary.trials is None else "at most"  # pruning saves some of it
+        stops = not summary.records and any(spec.get("stop_at_loss") for spec in summary.specs.values())
+        early = summary.trials is not None or stops  # finished runs have told when others will stop
+        bound = "at most" if early else "about"
         text += f", {bound} {duration(summary.seconds_left)} with {counted(summary.workers, 'worker')}"
     return text + "."
 

@@ -353,19 +353,26 @@ def track_parts(parts: Mapping[str, T], enabled: bool = True) -> Iterator[tuple[
             yield name, part
 
 
-def live_bars(*, at_most: bool = False) -> rich.progress.Progress:
-    """Bars beneath each other, to be drawn by a live view: each with a text for its ``status`` and its ``loss``.
+class _TimeLeftColumn(TimeRemainingColumn):
+    """Nothing for a bar without a ``bound``, else the time behind its text."""
 
-    ``at_most`` is written before the time left of work that may end before its last step.
+    def render(self, task: rich.progress.Task) -> Text:
+        bound: str | None = task.fields["bound"]
+        return Text() if bound is None else Text(bound, "progress.remaining").append_text(super().render(task))
+
+
+def live_bars() -> rich.progress.Progress:
+    """Bars beneath each other, to be drawn by a live view.
+
+    Each has a text for its ``status`` and its ``loss``, and one before its time left, ``bound``, such as "at most ";
+    None where that time cannot be told.
     """
-    bound = [TextColumn("at most", style="progress.remaining", table_column=Column(no_wrap=True))] if at_most else []
     return rich.progress.Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(ratio=4, no_wrap=True, overflow="ellipsis")),
         BarColumn(None, table_column=Column(ratio=1)),
         TextColumn("{task.fields[status]}", markup=False, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[loss]}", markup=False, table_column=Column(no_wrap=True)),
-        *bound,
-        TimeRemainingColumn(),
+        _TimeLeftColumn(),
         auto_refresh=False,
         speed_estimate_period=_SPEED_SECONDS,
     )

@@ -78,7 +78,9 @@ def test_runs_in_progress_are_shown_until_they_end(tmp_path: Path, screen: Calla
     assert "\x1b[?25h" in screen()  # the cursor is back
 
 
-def test_the_time_left_of_runs_that_may_end_early_is_a_bound(tmp_path: Path, screen: Callable[[], str]) -> None:
+def test_of_runs_that_may_end_early_the_time_left_is_a_bound_and_that_of_all_is_not_told(
+    tmp_path: Path, screen: Callable[[], str]
+) -> None:
     task, _ = tasks(tmp_path)
     task.folder.path.mkdir()
 
@@ -88,31 +90,34 @@ def test_the_time_left_of_runs_that_may_end_early_is_a_bound(tmp_path: Path, scr
             wait_for(screen, "at most -:--:--")
         yield 0, "done"
 
-    list(watch(run(), 1, [task], "experiment", at_most=True))
+    list(watch(run(), 1, [task], "experiment", may_end_early=True))
+    lines = [line for line in screen().splitlines() if "--:--" in line]
+    assert all("seed 0" in line and "experiment" not in line for line in lines)
 
 
-def test_that_it_is_a_bound_is_said_where_there_is_no_terminal_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("early", [False, True])
+def test_without_a_terminal_the_time_left_is_told_only_where_it_can_be(
+    early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("flatminima.progress.LINE_SECONDS", (0.0, 0.0, 0.001))
     task, _ = tasks(tmp_path)
     task.folder.path.mkdir()
-    said = ""
+    said: list[str] = []
 
     def run() -> Iterator[tuple[int, Any]]:
-        nonlocal said
-        deadline = time.monotonic() + 60
+        began = time.monotonic()
         with task.folder.watched() as note:
             for iteration in itertools.count(1):
                 note(replace(TRAINING, iteration=iteration, iterations=10**9))
-                said += capsys.readouterr().err
-                if " left, a case" in said:
+                said.extend(capsys.readouterr().err.splitlines())
+                late = time.monotonic() > began + (3 if early else 60)  # where it is told, that is after a second
+                if late or any(" left, a case" in line for line in said):
                     break
-                assert time.monotonic() < deadline, said
         yield 0, "done"
 
-    list(watch(run(), 1, [task], "experiment", at_most=True))
-    assert re.search(r"experiment: 0/1 runs, at most [^,]*(days, )?\d+:\d\d:\d\d left, a case", said)
+    list(watch(run(), 1, [task], "experiment", may_end_early=early))
+    assert any(re.search(r"\d:\d\d left, a case", line) for line in said) != early
+    assert any("0/1 runs, a case, [an arm], seed 0 epoch 4/8" in line for line in said)
 
 
 def test_failures_are_counted(tmp_path: Path, screen: Callable[[], str]) -> None:

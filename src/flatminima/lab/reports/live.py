@@ -31,16 +31,16 @@ def watch(
     description: str,
     enabled: bool = True,
     *,
-    at_most: bool = False,
+    may_end_early: bool = False,
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield what has ``ended``; show meanwhile how far each of the ``runs`` in progress is.
 
     On a terminal, an overall bar of ``total`` runs, and beneath it a line for every run in progress: epoch, loss, time
     left; on standard error, once it has taken a second; gone at the end. Elsewhere the same in a line now and then.
-    The time left is said to be a bound, ``at_most``, of runs that may end before their last epoch.
+    Of runs that may end early, before their last epoch, the time left is a bound, and that of all is not told.
     """
     with progress.aside():
-        view = _View(total, runs, description, progress.terminal(enabled), enabled, at_most)
+        view = _View(total, runs, description, progress.terminal(enabled), enabled, may_end_early)
         try:
             for number, outcome in ended:
                 view.end(failed=isinstance(outcome, Failure))
@@ -59,18 +59,19 @@ class _View:
         description: str,
         console: Console | None,
         enabled: bool,
-        at_most: bool,
+        may_end_early: bool,
     ) -> None:
         self._total, self._runs = total, runs
-        self._bound = "at most " if at_most else ""
+        # how much of the work is done when a run ends early is known only then: a pace from it would be a wild one
+        self._bound, bound = ("at most ", None) if may_end_early else ("", "")
         self._width = None if console is None else console.width
         # of processes that were killed, until something newer stands there
         self._stale = [run.folder.progress_written() for run in runs]
         self._ended = self._failed = 0
         self._lines: dict[int, TaskID] = {}
-        self._bars = progress.live_bars(at_most=at_most)
+        self._bars = progress.live_bars()
         self._live = Live(console=console, transient=True, auto_refresh=False, get_renderable=self._table)
-        self._overall = self._bars.add_task(description, total=total, status="", loss="")
+        self._overall = self._bars.add_task(description, total=total, status="", loss="", bound=bound)
         self._closed = threading.Event()
         self._lines_of_text = progress.Lines(self._said, enabled)
         self._thread = None
@@ -108,9 +109,9 @@ class _View:
         """In words: how many runs have ended, how far the others are, the time left."""
         self._look()
         overall, *others = self._bars.tasks
-        left = overall.time_remaining
+        left = None if overall.fields["bound"] is None else overall.time_remaining
         parts = [f"{overall.description}: {overall.fields['status']}"]
-        parts += [] if left is None else [f"{self._bound}{timedelta(seconds=int(left))} left"]
+        parts += [] if left is None else [f"{timedelta(seconds=int(left))} left"]
         parts += [f"{each.description.strip()} {each.fields['status']}" for each in others]
         return ", ".join(parts)
 
@@ -132,7 +133,7 @@ class _View:
     def _show(self, number: int, told: RunProgress) -> None:
         if number not in self._lines:
             label = f"  {self._runs[number].label}"
-            self._lines[number] = self._bars.add_task(label, total=1.0, status="", loss="")
+            self._lines[number] = self._bars.add_task(label, total=1.0, status="", loss="", bound=self._bound)
         training = told.doing == "training"
         self._bars.update(
             self._lines[number],

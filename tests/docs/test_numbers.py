@@ -61,6 +61,7 @@ def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: Module
         ("Scenario I:", "medium/scenario-1"),
         ("Scenario III:", "medium/scenario-3"),
         ("Scenario III at matched loss", "medium-matched/scenario-3"),
+        ("Scenario I at matched loss", "medium-matched/scenario-1"),
     ],
 )
 def test_what_is_said_of_the_middle_size_is_in_its_record(title: str, record: str) -> None:

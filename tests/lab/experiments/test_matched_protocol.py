@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.experiments import PRESETS
+from flatminima.lab.names import Protocol
 from flatminima.lab.reports import progress_line
 from flatminima.lab.reproduce import Reproduction
 
@@ -36,9 +36,7 @@ def test_its_pages_and_runs_have_a_folder_of_their_own_and_say_so(tmp_path: Path
 
 
 @pytest.mark.parametrize(("protocol", "bound"), [("paper", "about"), ("matched", "at most")])
-def test_before_any_run_has_ended_the_time_left_is_a_bound(
-    protocol: Literal["paper", "matched"], bound: str, tmp_path: Path
-) -> None:
+def test_before_any_run_has_ended_the_time_left_is_a_bound(protocol: Protocol, bound: str, tmp_path: Path) -> None:
     asked = Reproduction(("scenario-1",), "digits", tmp_path, protocol=protocol)
     assert f"are left, {bound} " in progress_line(asked.summary("scenario-1"))
 

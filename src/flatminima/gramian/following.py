@@ -7,7 +7,7 @@ are held against plain autograd every time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -245,7 +245,7 @@ def _repeated_each(call: Call) -> Layouts:
     return Layout(layout.dim, layout.outer, inner, layout.assumed)
 
 
-def _at_one_dimension(position_of_others: Iterable[int], *, dim_at: int = 1, writes: bool = True) -> Handler:
+def _at_one_dimension(others: Mapping[int, str], *, dim_at: int = 1, writes: bool = True) -> Handler:
     """``f(x, dim, index, ...)``: what happens along ``dim`` happens at every place of the other dimensions alone."""
 
     def handler(call: Call) -> Layouts:
@@ -254,10 +254,8 @@ def _at_one_dimension(position_of_others: Iterable[int], *, dim_at: int = 1, wri
         merged = call.merged(layout for _, layout in call.tensors)
         if merged.dim != dim and merged.dim >= 0:
             lengths = {t.shape[merged.dim] for t, _ in call.tensors}
-            others = [
-                call.args[i] for i in position_of_others if len(call.args) > i and isinstance(call.args[i], Tensor)
-            ]
-            aligned = {t.shape[merged.dim] for t in others if t.dim() == tensor.dim()}
+            given = [call.argument(position, name) for position, name in others.items()]
+            aligned = {t.shape[merged.dim] for t in given if isinstance(t, Tensor) and t.dim() == tensor.dim()}
             if len(lengths | aligned) == 1:
                 return merged
         if writes:
@@ -268,12 +266,12 @@ def _at_one_dimension(position_of_others: Iterable[int], *, dim_at: int = 1, wri
     return handler
 
 
-_for("gather")(_at_one_dimension((2,), writes=False))
-_for("take_along_dim")(_at_one_dimension((1,), dim_at=2, writes=False))
-_for("scatter scatter_add scatter_reduce")(_at_one_dimension((2, 3)))
-_for("index_select")(_at_one_dimension((), writes=False))
-_for("index_fill")(_at_one_dimension(()))
-_for("index_add index_copy index_reduce")(_at_one_dimension((3,)))
+_for("gather")(_at_one_dimension({2: "index"}, writes=False))
+_for("take_along_dim")(_at_one_dimension({1: "indices"}, dim_at=2, writes=False))
+_for("scatter scatter_add scatter_reduce")(_at_one_dimension({2: "index", 3: "src"}))
+_for("index_select")(_at_one_dimension({}, writes=False))
+_for("index_fill")(_at_one_dimension({}))
+_for("index_add index_copy index_reduce")(_at_one_dimension({3: "source"}))
 
 
 @_for("take masked_select nonzero argwhere unique unique_consecutive masked_scatter randperm")
@@ -284,7 +282,7 @@ def _lost(call: Call) -> Layouts:
 
 @_for("matmul bmm mm mv __matmul__ __rmatmul__")
 def _product(call: Call) -> Layouts:
-    left, right = call.args[:2]
+    (left, _), right = call.first(), call.argument(1, "other mat2 vec")
     if call.func is torch.Tensor.__rmatmul__:
         left, right = right, left
     return call.merged(_in_product(call, left, right))
@@ -292,10 +290,10 @@ def _product(call: Call) -> Layouts:
 
 @_for("addmm baddbmm addmv")
 def _added_product(call: Call) -> Layouts:
-    added = call.args[0]
-    of_added = call.layout_of(added)
+    added, of_added = call.first()
+    factors = call.argument(1, "mat1 batch1 mat"), call.argument(2, "mat2 batch2 vec")
     mine = [call.broadcast(added, of_added, call.output.shape)] if of_added is not None else []
-    return call.merged([*mine, *_in_product(call, *call.args[1:3])])
+    return call.merged([*mine, *_in_product(call, *factors)])
 
 
 def _in_product(call: Call, left: Tensor, right: Tensor) -> list[Layout]:
@@ -323,8 +321,9 @@ def _in_product(call: Call, left: Tensor, right: Tensor) -> list[Layout]:
 
 @_for("linear bilinear")
 def _linear(call: Call) -> Layouts:
-    inputs = 2 if call.func in (F.bilinear, torch.bilinear) else 1
-    given = call.args[:inputs]
+    given = [call.argument(0, "input input1")]
+    if call.func in (F.bilinear, torch.bilinear):
+        given.append(call.argument(1, "input2"))
     if any(not any(tensor is one for one in given) for tensor, _ in call.tensors):
         return LOST  # weights that were computed from the inputs
     return call.merged(

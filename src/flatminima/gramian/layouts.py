@@ -82,9 +82,11 @@ class Call:
     guessed: bool = False
     refuted: set[int] = field(default_factory=set)
 
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument given by position or by name."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+    def argument(self, position: int, names: str, default: Any = None) -> Any:
+        """An argument given by position or by name, of which similar functions have several."""
+        if len(self.args) > position:
+            return self.args[position]
+        return next((self.kwargs[name] for name in names.split() if name in self.kwargs), default)
 
     def first(self) -> tuple[Tensor, Layout | None]:
         """The first argument, and its layout."""

@@ -5,6 +5,7 @@ Calls are seen by a ``TorchFunctionMode``, so it does not matter which module ma
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -196,7 +197,7 @@ class Recorder(TorchFunctionMode):
             written = tensors_of(args[:1] if output is None else output)  # x[i] = y returns nothing and writes to x
             for tensor, layout in zip(written, layouts, strict=False):
                 self._mark(tensor, layout)
-            if written and written[0] is args[0]:
+            if written and any(written[0] is argument for argument in arguments):
                 self._mark_shown(written[0])
         return output
 
@@ -255,7 +256,9 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> _Extract | None:
         """The output as entries of one parameter, if that is what it is."""
-        if func not in EXTRACTS or not torch.is_grad_enabled() or self._one_for_each_sample(func, args, output, set()):
+        if func not in EXTRACTS or not torch.is_grad_enabled() or not _takes(EXTRACTS[func], args, kwargs):
+            return None
+        if self._one_for_each_sample(func, args, kwargs, output, set()):
             return None
         taken = EXTRACTS[func](*args, **kwargs)
         if taken is None or id(taken[0]) in self._overwritten():
@@ -276,7 +279,7 @@ class Recorder(TorchFunctionMode):
         layouts: list[Layout] | None,
     ) -> tuple[Any, list[Layout] | None]:
         """Record the call's uses, or give its parameters up. Returns the output to go on with, and its layout."""
-        layout = layouts[0] if layouts else self._one_for_each_sample(func, args, output, touched)
+        layout = layouts[0] if layouts else self._one_for_each_sample(func, args, kwargs, output, touched)
         uses = self._uses(func, args, kwargs, output, layout)
         covered = touched & {id(use.parameter) for use in uses} - self._overwritten()
         self.given_up |= {self._owner(tensor) for tensor in touched - covered}
@@ -296,14 +299,19 @@ class Recorder(TorchFunctionMode):
         return output, [layout]
 
     def _one_for_each_sample(
-        self, func: Callable[..., Any], args: tuple[Any, ...], output: Any, touched: set[int]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        touched: set[int],
     ) -> Layout | None:
         """The layout of values of a parameter that look as if there were one for each sample.
 
         Class tokens are expanded to the batch, and indices of shape (N, T) may not be computed from the inputs
         (positions, segments). That they are as many as the samples may be chance; later calls tell.
         """
-        looks = func is torch.Tensor.expand or (func is F.embedding and args[0].dim() > 1)
+        looks = func is torch.Tensor.expand or (func is F.embedding and (args or [kwargs["input"]])[0].dim() > 1)
         if not looks or not isinstance(output, Tensor) or output.dim() == 0 or output.shape[0] != self.n:
             return None
         return Layout(0, assumed=frozenset({self._owner(tensor) for tensor in touched}))
@@ -326,9 +334,11 @@ class Recorder(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None or not isinstance(output, Tensor) or not torch.is_grad_enabled() or output.dim() == 0:
             return []
+        if not _takes(rule, (self.n, *args), kwargs):
+            return []
         if layout is None or layout.dim < 0 or kwargs.get("out") is not None or output.is_complex():
             return []
-        written_in_place = any(output is argument for argument in args)
+        written_in_place = any(output is argument for argument in (*args, *kwargs.values()))
         if written_in_place and not output.requires_grad:
             return []
         with torch.no_grad():
@@ -374,6 +384,16 @@ def _tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor
         elif isinstance(argument, (tuple, list, Mapping)):
             found.extend(tensors_of(argument))
     return found
+
+
+def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a rule knows a call's keywords: PyTorch takes those of NumPy too, as ``axis`` and ``x1``."""
+    if kwargs:
+        try:
+            inspect.signature(function).bind(*args, **kwargs)
+        except TypeError:
+            return False
+    return True
 
 
 def _goes_on(func: Callable[..., Any], output: Any, touched: set[int]) -> bool:

@@ -3,6 +3,7 @@
 A rule says how one use of a parameter turns (input, output gradient) into the parameter's rows of J. It is attached to
 the *function* that a module calls (``F.linear``, ...), not to the module, and takes N and then the function's own
 arguments. It returns a :class:`ParameterUse` for every parameter in the call, or None where it does not cover the call.
+It does not cover a call with keywords that it does not take either.
 To add one, make your function visible to ``torch.overrides`` and decorate its rule:
 
 >>> import torch

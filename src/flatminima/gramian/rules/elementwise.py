@@ -21,9 +21,9 @@ def add(n: int, input: Tensor, other: Tensor, *, alpha: float = 1) -> list[Param
 
 
 @rule(torch.Tensor.expand)
-def expand(n: int, input: Tensor, *sizes: Any) -> list[ParameterUse] | None:
+def expand(n: int, input: Tensor, *sizes: Any, **size: Any) -> list[ParameterUse] | None:
     """``p.expand(N, ...)``: one copy of the parameter per sample (class tokens)."""
-    shape = input.expand(*sizes)
+    shape = input.expand(*sizes, **size)
     return broadcast_use(n, shape, input, lambda grad: grad) if shape.shape[0] == n else None
 
 

@@ -81,6 +81,6 @@ def entries(source: Tensor, index: Any) -> tuple[Tensor, PutBack] | None:
 
 
 @extract(torch.unsqueeze, torch.Tensor.unsqueeze)
-def unsqueezed(source: Tensor, dim: int) -> tuple[Tensor, PutBack]:
+def unsqueezed(input: Tensor, dim: int) -> tuple[Tensor, PutBack]:
     """``p.unsqueeze(dim)``."""
-    return source, lambda rows: rows.reshape(len(rows), *source.shape)
+    return input, lambda rows: rows.reshape(len(rows), *input.shape)

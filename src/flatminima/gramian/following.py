@@ -122,15 +122,15 @@ def _normalization(call: Call) -> Layouts:
     return layout if layout.dim == 0 or (call.func in (F.batch_norm, torch.batch_norm) and layout.dim > 1) else LOST
 
 
-def _along(position: int, name: str = "dim", default: Any = None) -> Handler:
+def _along(position: int, names: str = "dim axis", default: Any = None) -> Handler:
     """Functions that mix the entries along some dimensions, and leave the others as they are."""
 
     def handler(call: Call) -> Layouts:
         tensor, layout = call.first()
         if layout is None or len(call.tensors) > 1:
             return LOST
-        value = call.argument(position, name, default)
-        if isinstance(value, int) and len(call.args) > position + 1 and name == "dims":
+        value = call.argument(position, names, default)
+        if isinstance(value, int) and len(call.args) > position + 1 and names == "dims":
             value = call.args[position:]
         return LOST if layout.dim in _dims(value, tensor) else layout
 
@@ -154,7 +154,7 @@ def _over(position: int) -> Handler:
 
     def handler(call: Call) -> Layouts:
         tensor, layout = call.first()
-        value = call.argument(position, "dim", call.kwargs.get("axis"))
+        value = call.argument(position, "dim axis")
         if isinstance(value, Tensor) or "other" in call.kwargs:  # the larger of two tensors
             return _elementwise(call)
         if layout is None or len(call.tensors) > 1:
@@ -208,7 +208,7 @@ def _constant(call: Call) -> Layouts:
 @_for("cat concat concatenate")
 def _concatenated(call: Call) -> Layouts:
     tensors = call.argument(0, "tensors")
-    (dim,) = _dims(call.argument(1, "dim", 0), call.output)
+    (dim,) = _dims(call.argument(1, "dim axis", 0), call.output)
     layouts = [call.layout_of(tensor) for tensor in tensors]
     if not any(layout is not None and layout.dim == dim for layout in layouts):
         return call.merged(layout for layout in layouts if layout is not None)
@@ -220,7 +220,7 @@ def _concatenated(call: Call) -> Layouts:
 
 @_for("stack")
 def _stacked(call: Call) -> Layouts:
-    (new,) = _dims(call.argument(1, "dim", 0), call.output)
+    (new,) = _dims(call.argument(1, "dim axis", 0), call.output)
     merged = call.merged(layout for _, layout in call.tensors)
     return merged.at(merged.dim + (new <= merged.dim)) if merged.dim >= 0 else LOST
 
@@ -238,7 +238,7 @@ def _repeated(call: Call) -> Layouts:
 @_for("repeat_interleave")
 def _repeated_each(call: Call) -> Layouts:
     tensor, layout = call.first()
-    times, dim = call.argument(1, "repeats"), call.argument(2, "dim")
+    times, dim = call.argument(1, "repeats"), call.argument(2, "dim axis")
     if layout is None or dim is None or not isinstance(times, int):
         return LOST
     inner = layout.inner * times if layout.dim in _dims(dim, tensor) else layout.inner
@@ -250,7 +250,7 @@ def _at_one_dimension(others: Mapping[int, str], *, dim_at: int = 1, writes: boo
 
     def handler(call: Call) -> Layouts:
         tensor, layout = call.first()
-        (dim,) = _dims(call.argument(dim_at, "dim"), tensor)
+        (dim,) = _dims(call.argument(dim_at, "dim axis"), tensor)
         merged = call.merged(layout for _, layout in call.tensors)
         if merged.dim != dim and merged.dim >= 0:
             lengths = {t.shape[merged.dim] for t, _ in call.tensors}

@@ -49,6 +49,10 @@ class GenericPathWarning(FlatminimaWarning):
     """Some parameters have no layer rule; their gradients are formed one sample at a time: exact, but slower."""
 
 
+class UnusedParametersWarning(FlatminimaWarning):
+    """Trainable parameters act in training mode but not in eval mode, where measures are taken, and count as zero."""
+
+
 class NotAMinimumWarning(FlatminimaWarning):
     """The training loss is too high to call this a minimum; the measures are defined at minima only."""
 

@@ -27,6 +27,7 @@ from flatminima.network import (
     call_model,
     call_model_without_graph,
     explained_errors,
+    forget_between_passes,
     map_tensors,
     sound_batchnorm,
     take,
@@ -198,6 +199,7 @@ class _Reference:
             raise FlatminimaError("no samples: pass the training set")
         original, model = model, _copied(model).cpu().double().eval()
         inputs = map_tensors(_on_cpu, inputs)
+        forget_between_passes(model)
         with explained_errors(model, inputs, f"the float64 copy of {type(model).__name__} on the CPU"):
             logits = call_model_without_graph(model, inputs)
         if logits.dim() != 2 or len(logits) != batch_size(inputs) or logits.shape[1] < 2:

@@ -262,6 +262,11 @@ def lacks_a_graph(error: RuntimeError) -> bool:
     return "does not require grad" in str(error)
 
 
+def meets_a_freed_graph(error: RuntimeError) -> bool:
+    """Whether a backward pass came to a part of the graph that an earlier one has gone through and freed."""
+    return "backward through the graph a second time" in str(error)
+
+
 def hides_what_is_saved(error: RuntimeError) -> bool:
     """Whether derivatives by ``torch.func`` have met hooks on what autograd saves: some of these fail then."""
     return re.search("saved tensor hooks|invalid python storage", str(error)) is not None

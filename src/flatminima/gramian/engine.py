@@ -27,7 +27,7 @@ from flatminima.gramian.autograd import (
 )
 from flatminima.gramian.checks import Checks, Reference
 from flatminima.gramian.factored import FactoredGram
-from flatminima.gramian.parts import Part, common_dtype, trainable_parts
+from flatminima.gramian.parts import Part, common_dtype, listed, trainable_parts
 from flatminima.gramian.planning import (
     Plan,
     default_budget,
@@ -37,6 +37,7 @@ from flatminima.gramian.planning import (
     row_bytes,
 )
 from flatminima.gramian.recording import DerivativeInForwardError, RecordedUse, Recorder
+from flatminima.gramian.unused import refusing_kept_graphs, warn_unused
 from flatminima.losses import FactoredLoss, Loss, refuse_non_finite
 from flatminima.network import (
     Inputs,
@@ -152,12 +153,13 @@ def factored_gram(
         processes.require_same("samples", lambda: _sums((inputs, targets)))
         parts = trainable_parts(model, processes)
         dtype = common_dtype(parts)
+        checks = checks or Checks()
         batch = Batch(model, inputs, targets, loss, logit_normalization)
 
         def empty() -> Accumulator:
             return Accumulator(n, parts, scale_invariant=scale_invariant, shares=shares)
 
-        with differentiating(model):
+        with differentiating(model), refusing_kept_graphs(model):
             if isinstance(batchnorm, int):
                 generic: set[str] = set()
                 xi = empty()
@@ -165,8 +167,9 @@ def factored_gram(
                     add_with_batch_statistics(xi, batch, parts, batchnorm)
                 xi.add_up(processes)
                 refuse_non_finite("gradients", xi.unit)
+                if spot_check:
+                    warn_unused(batch, parts, xi.without_rows(processes), batchnorm, checks.looked_at)
             else:
-                checks = checks or Checks()
                 one_by_one = set(parts) if path == "generic" else checks.distrusted & set(parts)
                 xi, generic = _checked(empty, batch, parts, plan, one_by_one, processes, checks if spot_check else None)
         names = tuple(name for name in parts if name in generic)
@@ -212,7 +215,7 @@ def warn_generic(names: Sequence[str], checks: Checks) -> None:
     names = [name for name in names if name not in checks.distrusted]
     if names:
         warn(
-            f"{_listed(names)} are used in a way no layer rule covers: "
+            f"{listed(names)} are used in a way no layer rule covers: "
             "their gradients were formed one sample at a time, which is exact but slower",
             GenericPathWarning,
         )
@@ -257,15 +260,16 @@ def _checked(
         wrong = reference.wrong_parameters(xi, processes, generic)
         if not wrong:
             reference.compare_samples_alone(xi, processes)
+            warn_unused(batch, parts, reference.without_gradient, plan.chunk, checks.looked_at)
             checks.passed.add(signature)
             return xi, generic
         if not generic.isdisjoint(wrong):
             raise WrongGradientError(
-                f"gradients of {_listed(wrong)} in the batch differ from those of its samples one at a time: "
+                f"gradients of {listed(wrong)} in the batch differ from those of its samples one at a time: "
                 "samples interact, or are not the model's first dimension throughout"
             )
         warn(
-            f"what layer rules gave for {_listed(wrong)} differs from plain autograd: "
+            f"what layer rules gave for {listed(wrong)} differs from plain autograd: "
             "their gradients are formed one sample at a time, which is exact but slower",
             GenericPathWarning,
         )
@@ -345,10 +349,6 @@ def _backward(logits: Tensor, direction: Tensor, recorder: Recorder, sink: Accum
         torch.autograd.grad(logits, [recorder.root, *leaves], direction, allow_unused=True)
     for parameter, uses in covered:  # what is left has a use on a branch that no gradient reaches
         sink.add_use(parameter, uses)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"{len(names)} parameters ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def _sums(batch: tuple[Inputs, Tensor]) -> list[list[float]]:

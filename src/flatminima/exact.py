@@ -27,12 +27,12 @@ from flatminima.network import (
     call_model,
     call_model_without_graph,
     explained_errors,
-    forget_between_passes,
     map_tensors,
     sound_batchnorm,
     take,
     tensors_of,
     undisturbed,
+    warn_unused,
 )
 from flatminima.torch_compat import differentiable_twice, without_checkpoints
 
@@ -199,7 +199,6 @@ class _Reference:
             raise FlatminimaError("no samples: pass the training set")
         original, model = model, _copied(model).cpu().double().eval()
         inputs = map_tensors(_on_cpu, inputs)
-        forget_between_passes(model)
         with explained_errors(model, inputs, f"the float64 copy of {type(model).__name__} on the CPU"):
             logits = call_model_without_graph(model, inputs)
         if logits.dim() != 2 or len(logits) != batch_size(inputs) or logits.shape[1] < 2:
@@ -212,6 +211,7 @@ class _Reference:
             model, inputs, _distributions(labels, logits), [p for p in model.parameters() if p.requires_grad]
         )
         reference.require_independence(original)
+        reference.warn_unused()
         return reference
 
     @property
@@ -229,6 +229,15 @@ class _Reference:
                 f"a copy of {type(original).__name__} runs on the weights of the original, which some function holds "
                 "(assigned to `forward`?), so there is no float64 copy: define forward as a method of the class"
             )
+
+    def warn_unused(self) -> None:
+        """Warn of parameters that the copy does not depend on in eval mode, but in training mode."""
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with torch.enable_grad():
+            total = self.logits(slice(None)).sum()
+        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True) if total.requires_grad else ()
+        used = {name for name, gradient in zip(named, gradients, strict=False) if gradient is not None}
+        warn_unused(self.model, self.inputs, named.keys() - used)
 
     def logits(self, samples: slice) -> Tensor:
         with sound_batchnorm(), without_checkpoints():

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import flatminima as fm
-from flatminima.errors import FlatminimaError, UnusedParametersWarning
-from support.oracles import explicit_gram
+from flatminima.errors import FlatminimaError, GenericPathWarning, UnusedParametersWarning
 
 N, D, K = 6, 4, 3
-SHARPNESS = ("one_step_sharpness", "worst_case_sharpness", "average_sharpness", "hessian_trace")
 X, Y = torch.randn(N, D, dtype=torch.float64), torch.arange(N) % K
 
 
@@ -85,51 +83,21 @@ def network(inner: type[nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Linear(D, D), inner(), nn.Tanh(), nn.BatchNorm1d(D), nn.Linear(D, K)).double()
 
 
-def used(state: str) -> nn.Module:
-    """A network that keeps biases, after passes in eval mode as they come before a measurement."""
-    model = network(KeptUntilTrain)
-    if state == "evaluated":
-        with torch.no_grad():
-            model.eval()(X)
-    if state == "differentiated":
-        nn.functional.cross_entropy(model.eval()(X), Y).backward()
-    if state == "of other weights":
-        with torch.no_grad():
-            model.eval()(X)
-            model[1].table += 1
-    return model
+@pytest.mark.parametrize("inner", [KeptUntilTrain, ComputedByEval, KeptForever])
+@pytest.mark.parametrize("path", ["rules", "generic"])
+def test_parameters_that_eval_mode_cuts_off_are_warned_of(inner: type[nn.Module], path: Any) -> None:
+    model = network(inner)
+    with torch.no_grad():
+        model.eval()(X)
+    with pytest.warns(UnusedParametersWarning, match=r"\(1\.table\) act on the logits"):
+        fm.gram(model, X, Y, path=path)
+    assert not model.training
 
 
 @pytest.mark.filterwarnings("ignore::flatminima.errors.GenericPathWarning")
-@pytest.mark.parametrize("state", ["new", "evaluated", "differentiated", "of other weights"])
-@pytest.mark.parametrize("path", ["rules", "generic"])
-def test_what_train_drops_is_computed_in_every_pass(state: str, path: Any) -> None:
-    model, twin = used(state), network(Bias)
-    twin.load_state_dict(model.state_dict())
-    torch.testing.assert_close(fm.gram(model, X, Y, path=path), explicit_gram(twin, X, Y), rtol=1e-9, atol=1e-12)
-    assert model[1].kept == {}
-
-
-@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
-@pytest.mark.parametrize("state", ["new", "evaluated", "differentiated"])
-def test_all_measures_see_it_computed_in_every_pass(state: str) -> None:
-    """Also those that move the weights, or have them in a copy of float64."""
-    model, twin = used(state).float(), network(Bias).float()
-    data = (X.float(), Y)
-    options: Any = {"subset_size": N, "trials": 2, "measures": (*SHARPNESS, "paper"), "progress": False}
-    assert fm.measure(model, data, **options).estimates() == fm.measure(twin, data, **options).estimates()
-    assert torch.equal(fm.exact_hessian(model, *data), fm.exact_hessian(twin, *data))
-
-
-@pytest.mark.parametrize("inner", [ComputedByEval, KeptForever])
-@pytest.mark.parametrize("path", ["rules", "generic"])
-def test_parameters_that_eval_mode_cuts_off_are_warned_of(inner: type[nn.Module], path: Any) -> None:
-    model = network(inner).eval()
-    with torch.no_grad():
-        model(X)
-    with pytest.warns(UnusedParametersWarning, match=r"\(1\.table\) act on the logits in training mode"):
-        fm.gram(model, X, Y, path=path)
-    assert not model.training
+def test_what_the_measurement_itself_has_let_the_model_keep_is_warned_of() -> None:
+    with pytest.warns(UnusedParametersWarning, match=r"\(1\.table\)"):
+        fm.gram(network(KeptUntilTrain).train(), X, Y)
 
 
 def test_the_warning_comes_once_and_with_batch_statistics_too() -> None:
@@ -153,6 +121,58 @@ def test_frozen_unused_and_dead_parameters_are_not_warned_of() -> None:
         fm.gram(model, X, Y)
 
 
-def test_what_is_kept_with_its_graph_is_refused_by_its_name() -> None:
+@pytest.mark.parametrize("path", ["rules", "generic"])
+def test_what_is_kept_with_its_graph_is_refused_by_its_name(path: Any) -> None:
+    model = network(KeptForever).eval()
+    nn.functional.cross_entropy(model(X), Y).backward()
     with pytest.raises(FlatminimaError, match=r"the model keeps in 1\.kept what it computed from its parameters"):
-        fm.gram(network(KeptForever), X, Y)
+        fm.gram(model, X, Y, path=path)
+
+
+def test_exact_forms_warn_too() -> None:
+    with pytest.warns(UnusedParametersWarning, match=r"\(1\.table\)"):
+        fm.exact_hessian(network(KeptUntilTrain), X, Y)
+
+
+class Picky(nn.Module):
+    """With a parameter that nothing uses, and a pass in training mode that fails or has effects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(2))
+        self.passes: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.passes.append(x)
+            self.spare = nn.Parameter(torch.zeros(2))
+            raise AssertionError
+        return x
+
+
+def test_a_pass_in_training_mode_leaves_the_model_alone() -> None:
+    model = network(Picky)
+    spare = model[1].spare
+    state = torch.get_rng_state()
+    fm.gram(model, X, Y)
+    assert model[1].spare is spare
+    assert model[1].passes == []
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("error::flatminima.errors.UnusedParametersWarning")
+def test_experts_that_dropout_would_choose_are_not_warned_of() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+            self.dropout = nn.Dropout(0.9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = self.dropout(torch.ones_like(x)).argmax(1)
+            return torch.stack([self.experts[i](row) for i, row in zip(chosen, x, strict=True)])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GenericPathWarning)
+        fm.gram(network(Experts), X, Y)

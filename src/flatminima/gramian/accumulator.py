@@ -95,11 +95,10 @@ class Accumulator:
         for part in (self.unit, *(self.shares or {}).values()):
             processes.add_up(part)
 
-    def without_rows(self, processes: Processes) -> list[str]:
-        """The parameters whose rows of J are all zero, on every process the same."""
-        squares = self.forms[:, 1].clone()
-        processes.add_up(squares)
-        return [name for name, square in zip(self.names.values(), squares.tolist(), strict=True) if square == 0]
+    def without_rows(self) -> list[str]:
+        """The parameters of which this process has no row of J that is not zero."""
+        squares = self.forms[:, 1].tolist()
+        return [name for name, square in zip(self.names.values(), squares, strict=True) if square == 0]
 
     def _add(self, parameter: nn.Parameter, product: Tensor) -> None:
         product = in_float64(product).to(self.unit.device)

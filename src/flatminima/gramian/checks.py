@@ -38,7 +38,7 @@ class Checks:
     Attributes:
         passed: the sequences of calls and shapes whose rows were right.
         distrusted: the parameters whose rows by layer rules were wrong; they take the generic path from then on.
-        looked_at: the parameters without any gradient that were looked at (:mod:`~flatminima.gramian.unused`).
+        looked_at: the parameters without any gradient that were looked at, and warned of if need be.
     """
 
     passed: set[tuple[int, ...]] = field(default_factory=set)
@@ -49,9 +49,6 @@ class Checks:
 class Reference:
     """Plain autograd on the whole batch, for one ξ.
 
-    Attributes:
-        without_gradient: the parameters whose rows of J are zero; known after :meth:`wrong_parameters`.
-
     Raises:
         WrongGradientError: if the loss of a sample depends on the others, or the model's output for it does.
     """
@@ -60,7 +57,6 @@ class Reference:
         self.batch, self.parts, self.chunk = batch, parts, chunk
         self.tolerance = TOLERANCE[common_dtype(parts)]
         self.samples = sorted({0, len(xi) - 1})
-        self.without_gradient: list[str] = []
         self.logits: dict[int, Tensor] = {}
         self.directions: dict[int, Tensor] = {}
         self.squares = torch.zeros(len(parts), dtype=torch.float64, device=xi.unit.device)
@@ -122,7 +118,6 @@ class Reference:
         forms = torch.stack([*xi.forms.T, self.squares])
         processes.add_up(forms)
         form, scale, square = forms
-        self.without_gradient = [name for name, size in zip(self.parts, scale.tolist(), strict=True) if size == 0]
         room = self.tolerance * (scale + square)
         room = room + self.tolerance**2 * (scale + square).sum()  # gradients that are zero but for rounding
         names = list(self.parts)

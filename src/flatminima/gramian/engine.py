@@ -27,7 +27,7 @@ from flatminima.gramian.autograd import (
 )
 from flatminima.gramian.checks import Checks, Reference
 from flatminima.gramian.factored import FactoredGram
-from flatminima.gramian.parts import Part, common_dtype, listed, trainable_parts
+from flatminima.gramian.parts import Part, common_dtype, trainable_parts
 from flatminima.gramian.planning import (
     Plan,
     default_budget,
@@ -37,7 +37,6 @@ from flatminima.gramian.planning import (
     row_bytes,
 )
 from flatminima.gramian.recording import DerivativeInForwardError, RecordedUse, Recorder
-from flatminima.gramian.unused import refusing_kept_graphs, warn_unused
 from flatminima.losses import FactoredLoss, Loss, refuse_non_finite
 from flatminima.network import (
     Inputs,
@@ -48,14 +47,17 @@ from flatminima.network import (
     evaluating,
     frozen,
     in_float64,
+    listed,
     map_tensors,
     model_inputs,
+    refusing_kept_graphs,
     require_module,
     take,
     tensors_of,
     true_precision,
     undisturbed,
     undone_if_interrupted,
+    warn_unused,
 )
 from flatminima.parallel import Processes, reshard, shared
 from flatminima.torch_compat import uncompiled, without_checkpoints
@@ -168,7 +170,7 @@ def factored_gram(
                 xi.add_up(processes)
                 refuse_non_finite("gradients", xi.unit)
                 if spot_check:
-                    warn_unused(batch, parts, xi.without_rows(processes), batchnorm, checks.looked_at)
+                    _look_at_unused(xi, batch, parts, batchnorm, processes, checks)
             else:
                 one_by_one = set(parts) if path == "generic" else checks.distrusted & set(parts)
                 xi, generic = _checked(empty, batch, parts, plan, one_by_one, processes, checks if spot_check else None)
@@ -260,7 +262,7 @@ def _checked(
         wrong = reference.wrong_parameters(xi, processes, generic)
         if not wrong:
             reference.compare_samples_alone(xi, processes)
-            warn_unused(batch, parts, reference.without_gradient, plan.chunk, checks.looked_at)
+            _look_at_unused(xi, batch, parts, plan.chunk, processes, checks)
             checks.passed.add(signature)
             return xi, generic
         if not generic.isdisjoint(wrong):
@@ -275,6 +277,18 @@ def _checked(
         )
         checks.distrusted.update(wrong)
         one_by_one = one_by_one | set(wrong)
+
+
+def _look_at_unused(
+    xi: Accumulator, batch: Batch, parts: Mapping[str, Part], chunk: int, processes: Processes, checks: Checks
+) -> None:
+    """Warn of parameters that no sample's logits depend on, unless training's do not either; of each once."""
+    if processes.size > 1:  # each would have to copy the model, and its shards
+        return
+    new = {name: parts[name].parameter for name in xi.without_rows() if name not in checks.looked_at}
+    checks.looked_at.update(new)
+    unused = new.keys() - used_parameters(batch, new, chunk).keys() if new else set()
+    warn_unused(batch.model, take(batch.inputs, slice(0, chunk)), unused)
 
 
 @dataclass

@@ -7,7 +7,7 @@ left whole is split in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -130,11 +130,6 @@ def _refuse_unsuitable_parameters(model: nn.Module) -> None:
             raise NonFiniteError(
                 f"NaN or infinity in parameter {name!r}: the checkpoint is broken or training diverged; load another"
             )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Parameters as messages name them: how many, and the first of them."""
-    return f"{len(names)} parameters ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def common_dtype(parts: Mapping[str, Part]) -> torch.dtype:

@@ -16,11 +16,11 @@ from flatminima.network.batches import (
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
 from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
+from flatminima.network.kept import listed, refusing_kept_graphs, warn_unused
 from flatminima.network.modes import (
     Buffers,
     differentiating,
     evaluating,
-    forget_between_passes,
     frozen,
     moved,
     replaced_forward,
@@ -68,13 +68,14 @@ __all__ = [
     "explained_errors",
     "float32_products",
     "float64_device",
-    "forget_between_passes",
     "frozen",
     "in_float64",
     "index_batches",
+    "listed",
     "map_tensors",
     "model_inputs",
     "moved",
+    "refusing_kept_graphs",
     "replaced_forward",
     "require_module",
     "require_usable",
@@ -90,5 +91,6 @@ __all__ = [
     "true_precision",
     "undisturbed",
     "undone_if_interrupted",
+    "warn_unused",
     "without_autocast",
 ]

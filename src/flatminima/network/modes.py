@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.batches import device_of, tensors_of
+from flatminima.network.batches import device_of
 from flatminima.network.batchnorm import sound_batchnorm
 from flatminima.network.precision import true_precision
 from flatminima.torch_compat import foreach_add_, foreach_copy_, hold, own_buffers, own_parameters, without_checkpoints
@@ -24,21 +23,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     A module's ``train`` may do work (merge adapters into weights, say) and is called where the mode changes. What it
     did to the module's own parameters is then undone to the bit, which its own way back would round; and so is what an
-    embedding with ``max_norm`` does to its own in every pass. What such a module keeps of a pass is gone before the
-    next.
+    embedding with ``max_norm`` does to its own in every pass.
     """
     modes = [(module, module.training) for module in model.modules()]
-    written = [*_working(model), *(module for module, _ in modes if _writes_to_weights(module))]
-    weights = [(p, p.detach().clone()) for module in written for p in own_parameters(module).values() if p is not None]
+    working = [module for module, _ in modes if type(module).train is not nn.Module.train or _writes_to_weights(module)]
+    weights = [(p, p.detach().clone()) for module in working for p in own_parameters(module).values() if p is not None]
     buffers = Buffers(model)
     saved = [buffer.detach().clone() for buffer in buffers.own]
-    keep_again: Callable[[], None] = lambda: None  # noqa: E731
     try:
         model.eval()
-        keep_again = forget_between_passes(model)
         yield
     finally:
-        keep_again()
         for module, mode in modes:  # outer modules first: their train() sets the inner ones as well
             if module.training != mode:
                 module.train(mode)
@@ -47,72 +42,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             for tensor, before in (*weights, *zip(buffers.own, saved, strict=True)):
                 if not _same_bits(tensor, before):
                     tensor.copy_(before)
-
-
-def forget_between_passes(model: nn.Module) -> Callable[[], None]:
-    """Every pass begins without the tensors that earlier ones have left in modules whose ``train`` does work.
-
-    Some keep in eval mode what they compute from their weights, until their ``train`` drops it. From a pass without
-    gradients, or at other weights, it would cut these weights off; and from one with gradients, its graph is gone.
-
-    Args:
-        model: in eval mode.
-
-    Returns:
-        A function that ends this.
-    """
-    working = _working(model)
-    if not working or isinstance(model, torch.jit.ScriptModule):  # which takes no hooks
-        return lambda: None
-    model.train()
-    model.eval()
-    kept = [_Kept(module) for module in working]
-
-    def forget(*_: Any) -> None:
-        for one in kept:
-            one.put_back()
-
-    def end() -> None:
-        hook.remove()
-        forget()
-
-    hook = model.register_forward_pre_hook(forget, prepend=True)
-    return end
-
-
-def _working(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module).train is not nn.Module.train]
-
-
-class _Kept:
-    """What a module holds beside parameters, buffers and modules, the contents of dictionaries and lists too."""
-
-    _MODULES_OWN = frozenset(vars(nn.Module()))
-
-    def __init__(self, module: nn.Module) -> None:
-        self._holder = vars(module)
-        self._before = {name: (value, self._content(value)) for name, value in self._own()}
-
-    def put_back(self) -> None:
-        """Let the module hold the same again; whatever is no tensor, and holds none, stays as it is."""
-        for name, value in self._own():
-            if name not in self._before and tensors_of(value):
-                del self._holder[name]
-        for name, (value, content) in self._before.items():
-            if isinstance(value, dict) and tensors_of(value):
-                value.clear()
-                value.update(content)
-            elif isinstance(value, list) and tensors_of(value):
-                value[:] = content
-            if self._holder.get(name) is not value and (tensors_of(value) or tensors_of(self._holder.get(name))):
-                self._holder[name] = value
-
-    def _own(self) -> list[tuple[str, Any]]:
-        return [(name, value) for name, value in self._holder.items() if name not in self._MODULES_OWN]
-
-    @staticmethod
-    def _content(value: Any) -> Any:
-        return copy.copy(value) if isinstance(value, (dict, list)) else None
 
 
 def _writes_to_weights(module: nn.Module) -> bool:

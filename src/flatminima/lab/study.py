@@ -138,7 +138,8 @@ class Study(abc.ABC):
             tell(f"{experiment.title} {len(tasks)} runs, those of every setting in a line once they are known:")
         with contextlib.closing(self.executor.run(work, [tasks[number] for number in left])) as performed:
             ended = itertools.chain(settled.items(), ((left[place], outcome) for place, outcome in performed))
-            for number, outcome in watch(ended, len(tasks), runs, name, progress, may_end_early=early):
+            watched = watch(ended, len(tasks), runs, name, progress, settled=len(settled), may_end_early=early)
+            for number, outcome in watched:
                 if isinstance(outcome, Failure):
                     failures[tasks[number].name] = outcome.error
                 elif outcome is not None:

@@ -120,6 +120,31 @@ def test_without_a_terminal_the_time_left_is_told_only_where_it_can_be(
     assert any("0/1 runs, a case, [an arm], seed 0 epoch 4/8" in line for line in said)
 
 
+def test_what_was_done_before_is_no_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither runs that had ended, nor half of one that goes on."""
+    monkeypatch.setattr("flatminima.progress.LINE_SECONDS", (0.0, 0.0, 0.001))
+    task, ended = tasks(tmp_path)
+    task.folder.path.mkdir()
+    said: list[str] = []
+
+    def run() -> Iterator[tuple[int, Any]]:
+        yield 1, "done"
+        deadline = time.monotonic() + 60
+        with task.folder.watched() as note:
+            for iteration in itertools.count(10**12):
+                note(replace(TRAINING, iteration=iteration, iterations=2 * 10**12))
+                said.extend(re.findall(r"runs, (.*) left, a case", capsys.readouterr().err))
+                if len(said) > 5 or time.monotonic() > deadline:
+                    break
+        yield 0, "done"
+
+    list(watch(run(), 3, [task, ended], "experiment", settled=1))
+    assert len(said) > 5
+    assert all("day" in left for left in said), said
+
+
 def test_failures_are_counted(tmp_path: Path, screen: Callable[[], str]) -> None:
     def run() -> Iterator[tuple[int, Any]]:
         yield 0, Failure(None, "no luck")

@@ -31,19 +31,22 @@ def watch(
     description: str,
     enabled: bool = True,
     *,
+    settled: int = 0,
     may_end_early: bool = False,
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield what has ``ended``; show meanwhile how far each of the ``runs`` in progress is.
 
     On a terminal, an overall bar of ``total`` runs, and beneath it a line for every run in progress: epoch, loss, time
     left; on standard error, once it has taken a second; gone at the end. Elsewhere the same in a line now and then.
+    The time left is told by what is done meanwhile: the first ``settled`` of the runs ended before, and what is first
+    seen of another may be an earlier sitting's.
     Of runs that may end early, before their last epoch, the time left is a bound, and that of all is not told.
     """
     with progress.aside():
         view = _View(total, runs, description, progress.terminal(enabled), enabled, may_end_early)
         try:
-            for number, outcome in ended:
-                view.end(failed=isinstance(outcome, Failure))
+            for place, (number, outcome) in enumerate(ended):
+                view.end(failed=isinstance(outcome, Failure), before=place < settled)
                 yield number, outcome
         finally:
             view.close()
@@ -72,16 +75,18 @@ class _View:
         self._bars = progress.live_bars()
         self._live = Live(console=console, transient=True, auto_refresh=False, get_renderable=self._table)
         self._overall = self._bars.add_task(description, total=total, status="", loss="", bound=bound)
-        self._closed = threading.Event()
+        self._closed, self._lock = threading.Event(), threading.Lock()
         self._lines_of_text = progress.Lines(self._said, enabled)
         self._thread = None
         if console is not None:
             self._thread = threading.Thread(target=self._look_on, daemon=True)
             self._thread.start()
 
-    def end(self, *, failed: bool) -> None:
-        self._ended += 1
-        self._failed += failed
+    def end(self, *, failed: bool, before: bool) -> None:
+        with self._lock:
+            self._ended += 1
+            self._failed += failed
+            self._count_as_done_before(self._overall, float(before))
 
     def close(self) -> None:
         self._closed.set()
@@ -115,7 +120,15 @@ class _View:
         parts += [f"{each.description.strip()} {each.fields['status']}" for each in others]
         return ", ".join(parts)
 
+    def _count_as_done_before(self, bar: TaskID, runs: float) -> None:
+        """Without a step of the bar, by which its pace is told."""
+        next(task for task in self._bars.tasks if task.id == bar).completed += runs
+
     def _look(self) -> None:
+        with self._lock:
+            self._look_at_folders()
+
+    def _look_at_folders(self) -> None:
         begun = 0.0
         for number, run in enumerate(self._runs):
             written = run.folder.progress_written()
@@ -134,6 +147,8 @@ class _View:
         if number not in self._lines:
             label = f"  {self._runs[number].label}"
             self._lines[number] = self._bars.add_task(label, total=1.0, status="", loss="", bound=self._bound)
+            for bar in (self._lines[number], self._overall):
+                self._count_as_done_before(bar, told.fraction)
         training = told.doing == "training"
         self._bars.update(
             self._lines[number],

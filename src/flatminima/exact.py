@@ -26,6 +26,7 @@ from flatminima.network import (
     batch_size,
     call_model,
     call_model_without_graph,
+    depended_on,
     explained_errors,
     map_tensors,
     sound_batchnorm,
@@ -234,10 +235,8 @@ class _Reference:
         """Warn of parameters that the copy does not depend on in eval mode, but in training mode."""
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with torch.enable_grad():
-            total = self.logits(slice(None)).sum()
-        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True) if total.requires_grad else ()
-        used = {name for name, gradient in zip(named, gradients, strict=False) if gradient is not None}
-        warn_unused(self.model, self.inputs, named.keys() - used)
+            used = depended_on(self.logits(slice(None)), named)
+        warn_unused(self.model, self.inputs, named.keys() - set(used))
 
     def logits(self, samples: slice) -> Tensor:
         with sound_batchnorm(), without_checkpoints():

@@ -15,7 +15,7 @@ from flatminima.gramian.planning import (
     row_bytes,
 )
 from flatminima.losses import FactoredLoss, LogitGradient, Loss, logit_gradient
-from flatminima.network import Inputs, call_model, call_model_without_graph, take
+from flatminima.network import Inputs, call_model, call_model_without_graph, depended_on, take
 
 Group = list[tuple[nn.Parameter, int, int]]
 """Slices of parameters' first dimensions: (parameter, start, stop)."""
@@ -48,12 +48,8 @@ def used_parameters(batch: Batch, candidates: Mapping[str, nn.Parameter], chunk:
     """Those candidates that plain autograd finds in the graph of some chunk of samples."""
     found: dict[str, nn.Parameter] = {}
     for start in range(0, len(batch.targets), chunk):
-        rows = slice(start, start + chunk)
-        logits = batch.logits(rows)
-        if logits.requires_grad:
-            direction = batch.gradient_at(logits, rows).direction
-            grads = torch.autograd.grad(logits, list(candidates.values()), direction, allow_unused=True)
-            found |= {name: p for (name, p), grad in zip(candidates.items(), grads, strict=True) if grad is not None}
+        used = depended_on(batch.logits(slice(start, start + chunk)), candidates)
+        found |= {name: candidates[name] for name in used}
     return found
 
 

@@ -16,7 +16,7 @@ from flatminima.network.batches import (
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
 from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
-from flatminima.network.kept import listed, refusing_kept_graphs, warn_unused
+from flatminima.network.kept import depended_on, listed, refusing_kept_graphs, warn_unused
 from flatminima.network.modes import (
     Buffers,
     differentiating,
@@ -62,6 +62,7 @@ __all__ = [
     "call_model",
     "call_model_without_graph",
     "chunk_statistics",
+    "depended_on",
     "device_of",
     "differentiating",
     "evaluating",

@@ -8,7 +8,7 @@ kept with its graph can be differentiated once only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -24,6 +24,14 @@ from flatminima.torch_compat import meets_a_freed_graph
 def listed(names: Sequence[str]) -> str:
     """Parameters as messages name them: how many, and the first of them."""
     return f"{len(names)} parameters ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def depended_on(output: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Those parameters, by name, that plain autograd finds in the output's graph, which is freed."""
+    if not output.requires_grad:
+        return []
+    gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+    return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
 
 
 def warn_unused(model: nn.Module, inputs: Inputs, names: Collection[str]) -> None:
@@ -55,9 +63,7 @@ def _used_in_training(model: nn.Module, inputs: Inputs, names: Collection[str]) 
             if isinstance(module, _DROPOUTS):
                 module.eval()
         parameters = {name: p for name, p in copied.named_parameters() if name in names}
-        logits = call_model(copied, take(inputs, slice(None)))
-        gradients = torch.autograd.grad(logits.sum(), list(parameters.values()), allow_unused=True)
-        return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+        return depended_on(call_model(copied, take(inputs, slice(None))), parameters)
     return []
 
 

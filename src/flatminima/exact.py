@@ -221,11 +221,9 @@ class _Reference:
 
     def require_independence(self, original: nn.Module) -> None:
         """Go on only where the copy runs on its own weights: a forward that is no method may hold the model itself."""
-        weights = [p for p in original.parameters() if p.requires_grad]
         with torch.enable_grad():
-            logits = self.logits(slice(0, 1))
-            used = torch.autograd.grad(logits.sum(), weights, allow_unused=True) if logits.requires_grad else ()
-        if any(gradient is not None for gradient in used):
+            used = depended_on(self.logits(slice(0, 1)), _trainable(original))
+        if used:
             raise FlatminimaError(
                 f"a copy of {type(original).__name__} runs on the weights of the original, which some function holds "
                 "(assigned to `forward`?), so there is no float64 copy: define forward as a method of the class"
@@ -233,10 +231,10 @@ class _Reference:
 
     def warn_unused(self) -> None:
         """Warn of parameters that the copy does not depend on in eval mode, but in training mode."""
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trainable = _trainable(self.model)
         with torch.enable_grad():
-            used = depended_on(self.logits(slice(None)), named)
-        warn_unused(self.model, self.inputs, named.keys() - set(used))
+            used = depended_on(self.logits(slice(None)), trainable)
+        warn_unused(self.model, self.inputs, trainable.keys() - used)
 
     def logits(self, samples: slice) -> Tensor:
         with sound_batchnorm(), without_checkpoints():
@@ -249,6 +247,10 @@ class _Reference:
                 output, self.parameters, weight, retain_graph=True, create_graph=create_graph, materialize_grads=True
             )
         )
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _flat(gradients: Sequence[Tensor]) -> Tensor:

@@ -44,12 +44,11 @@ class Batch:
         return logit_gradient(self.loss, logits, self.targets[rows], logit_normalization=self.logit_normalization)
 
 
-def used_parameters(batch: Batch, candidates: Mapping[str, nn.Parameter], chunk: int) -> dict[str, nn.Parameter]:
-    """Those candidates that plain autograd finds in the graph of some chunk of samples."""
-    found: dict[str, nn.Parameter] = {}
+def used_parameters(batch: Batch, candidates: Mapping[str, nn.Parameter], chunk: int) -> set[str]:
+    """The names of those candidates that plain autograd finds in the graph of some chunk of samples."""
+    found: set[str] = set()
     for start in range(0, len(batch.targets), chunk):
-        used = depended_on(batch.logits(slice(start, start + chunk)), candidates)
-        found |= {name: candidates[name] for name in used}
+        found |= depended_on(batch.logits(slice(start, start + chunk)), candidates)
     return found
 
 

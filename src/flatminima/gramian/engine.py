@@ -251,7 +251,7 @@ def _checked(
             note_losses(xi, batch, plan.chunk)
         generic = one_by_one | set(recorded.given_up)
         if recorded.unseen:
-            generic |= set(used_parameters(batch, recorded.unseen, plan.chunk))
+            generic |= used_parameters(batch, recorded.unseen, plan.chunk)
         add_one_by_one(xi, batch, {name: part for name, part in parts.items() if name in generic})
         xi.add_up(processes)
         refuse_non_finite("gradients", xi.unit)
@@ -287,8 +287,9 @@ def _look_at_unused(
         return
     new = {name: parts[name].parameter for name in xi.without_rows() if name not in checks.looked_at}
     checks.looked_at.update(new)
-    unused = new.keys() - used_parameters(batch, new, chunk).keys() if new else set()
-    warn_unused(batch.model, take(batch.inputs, slice(0, chunk)), unused)
+    if new:
+        unused = new.keys() - used_parameters(batch, new, chunk)
+        warn_unused(batch.model, take(batch.inputs, slice(0, chunk)), unused)
 
 
 @dataclass

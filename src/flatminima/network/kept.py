@@ -26,12 +26,12 @@ def listed(names: Sequence[str]) -> str:
     return f"{len(names)} parameters ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
-def depended_on(output: Tensor, parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Those parameters, by name, that plain autograd finds in the output's graph, which is freed."""
+def depended_on(output: Tensor, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The names of those parameters that plain autograd finds in the output's graph, which is freed."""
     if not output.requires_grad:
-        return []
+        return set()
     gradients = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
-    return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
 def warn_unused(model: nn.Module, inputs: Inputs, names: Collection[str]) -> None:
@@ -63,7 +63,8 @@ def _used_in_training(model: nn.Module, inputs: Inputs, names: Collection[str]) 
             if isinstance(module, _DROPOUTS):
                 module.eval()
         parameters = {name: p for name, p in copied.named_parameters() if name in names}
-        return depended_on(call_model(copied, take(inputs, slice(None))), parameters)
+        used = depended_on(call_model(copied, take(inputs, slice(None))), parameters)
+        return [name for name in parameters if name in used]
     return []
 
 

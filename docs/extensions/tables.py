@@ -164,6 +164,28 @@ def gains_of_compare() -> Table:
     return Table(caption, ("four models on two cores", *networks), rows)
 
 
+def cost_where_memory_is_kept() -> Table:
+    """Training and measuring where freed memory is kept for the next tensors, beside the heap as it is."""
+    networks = json.loads((BENCHMARKS / "heap.json").read_text(encoding="utf-8"))["networks"]
+    rows = tuple(
+        (network, task, _time_and_range(found.get("kept")), *_faults_and_memory(found))
+        for network, tasks in networks.items()
+        for task, found in tasks.items()
+    )
+    header = ("network", "task", "time", "page faults", "as it is", "peak memory (MiB)", "as it is")
+    return Table("Time as a ratio to the heap as it is: the median, the smallest and largest", header, rows)
+
+
+def _faults_and_memory(found: Mapping[str, Any]) -> tuple[str, ...]:
+    if "error" in found:
+        return ("–",) * 4
+    both = found["kept"], found["as it is"]
+    return (
+        *(f"{one['faults']['median']:,.0f}" for one in both),
+        *(f"{one['peak_bytes'] / MIB:,.0f}" for one in both),
+    )
+
+
 def cost_of_measure(file: str) -> Table:
     """A trial of ``measure`` by part, what is done once, and other libraries' jobs in place of ξ."""
     networks = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))["networks"]
@@ -370,6 +392,7 @@ BENCHMARK_TABLES = {
         for name in ("robustness", "robustness-1000")
     },
     "compare": ("compare.json", gains_of_compare),
+    "heap": ("heap.json", cost_where_memory_is_kept),
     "regularizer": ("regularizer.json", cost_of_steps),
     "regularizer-small": ("regularizer-small.json", cost_of_small_steps),
     "finite-differences": ("finite_differences.json", cosines),

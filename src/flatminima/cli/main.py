@@ -41,6 +41,7 @@ from flatminima.errors import (
     require_one_of,
 )
 from flatminima.lab.errors import TrainingInterrupted
+from flatminima.lab.heap import keep_freed_memory
 from flatminima.lab.runs import RECIPES
 from flatminima.launch import rank_and_size
 
@@ -52,6 +53,8 @@ NARROWEST_TABLE = 120
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 done, 1 failed, 2 bad input, 130 Ctrl-C)."""
+    if arguments is None:  # the process is ours, and not a caller's
+        keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or bool(os.environ.get("FLATMINIMA_DEBUG"))
     TYPED.set(())

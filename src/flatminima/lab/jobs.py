@@ -27,6 +27,7 @@ from typing import Any, Protocol, TextIO, TypeVar
 import torch
 
 from flatminima.errors import FlatminimaError, FlatminimaWarning, described
+from flatminima.lab.heap import keep_freed_memory
 from flatminima.progress import track
 
 Task = TypeVar("Task")
@@ -317,6 +318,7 @@ def _serve(connection: Any, function: Callable[[Any], Any], threads: int, gpu: s
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.showwarning = _show_warning
+    keep_freed_memory()
     torch.set_num_threads(threads)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

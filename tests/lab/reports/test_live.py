@@ -145,6 +145,41 @@ def test_what_was_done_before_is_no_pace(
     assert all("day" in left for left in said), said
 
 
+def test_the_end_of_a_run_that_is_known_late_is_no_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that has said its last, and whose end is not known yet, is not taken for one that has not begun."""
+    monkeypatch.setattr("flatminima.progress.LINE_SECONDS", (0.0, 0.0, 0.001))
+    first, second = tasks(tmp_path)
+    said: list[str] = []
+
+    def wait_for_lines(pattern: str, count: int) -> list[str]:
+        deadline = time.monotonic() + 60
+        found: list[str] = []
+        while len(found) < count:
+            assert time.monotonic() < deadline, said[-5:]
+            lines = capsys.readouterr().err.splitlines()
+            said.extend(lines)
+            found += [line for line in lines if re.search(pattern, line)]
+        return found
+
+    def run() -> Iterator[tuple[int, Any]]:
+        left = []
+        for number, task in enumerate((first, second)):
+            task.folder.path.mkdir()
+            with task.folder.watched(seconds=0.0) as note:
+                for iteration in range(10**14 - 3, 10**14):
+                    note(replace(TRAINING, iteration=iteration, iterations=10**14))
+                    found = wait_for_lines(f"{number}/3 runs, .*seed {number}", 2)
+                    left += re.findall(r"runs, (.*) left", "\n".join(found))
+            wait_for_lines(f"{number}/3 runs, .*starting", 1)
+            yield number, "done"
+        assert left
+        assert all("day" in each for each in left), left
+
+    list(watch(run(), 3, [first, second], "experiment"))
+
+
 def test_failures_are_counted(tmp_path: Path, screen: Callable[[], str]) -> None:
     def run() -> Iterator[tuple[int, Any]]:
         yield 0, Failure(None, "no luck")

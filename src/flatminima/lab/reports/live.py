@@ -46,7 +46,7 @@ def watch(
         view = _View(total, runs, description, progress.terminal(enabled), enabled, may_end_early)
         try:
             for place, (number, outcome) in enumerate(ended):
-                view.end(failed=isinstance(outcome, Failure), before=place < settled)
+                view.end(number, failed=isinstance(outcome, Failure), before=place < settled)
                 yield number, outcome
         finally:
             view.close()
@@ -72,6 +72,8 @@ class _View:
         self._stale = [run.folder.progress_written() for run in runs]
         self._ended = self._failed = 0
         self._lines: dict[int, TaskID] = {}
+        # how much of each is done: where a run says no more, until its end is known, which may take seconds
+        self._begun: dict[int, float] = {}
         self._bars = progress.live_bars()
         self._live = Live(console=console, transient=True, auto_refresh=False, get_renderable=self._table)
         self._overall = self._bars.add_task(description, total=total, status="", loss="", bound=bound)
@@ -82,8 +84,9 @@ class _View:
             self._thread = threading.Thread(target=self._look_on, daemon=True)
             self._thread.start()
 
-    def end(self, *, failed: bool, before: bool) -> None:
+    def end(self, number: int, *, failed: bool, before: bool) -> None:
         with self._lock:
+            self._begun.pop(number, None)
             self._ended += 1
             self._failed += failed
             self._count_as_done_before(self._overall, float(before))
@@ -129,26 +132,27 @@ class _View:
             self._look_at_folders()
 
     def _look_at_folders(self) -> None:
-        begun = 0.0
         for number, run in enumerate(self._runs):
             written = run.folder.progress_written()
             told = None if written in (None, self._stale[number]) else run.folder.read_progress()
             if told is not None:
                 self._show(number, told)
-                begun += told.fraction
             elif number in self._lines:
                 self._bars.remove_task(self._lines.pop(number))
         status = f"{self._ended}/{self._total} runs" + (f", {self._failed} failed" if self._failed else "")
         if not self._lines and self._ended < self._total:
             status += ", starting"  # workers, or the next run
-        self._bars.update(self._overall, completed=min(self._ended + begun, self._total), status=status)
+        completed = min(self._ended + sum(self._begun.values()), self._total)
+        self._bars.update(self._overall, completed=completed, status=status)
 
     def _show(self, number: int, told: RunProgress) -> None:
         if number not in self._lines:
             label = f"  {self._runs[number].label}"
             self._lines[number] = self._bars.add_task(label, total=1.0, status="", loss="", bound=self._bound)
-            for bar in (self._lines[number], self._overall):
-                self._count_as_done_before(bar, told.fraction)
+            self._count_as_done_before(self._lines[number], told.fraction)
+        if number not in self._begun:
+            self._count_as_done_before(self._overall, told.fraction)
+        self._begun[number] = told.fraction
         training = told.doing == "training"
         self._bars.update(
             self._lines[number],

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from extensions.tables import BENCHMARK_TABLES, ROOT, summaries_of, with_interval
 
-from flatminima.lab.experiments import SHORT_NAMES, RankCorrelation, Summary
+from flatminima.lab.experiments import SHORT_NAMES, Summary
 from flatminima.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 README = ROOT / "README.md"
 PICTURES = {"light": ("#1a1a1b", "#fefefe"), "dark": ("#e6e9ee", "#15181d")}
 """Ink and paper."""
 
-EXPERIMENTS = {
-    "I, random labels": ("small-fresh", "scenario-1"),
-    "II, augmentation": ("small-fresh", "scenario-2"),
-    "III, batch size": ("small-fresh", "scenario-3"),
-    "I, random labels (matched fit)": ("small-matched", "scenario-1"),
-    "II, augmentation (matched fit)": ("small-matched", "scenario-2"),
-    "III, batch size (matched fit)": ("small-matched", "scenario-3"),
-}
-"""Of the picture and of the table: a folder of results, and one of its experiments."""
+SIZES = {"10,000 images": ("medium", "medium-matched"), "2,000 images": ("small-fresh", "small-matched")}
+"""Rows of the picture: the folders of results, of the paper's protocol and of the matched one."""
+
+SCENARIOS = {"scenario-1": "I, random labels", "scenario-2": "II, augmentation", "scenario-3": "III, batch size"}
+FITS = ("", " (matched fit)")
 
 MEASURES = (
     "log_det_fisher",
@@ -37,20 +37,23 @@ MEASURES = (
 )
 
 
-def correlations() -> dict[str, Mapping[str, RankCorrelation]]:
-    """By experiment, with the number of minima in its name; by measure."""
+def rankings_of(size: str) -> dict[str, Summary | None]:
+    """The experiments of a size by their titles; none where runs are left, as what they show may still change."""
     found = {}
-    for title, (folder, name) in EXPERIMENTS.items():
-        summary: Summary = next(summary for summary in summaries_of(folder) if summary.name == name)
-        found[f"{title}: {len(summary.records)} minima"] = summary.correlations
+    for folder, fit in zip(SIZES[size], FITS, strict=True):
+        whole = {summary.name: summary for summary in summaries_of(folder) if not summary.left}
+        found.update({title + fit: whole.get(name) for name, title in SCENARIOS.items()})
     return found
 
 
 def rankings() -> str:
     """Kendall's τ with the test error: an experiment a row, a measure a column."""
-    rows = tuple(
-        (title, *(with_interval(found.get(measure)) for measure in MEASURES)) for title, found in correlations().items()
-    )
+    rows = [
+        (f"{title}, {size}: {len(found.records)} minima", *(with_interval(found.correlations.get(m)) for m in MEASURES))
+        for size in SIZES
+        for title, found in rankings_of(size).items()
+        if found is not None
+    ]
     return markdown(("", *(SHORT_NAMES[measure] for measure in MEASURES)), rows)
 
 
@@ -109,33 +112,43 @@ def with_tables(text: str) -> str:
 
 
 def draw(path: Path, ink: str, paper: str) -> None:
-    """Kendall's τ with its interval: a panel an experiment, a measure a row."""
+    """Kendall's τ with its interval: a panel an experiment, in rows of one size; a measure a line."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
-    found = correlations()
     style = {"font.size": 9, "text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink}
+    shape = len(SIZES), len(SCENARIOS) * len(FITS)
     with mpl.rc_context({**style, "ytick.color": ink, "svg.hashsalt": "flatminima"}):
-        figure, panels = plt.subplots(1, len(found), figsize=(9.6, 2.5), sharey=True, layout="constrained")
-        for panel, (title, measures) in zip(panels, found.items(), strict=True):
-            for row, name in enumerate(MEASURES):
-                tau = measures.get(name)
-                if tau is None or not tau.defined:
-                    panel.text(0, row, "not measured", ha="center", va="center", fontsize=7)
-                    continue
-                own = name in ("log_det_fisher", "log_det_unit_fisher", "sensitivity", "diversity")
-                panel.plot([tau.low, tau.high], [row, row], color=ink, lw=1.2)
-                panel.plot(tau.tau, row, "o" if own else "s", color=ink, mfc=ink if own else paper, ms=5)
-            panel.axvline(0, color=ink, lw=0.6, ls=":")
-            panel.set_title(title.replace(" (", "\n(").replace(": ", "\n"), fontsize=8)
-            panel.set_xlim(-1.05, 1.05)
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.set_facecolor(paper)
-        panels[0].set_yticks(range(len(MEASURES)), [SHORT_NAMES[name].strip() for name in MEASURES])
-        panels[0].invert_yaxis()
+        figure, panels = plt.subplots(*shape, figsize=(9.6, 4.6), sharex=True, sharey=True, layout="constrained")
+        for row, size in zip(panels, SIZES, strict=True):
+            row[0].set_ylabel(size, fontsize=8)
+            for panel, (title, found) in zip(row, rankings_of(size).items(), strict=True):
+                _draw_ranking(panel, title, found, ink, paper)
+        panels[0, 0].set_xlim(-1.05, 1.05)
+        panels[0, 0].set_yticks(range(len(MEASURES)), [SHORT_NAMES[name].strip() for name in MEASURES])
+        panels[0, 0].invert_yaxis()
         figure.supxlabel("Kendall's τ with the test error, 95 % interval over seeds", fontsize=8)
         figure.savefig(path, facecolor=paper, metadata={"Date": None})
         plt.close(figure)
+
+
+def _draw_ranking(panel: Axes, title: str, found: Summary | None, ink: str, paper: str) -> None:
+    """The measures of one experiment, with γ̂ and its parts filled."""
+    panel.set_facecolor(paper)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.axvline(0, color=ink, lw=0.6, ls=":")
+    minima = "not all run yet" if found is None else f"{len(found.records)} minima"
+    panel.set_title(title.replace(" (", "\n(") + "\n" + minima, fontsize=8)
+    if found is None:
+        return
+    for row, name in enumerate(MEASURES):
+        tau = found.correlations.get(name)
+        if tau is None or not tau.defined:
+            panel.text(0, row, "not measured", ha="center", va="center", fontsize=7)
+            continue
+        own = name in ("log_det_fisher", "log_det_unit_fisher", "sensitivity", "diversity")
+        panel.plot([tau.low, tau.high], [row, row], color=ink, lw=1.2)
+        panel.plot(tau.tau, row, "o" if own else "s", color=ink, mfc=ink if own else paper, ms=5)
 
 
 def main() -> None:

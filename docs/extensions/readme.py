@@ -30,6 +30,7 @@ MEASURES = (
     "log_det_unit_fisher",
     "sensitivity",
     "diversity",
+    "effective_dimension",
     "spectral_radius",
     "fisher_trace",
     "robustness",
@@ -119,7 +120,7 @@ def draw(path: Path, ink: str, paper: str) -> None:
     style = {"font.size": 9, "text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink}
     shape = len(SIZES), len(SCENARIOS) * len(FITS)
     with mpl.rc_context({**style, "ytick.color": ink, "svg.hashsalt": "flatminima"}):
-        figure, panels = plt.subplots(*shape, figsize=(9.6, 4.6), sharex=True, sharey=True, layout="constrained")
+        figure, panels = plt.subplots(*shape, figsize=(9.6, 4.9), sharex=True, sharey=True, layout="constrained")
         for row, size in zip(panels, SIZES, strict=True):
             row[0].set_ylabel(size, fontsize=8)
             for panel, (title, found) in zip(row, rankings_of(size).items(), strict=True):

@@ -59,6 +59,7 @@ def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: Module
     ("title", "record"),
     [
         ("Scenario I:", "medium/scenario-1"),
+        ("Scenario II:", "medium/scenario-2"),
         ("Scenario III:", "medium/scenario-3"),
         ("Scenario III at matched loss", "medium-matched/scenario-3"),
         ("Scenario I at matched loss", "medium-matched/scenario-1"),
@@ -70,6 +71,45 @@ def test_what_is_said_of_the_middle_size_is_in_its_record(title: str, record: st
     said = set(re.findall(rf"{number}[a-z ]* \((?:95 % interval )?{number} to {number}\)", section))
     assert len(said) >= 5
     assert said <= intervals_of((ROOT / "results" / f"{record}.md").read_text(encoding="utf-8"))
+
+
+def test_how_often_measures_follow_is_what_the_readme_says(made: ModuleType) -> None:
+    whole = [found for size in made.SIZES for found in made.rankings_of(size).values() if found is not None]
+    assert len(whole) == 11
+
+    def counts(name: str) -> tuple[int, int]:
+        """In how many experiments a measure follows, and in how many it goes against."""
+        found = [summary.correlations[name] for summary in whole if name in summary.correlations]
+        return sum(tau.low > 0 for tau in found), sum(tau.high < 0 for tau in found)
+
+    assert counts("log_det_fisher") == (9, 2)
+    assert counts("log_det_unit_fisher") == counts("effective_dimension") == (10, 1)
+    assert counts("stable_rank") == (9, 1)
+    assert counts("spectral_radius")[1] == counts("frobenius_norm")[1] == 4
+    others = {name for summary in whole for name in summary.correlations} - {
+        "log_det_unit_fisher",
+        "effective_dimension",
+    }
+    assert max(counts(name)[0] for name in others) == 9
+
+
+def test_what_is_said_to_follow_in_all_experiments_of_the_middle_size_does() -> None:
+    found = [
+        json.loads(path.read_text(encoding="utf-8"))[0]["evaluation"]["measures"]
+        for path in sorted((ROOT / "results").glob("medium*/scenario-*.json"))
+    ]
+    assert len(found) == 5
+
+    def follow(correlation: str) -> dict[str, int]:
+        """In how many experiments a measure's interval is above zero."""
+        return {name: sum(measures[name][correlation]["interval"][0] > 0 for measures in found) for name in found[0]}
+
+    everywhere = {name for name, count in follow("kendall").items() if count == len(found)}
+    own = {"log_det_fisher", "log_det_unit_fisher", "residual"}
+    assert everywhere == {*own, "effective_dimension", "stable_rank", "heavy_tail_alpha"}
+    beyond = follow("partial_kendall")
+    assert [beyond[name] for name in ("log_det_fisher", "log_det_unit_fisher")] == [5, 3]
+    assert [beyond[name] for name in ("effective_dimension", "stable_rank")] == [4, 4]
 
 
 def test_what_is_said_of_the_middle_sizes_regularizer_is_in_its_records() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import TrainingStopped, UnreachedLossError
-from flatminima.lab.runs import Approach, MultiStep, RunSpec, train
+from flatminima.lab.runs import Approach, Landing, MultiStep, RunSpec, train
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.sets import load_run
 from flatminima.measures import evaluate
@@ -50,6 +50,18 @@ def test_the_learning_rate_falls_from_the_epoch_on_that_follows_a_near_fit(tmp_p
     falls = near.index(True) + 1
     assert 0 < falls < len(history)
     assert [record.lr for record in history] == pytest.approx([0.05] * falls + [0.005] * (len(history) - falls))
+
+
+def test_a_landing_run_slows_down_and_ends_close_below_its_loss(tmp_path: Path) -> None:
+    approach, landing = Approach(near=10.0, factor=1.0), Landing(near=10.0, factor=1.0, tolerance=0.02)
+    spec = replace(SPEC, schedule=landing, epochs=60)
+    history = RunFolder(train(spec, tmp_path, progress=False).folder).read_history()
+    fits = [record.fit / 0.2 for record in history if record.fit is not None]
+    rates = [0.05 * landing.multiplier(0, 1, [], fits[:epoch]) for epoch in range(len(history))]
+    assert [record.lr for record in history] == pytest.approx(rates)
+    assert rates[-1] < 0.05
+    leapt = train(replace(spec, schedule=approach), tmp_path, progress=False).train_loss
+    assert leapt < 0.2 * fits[-1] <= 0.2
 
 
 def test_it_is_the_run_without_a_target_cut_off(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from flatminima.lab.runs.spec import (
     Approach,
     FisherPenaltySpec,
     GradientNormSpec,
+    Landing,
     MultiStep,
     OneCycle,
     Plateau,
@@ -163,6 +165,7 @@ SPECS = [
     RunSpec(regularizer=RegularizerSpec(max_grad_norm=5.0), precision="bf16-mixed"),
     RunSpec(regularizer=GradientNormSpec(weight=0.1, radius=0.2)),
     RunSpec(schedule=OneCycle(pct_start=0.2, div_factor=10.0)),
+    RunSpec(schedule=Landing(tolerance=0.1), stop_at_loss=0.1),
     RunSpec(regularizer=FisherPenaltySpec(weight=0.5, start_epoch=3)),
     RunSpec(regularizer=UnitResidualSpec(beta=2.0, num_sub_batches=4, max_grad_norm=5.0)),
 ]
@@ -172,6 +175,25 @@ def test_near_the_loss_to_stop_at_the_learning_rate_falls_for_good() -> None:
     schedule = Approach(near=3.0, factor=0.2)
     fits = [50.0, 3.1, 2.9, 3.5]
     assert [schedule.multiplier(0, 1, [], fits[:epoch]) for epoch in range(5)] == [1.0, 1.0, 1.0, 0.2, 0.2]
+
+
+def test_before_an_epoch_that_would_leap_past_the_loss_the_learning_rate_falls_in_proportion() -> None:
+    schedule = Landing(near=10.0, factor=0.1, tolerance=0.05)
+    fits = [12.0, 9.0, 6.0, 6.5, 2.0, 1.2]
+    leap = 0.1 * math.log(2.0 / 0.95) / math.log(6.5 / 2.0)
+    again = leap * math.log(1.2 / 0.95) / math.log(2.0 / 1.2)
+    multipliers = [schedule.multiplier(0, 1, [], fits[:epoch]) for epoch in range(7)]
+    assert multipliers == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.1, leap, again])
+
+
+@given(near=st.floats(5.0, 10.0), fall=st.floats(0.02, 1.6))
+def test_a_loss_that_falls_in_proportion_to_the_learning_rate_lands(near: float, fall: float) -> None:
+    schedule = Landing(near=10.0, factor=0.1, tolerance=0.05)
+    fits = [near]
+    while fits[-1] > 1.0:
+        fits.append(fits[-1] * math.exp(-fall * schedule.multiplier(0, 1, [], fits) / 0.1))
+    assert fits[-1] >= 0.95 * (1 - 1e-9)
+    assert len(fits) < 3 + math.log(near) / fall
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.key)
@@ -339,7 +361,10 @@ def test_a_bad_field_is_named_in_one_line(changes: dict[str, Any], message: str)
         (lambda: Approach(near=1.0), "schedule.near must be > 1"),
         (lambda: OneCycle(pct_start=0.0), "schedule.pct_start must be positive"),
         (lambda: OneCycle(div_factor=1.0), "schedule.div_factor must be > 1"),
-        (lambda: RunSpec(schedule=Approach()), "set stop_at_loss"),
+        (lambda: Landing(tolerance=1.0), "schedule.tolerance must be in [0, 1)"),
+        (lambda: Landing(tolerance=0.0), "schedule.tolerance must be positive"),
+        (lambda: RunSpec(schedule=Approach()), "schedule Approach needs a loss to stop at: set stop_at_loss"),
+        (lambda: RunSpec(schedule=Landing()), "schedule Landing needs a loss to stop at: set stop_at_loss"),
         (lambda: RegularizerSpec(alpha=0.0), "regularizer.alpha must be positive"),
         (lambda: RegularizerSpec(beta=-1.0), "regularizer.beta must not be negative"),
         (lambda: RegularizerSpec(num_sub_batches=0), "regularizer.num_sub_batches must be >= 1"),

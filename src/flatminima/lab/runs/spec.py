@@ -104,6 +104,35 @@ class Approach(Kinded):
 
 @refusing("schedule")
 @dataclass(frozen=True, config=STRICT)
+class Landing(Kinded):
+    """Like :class:`Approach`, with a rate that falls further where another epoch like the last would leap past it.
+
+    For runs that come to one loss at very different rates, as under different augmentation: each ends close to it.
+    """
+
+    near: Above1 = 10.0
+    """At how many times ``stop_at_loss`` the learning rate is first multiplied by ``factor``."""
+    factor: Positive = 0.1
+    """What it is multiplied by."""
+    tolerance: Annotated[float, Field(gt=0), below(1)] = 0.05
+    """How far below ``stop_at_loss`` the next epoch may end, as a fraction of it, if the loss falls in proportion to
+    the learning rate; where the last epoch's fall would take it further, the rate is multiplied by what keeps it."""
+
+    def multiplier(self, iteration: int, total: int, losses: Sequence[float], fits: Sequence[float]) -> float:
+        """The learning rate after these ``fits`` (in units of ``stop_at_loss``), relative to the initial one."""
+        multiplier, before = 1.0, 0.0  # the fit before, once one was near
+        for fit in fits:
+            if not before and fit <= self.near:
+                multiplier, before = self.factor, fit
+            elif before:
+                if 1.0 < fit < before:
+                    multiplier *= min(1.0, math.log(fit / (1 - self.tolerance)) / math.log(before / fit))
+                before = fit
+        return multiplier
+
+
+@refusing("schedule")
+@dataclass(frozen=True, config=STRICT)
 class OneCycle(Kinded):
     """Raise the learning rate to the run's and lower it to almost nothing, along cosines (Smith & Topin, 2019).
 
@@ -217,6 +246,7 @@ Schedule = Annotated[
     Annotated[MultiStep, Tag("MultiStep")]
     | Annotated[Plateau, Tag("Plateau")]
     | Annotated[Approach, Tag("Approach")]
+    | Annotated[Landing, Tag("Landing")]
     | Annotated[OneCycle, Tag("OneCycle")],
     Discriminator(kind_of),
 ]
@@ -307,8 +337,8 @@ class RunSpec:
             "epochs and iterations are both None: give at least one, or the run would never end",
         )
         require(
-            self.stop_at_loss is not None or not isinstance(self.schedule, Approach),
-            "schedule Approach needs a loss to stop at: set stop_at_loss",
+            self.stop_at_loss is not None or not isinstance(self.schedule, Approach | Landing),
+            f"schedule {type(self.schedule).__name__} needs a loss to stop at: set stop_at_loss",
         )
         require(not self.nesterov or self.momentum > 0, "nesterov needs a positive momentum, got 0")
 

@@ -100,7 +100,8 @@ def test_float32_agrees_with_float64_at_any_training_loss(sharpness: float) -> N
     single = log_determinant(factored_gram(model, x, y))
     double = copy.deepcopy(model).double()
     xi = factored_gram(double, x.double(), y)
-    assert single == pytest.approx(log_determinant(xi), abs=1e-3)
+    # far from zero γ̂ is a sum of logits, which float32 rounds by 6e-8 of themselves
+    assert single == pytest.approx(log_determinant(xi), rel=1e-7, abs=1e-3)
 
 
 @pytest.mark.parametrize("target", [1e-2, 1e-4, 1e-6, 1e-9, 1e-12])

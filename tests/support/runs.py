@@ -17,12 +17,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.schedules import MultiStep, Plateau
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.spec import (
     FisherPenaltySpec,
     GradientNormSpec,
-    MultiStep,
-    Plateau,
     RegularizerSpec,
     RunSpec,
     SharpnessAwareSpec,

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import pydantic_core
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, model_serializer, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
 from flatminima.errors import FlatminimaError, one_line
 
@@ -43,6 +43,12 @@ def below(end: float) -> AfterValidator:
 
 Count = Annotated[int, below(2**63)]
 """How many there are of something."""
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, below(1)]
+Above1 = Annotated[float, Field(gt=1)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+AtLeastZero = Annotated[int, Field(ge=0)]
 
 
 def parse(kind: type[Kind], text: str, *, strict: bool | None = None, **known: Any) -> Kind:

@@ -29,12 +29,10 @@ from flatminima.lab.experiments.presets import (
 )
 from flatminima.lab.names import PresetName
 from flatminima.lab.runs.measuring import Measuring
+from flatminima.lab.runs.schedules import MultiStep, OneCycle, Plateau
 from flatminima.lab.runs.spec import (
     FisherPenaltySpec,
     GradientNormSpec,
-    MultiStep,
-    OneCycle,
-    Plateau,
     RegularizerSpec,
     SharpnessAwareSpec,
     UnitResidualSpec,

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.schedules import OneCycle
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_sets
-from flatminima.lab.runs.spec import OneCycle, RunSpec, SharpnessAwareSpec, derived_seed
+from flatminima.lab.runs.spec import RunSpec, SharpnessAwareSpec, derived_seed
 from flatminima.lab.runs.training import launch, train
 from support.runs import EVERYTHING, PLAIN, SHARPNESS, SPECS, Crash, bits, reading_late, start, wait_for_update
 

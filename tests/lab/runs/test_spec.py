@@ -11,15 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatminima.errors import FlatminimaError
+from flatminima.lab.runs.schedules import Approach, Landing, MultiStep, OneCycle, Plateau
 from flatminima.lab.runs.spec import (
     RECIPES,
-    Approach,
     FisherPenaltySpec,
     GradientNormSpec,
-    Landing,
-    MultiStep,
-    OneCycle,
-    Plateau,
     RegularizerSpec,
     RunSpec,
     SharpnessAwareSpec,

@@ -14,11 +14,11 @@ from flatminima.lab.errors import DamagedRunWarning, ResumedElsewhereWarning
 from flatminima.lab.runs import sets, training
 from flatminima.lab.runs.folder import RunFolder
 from flatminima.lab.runs.records import RunResult
+from flatminima.lab.runs.schedules import MultiStep
 from flatminima.lab.runs.sets import load_run
 from flatminima.lab.runs.spec import (
     FisherPenaltySpec,
     GradientNormSpec,
-    MultiStep,
     Regularizer,
     RegularizerSpec,
     SharpnessAwareSpec,

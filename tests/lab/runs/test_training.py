@@ -19,9 +19,10 @@ from flatminima.lab.errors import TrainingStopped
 from flatminima.lab.networks.checkpoints import load_weights
 from flatminima.lab.networks.paper import build_model
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.schedules import MultiStep
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_sets
-from flatminima.lab.runs.spec import RECIPES, MultiStep, RegularizerSpec, RunSpec, SharpnessAwareSpec, derived_seed
+from flatminima.lab.runs.spec import RECIPES, RegularizerSpec, RunSpec, SharpnessAwareSpec, derived_seed
 from flatminima.lab.runs.training import launch, train
 from flatminima.measures.evaluation import evaluate
 from flatminima.regularizer.regularizer import FisherTraceRegularizer

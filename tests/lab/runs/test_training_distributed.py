@@ -19,17 +19,10 @@ import torch.distributed as dist
 from flatminima.errors import FlatminimaError, NonFiniteError
 from flatminima.lab.errors import TrainingInterrupted
 from flatminima.lab.runs.folder import RunFolder
+from flatminima.lab.runs.schedules import MultiStep, Plateau
 from flatminima.lab.runs.session import Session
 from flatminima.lab.runs.sets import load_sets
-from flatminima.lab.runs.spec import (
-    FisherPenaltySpec,
-    MultiStep,
-    Plateau,
-    RegularizerSpec,
-    RunSpec,
-    SharpnessAwareSpec,
-    derived_seed,
-)
+from flatminima.lab.runs.spec import FisherPenaltySpec, RegularizerSpec, RunSpec, SharpnessAwareSpec, derived_seed
 from flatminima.lab.runs.training import launch, train
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from support.collectives import free_port, run_in_processes

@@ -18,16 +18,13 @@ if TYPE_CHECKING:
     from flatminima.lab.runs.networks import LoadedNetwork, load_checkpoint, load_network, load_networks
     from flatminima.lab.runs.own_measures import selection_of
     from flatminima.lab.runs.records import RunProgress, RunResult
+    from flatminima.lab.runs.schedules import Approach, Landing, MultiStep, OneCycle
     from flatminima.lab.runs.session import Session
     from flatminima.lab.runs.sets import TrainingSets
     from flatminima.lab.runs.spec import (
         RECIPES,
-        Approach,
         FisherPenaltySpec,
         GradientNormSpec,
-        Landing,
-        MultiStep,
-        OneCycle,
         Regularizer,
         RegularizerSpec,
         RunSpec,
@@ -54,16 +51,13 @@ else:  # the command line reads descriptions without torch
             "networks": ("LoadedNetwork", "load_checkpoint", "load_network", "load_networks"),
             "own_measures": ("selection_of",),
             "records": ("RunProgress", "RunResult"),
+            "schedules": ("Approach", "Landing", "MultiStep", "OneCycle"),
             "session": ("Session",),
             "sets": ("TrainingSets",),
             "spec": (
                 "RECIPES",
-                "Approach",
                 "FisherPenaltySpec",
                 "GradientNormSpec",
-                "Landing",
-                "MultiStep",
-                "OneCycle",
                 "Regularizer",
                 "RegularizerSpec",
                 "RunSpec",

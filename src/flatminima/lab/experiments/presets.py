@@ -183,7 +183,7 @@ _MEDIUM = Preset(
     matched=(
         _matched(_MEDIUM_RUN, 0.05, 0.02, 200, Approach(factor=0.1)),  # at 0.2 the last epoch went 16 % below
         # at a fixed rate near the loss, networks without augmentation leap from ten times it to a quarter below it
-        _matched(_MEDIUM_RUN, 0.05, 0.02, 300, Landing()),
+        _matched(_MEDIUM_RUN, 0.05, 0.02, 400, Landing()),
     ),
     measuring=Measuring(measures=("cheap",), trials=10, robustness_samples=10, on_singular="skip"),
     every=(10,),

@@ -10,7 +10,17 @@ from pydantic import Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 from flatminima.errors import require
-from flatminima.lab.schema import STRICT, Above1, AtLeastZero, Fraction, Kinded, Positive, below, kind_of, refusing
+from flatminima.lab.schema import (
+    STRICT,
+    Above1,
+    AtLeastZero,
+    Fraction,
+    Kinded,
+    Positive,
+    PositiveFraction,
+    kind_of,
+    refusing,
+)
 
 
 @refusing("schedule")
@@ -95,7 +105,7 @@ class Landing(Kinded):
     """At how many times ``stop_at_loss`` the learning rate is first multiplied by ``factor``."""
     factor: Positive = 0.1
     """What it is multiplied by."""
-    tolerance: Annotated[float, Field(gt=0), below(1)] = 0.05
+    tolerance: PositiveFraction = 0.05
     """How far below ``stop_at_loss`` the next epoch may end, as a fraction of it, if the loss falls in proportion to
     the learning rate; where the last epoch's fall would take it further, the rate is multiplied by what keeps it."""
 
@@ -121,7 +131,7 @@ class OneCycle(Kinded):
     function of the iteration alone, so that a run goes on to the same bits.
     """
 
-    pct_start: Annotated[float, Field(gt=0), below(1)] = 0.3
+    pct_start: PositiveFraction = 0.3
     """The fraction of the run in which the learning rate rises."""
     div_factor: Above1 = 25.0
     """What the run's learning rate, which is the highest, is divided by at the beginning."""

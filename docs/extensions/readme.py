@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 PICTURES = {"light": ("#1a1a1b", "#fefefe"), "dark": ("#e6e9ee", "#15181d")}
 """Ink and paper."""
 
-SIZES = {"10,000 images": ("medium", "medium-matched"), "2,000 images": ("small-fresh", "small-matched")}
+SIZES = {"middle size": ("medium", "medium-matched"), "small size": ("small-fresh", "small-matched")}
 """Rows of the picture: the folders of results, of the paper's protocol and of the matched one."""
 
 SCENARIOS = {"scenario-1": "I, random labels", "scenario-2": "II, augmentation", "scenario-3": "III, batch size"}
@@ -47,10 +47,19 @@ def rankings_of(size: str) -> dict[str, Summary | None]:
     return found
 
 
+def images_of(summary: Summary) -> int:
+    """How many training images with right labels an experiment has."""
+    (images,) = {spec["train_size"] for spec in summary.specs.values()}
+    return images
+
+
 def rankings() -> str:
     """Kendall's τ with the test error: an experiment a row, a measure a column."""
     rows = [
-        (f"{title}, {size}: {len(found.records)} minima", *(with_interval(found.correlations.get(m)) for m in MEASURES))
+        (
+            f"{title}, {images_of(found):,} images: {len(found.records)} minima",
+            *(with_interval(found.correlations.get(measure)) for measure in MEASURES),
+        )
         for size in SIZES
         for title, found in rankings_of(size).items()
         if found is not None
@@ -138,8 +147,8 @@ def _draw_ranking(panel: Axes, title: str, found: Summary | None, ink: str, pape
     panel.set_facecolor(paper)
     panel.spines[["top", "right"]].set_visible(False)
     panel.axvline(0, color=ink, lw=0.6, ls=":")
-    minima = "not all run yet" if found is None else f"{len(found.records)} minima"
-    panel.set_title(title.replace(" (", "\n(") + "\n" + minima, fontsize=8)
+    size = "not all run yet" if found is None else f"{len(found.records)} minima\n{images_of(found):,} images"
+    panel.set_title(title.replace(" (", "\n(") + "\n" + size, fontsize=8)
     if found is None:
         return
     for row, name in enumerate(MEASURES):

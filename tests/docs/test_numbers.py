@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import statistics
 from types import ModuleType
@@ -14,6 +15,7 @@ from flatminima.lab.experiments import PRESETS
 from flatminima.lab.experiments.paper import MATCHED, PLAIN, REGULARIZED, SAM, build_experiment
 from flatminima.lab.experiments.statistics import paired_difference
 from flatminima.lab.names import Protocol
+from flatminima.theory import gamma_from_subsets, pac_bayes_bound
 from support.documents import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,6 +88,7 @@ def test_how_often_measures_follow_is_what_the_readme_says(made: ModuleType) -> 
     assert counts("log_det_unit_fisher") == counts("effective_dimension") == (10, 1)
     assert counts("stable_rank") == (9, 1)
     assert counts("spectral_radius")[1] == counts("frobenius_norm")[1] == 4
+    assert counts("robustness")[1] == 2
     others = {name for summary in whole for name in summary.correlations} - {
         "log_det_unit_fisher",
         "effective_dimension",
@@ -239,3 +242,26 @@ def test_the_regularizers_gain_over_ten_seeds_is_that_of_both_records() -> None:
         for text in pages:
             assert gain in text
             assert f"{low} to {high}" in text
+
+
+def test_the_bound_of_pac_bayes_is_as_far_too_low_as_its_page_says() -> None:
+    """In scenarios I and II of the middle size; a wrong answer costs at least ln 2 nats."""
+    bounds, losses = [], []
+    for name in ("scenario-1", "scenario-2"):
+        (found,) = json.loads((ROOT / "results" / "medium" / f"{name}.json").read_text(encoding="utf-8"))
+        subset_size, parameters = found["measuring"]["subset_size"], 300_000
+        for record in found["records"]:
+            gamma_hat, train_loss = (record["indicators"][key] for key in ("log_det_fisher", "train_loss"))
+            gamma = gamma_from_subsets(gamma_hat, num_parameters=parameters, subset_size=subset_size)
+            bound = pac_bayes_bound(
+                log_det_fisher=gamma,
+                num_parameters=parameters,
+                num_samples=10_000,
+                train_loss=train_loss,
+                log_volume=0.0,
+                delta=0.05,
+            )
+            assert math.exp(gamma_hat / subset_size) / (4 * math.pi * math.e) < 0.005
+            bounds.append(bound)
+            losses.append(math.log(2) * record["test_error"])
+    assert 0.07 < min(bounds) < max(bounds) < 0.1 < 0.13 < min(losses)

@@ -228,7 +228,7 @@ class Compare:
     )
     reading: OmitArgPrefixes[ReadingOptions] = field(default_factory=ReadingOptions)
     report: Annotated[Path | None, arg(aliases=("-o",))] = None
-    """Also write a page with pictures: which minimum, by how much, is that sure, how much of it is training loss."""
+    """Also write a page with pictures: which minimum, by how much, is that sure, how much of it is fit."""
     plot: Path | None = None
     """Also draw γ̂'s parts for every minimum, into a file .pdf, .svg, .png and the like."""
     table: Path | None = None

@@ -94,7 +94,7 @@ class Comparison:
         return caveats(self)
 
     def findings(self) -> list[str]:
-        """In sentences: which minimum is the best, by how much, is that sure, how much of it is training loss.
+        """In sentences: which minimum is the best, by how much, is that sure, how much of it is fit.
 
         Raises:
             FlatminimaError: without scipy, for the intervals.

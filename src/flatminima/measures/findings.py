@@ -69,7 +69,7 @@ def caveats(comparison: Comparison) -> list[str]:
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """Which minimum is the best, by how much, whether that is sure, and how much of it is training loss.
+    """Which minimum is the best, by how much, whether that is sure, and how much of it is fit.
 
     Intervals are Student's, over subsets (scipy).
 
@@ -119,6 +119,6 @@ def _residual_part(comparison: Comparison, name: str, best: str) -> str:
         for measure in ("log_det_fisher", "residual", "log_det_unit_fisher")
     )
     return (
-        f"Of the difference in γ̂ between {name} and {best} ({whole:+.1f}), {residual:+.1f} is residual, that is "
-        f"training loss, and {rest:+.1f} is the minimum's own."
+        f"Of the difference in γ̂ between {name} and {best} ({whole:+.1f}), {residual:+.1f} is residual, that is how "
+        f"closely samples are fitted, and {rest:+.1f} is left at unit residuals."
     )

@@ -1,4 +1,4 @@
-"""The page of a comparison: which minimum, by how much, is that sure, how much of it is training loss, which layers."""
+"""The page of a comparison: which minimum, by how much, is that sure, how much of it is fit, which layers."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ class FisherTraceRegularizer:
             times the weights' size; what they cannot run they refuse.
         parameters: the parameters whose Fisher trace is penalized (default: all). The penalty's gradient goes to all
             trainable ones.
-        every: k ≥ 1; the penalty acts on every k-th step, with weight k β; the steps between are plain steps. In our
-            runs much of the effect is lost.
+        every: k ≥ 1; the penalty acts on every k-th step, with weight k β; the steps between are plain steps. What is
+            kept of the effect differs between networks.
         start_step: the first step on which the penalty acts.
         warmup_steps: over how many steps from ``start_step`` on the weight rises linearly to β; 0 for none.
 

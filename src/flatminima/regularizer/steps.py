@@ -107,8 +107,9 @@ class PenaltyWatch:
         if share > NOISY and (self._may_never_act or ratio >= IDLE):
             self._warn(
                 f"{100 * share:.0f} % of the penalty's gradient is rounding error (median over {WINDOW} penalties, "
-                f"alpha={alpha:g}): the penalty is mostly noise. Raise alpha, and lower beta by the same factor, as "
-                "alpha * beta is the weight of the trace; or choose estimator='hvp', which does not round so",
+                f"alpha={alpha:g}): the penalty is mostly noise. Choose estimator='hvp', which does not round so; or, "
+                "where activations are smooth, raise alpha and lower beta by the same factor, as alpha * beta is the "
+                "weight of the trace (with ReLU a larger alpha crosses more kinks)",
                 NoisyPenaltyWarning,
             )
         elif self._may_never_act and ratio < IDLE:

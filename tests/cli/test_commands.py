@@ -112,6 +112,13 @@ def test_compare_writes_a_page_and_shares_by_layer_where_asked_for(
     assert "Shares by parameter" in capsys.readouterr().out
 
 
+def test_a_plot_of_parts_that_there_will_not_be_is_refused_before_all_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", "a=x", "b=y", "--batchnorm", "10", "--plot", str(tmp_path / "p.pdf")]
+    assert "with batch statistics there are none: leave out --plot or --batchnorm" in error_of(capsys, command)
+
+
 def test_names_are_text_in_tables(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compare", f"net[v2]={runs[0]}", f"[/]={runs[1]}", *MEASURE]) == 0
     header = capsys.readouterr().out.splitlines()[2]
@@ -226,6 +233,10 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert sum(row["left"] for row in json.loads(capsys.readouterr().out)["plan"]) == 36
     assert cli.main(["reproduce", "search", "--out", str(tmp_path), "--dry-run", "--json", "--trials", "3"]) == 0
     assert [row["left"] for row in json.loads(capsys.readouterr().out)["plan"]] == [6, 6]
+    command = ["reproduce", "table-1", "search", "--preset", "digits", "--seeds", "3", "--dry-run", "--json"]
+    assert cli.main([*command, "--out", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out)["plan"]
+    assert list(dict.fromkeys(row["experiment"] for row in rows)) == ["search", "table-1"]  # which trains by its choice
     assert list(tmp_path.iterdir()) == []
 
 

@@ -84,6 +84,8 @@ def test_the_usual_columns_are_found_and_others_named(ledger: str, capsys: pytes
 
 def test_bad_input_is_one_line(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "takes a ledger" in error_of(capsys, ["evaluate"])
+    both = ["evaluate", ledger, "--error", "test_error", "--accuracy", "x"]
+    assert "error and accuracy are the same turned round" in error_of(capsys, both)
     assert "cannot read none.csv: No such file" in error_of(capsys, ["evaluate", "none.csv"])
     assert "(did you mean 'test_error'?)" in error_of(capsys, ["evaluate", ledger, "--error", "test_eror"])
     assert "did you mean '--measures'?" in error_of(capsys, ["evaluate", ledger, "--measure", "x"])

@@ -39,6 +39,19 @@ def test_the_rows_of_one_experiment_can_be_chosen(tmp_path: Path) -> None:
         read_table(path, ["one"])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("loss,error,x\n0.1,0.5,3,\n0.2,0.6,4,\n", "every row has 1 more cell than there are names. Do rows end with a"),
+        ("x,error,loss\n1,5,0,21,0,01\n2,5,0,31,0,02\n", "every row has 3 more cells than .* have numbers decimal commas"),
+        ("x,error,error\n1,0.5,0.1\n", "has several columns called error: give each a name of its own"),
+    ],
+)
+def test_cells_that_would_go_to_other_columns_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(FlatminimaError, match=said):
+        read_table(written(tmp_path / "l.csv", text))
+
+
 def test_measures_are_all_numeric_columns_that_are_nothing_else() -> None:
     frame = random_frame(22).assign(converged=True, seed=0, y=1.5)
     frame.insert(0, "Unnamed: 0", range(len(frame)))

@@ -202,6 +202,10 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
         "--workers goes with run folders and their own images: networks on --data are measured in this process",
     )
     how, where = options.measuring.how(), {"device": options.device, "progress": not options.output.no_progress}
+    require(
+        options.plot is None or how.batchnorm == "eval",
+        "--plot shows γ̂'s parts, and with batch statistics there are none: leave out --plot or --batchnorm",
+    )
     prepared: dict[str, Preparations] = {}
     with working("compare", options.output):
         _require_places(options)  # now, not after all measuring
@@ -272,7 +276,8 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
             require_one_of("experiment", name, known)
         if not options.experiments:
             raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
-        chosen = tuple(EXPERIMENTS) if "all" in options.experiments else tuple(dict.fromkeys(options.experiments))
+        wanted = EXPERIMENTS if "all" in options.experiments else options.experiments
+        chosen = tuple(name for name in EXPERIMENTS if name in wanted)  # a search before what trains by it
         workers = options.workers or available_cores()
         executors: dict[str, Executor] = {"local": Local(), "processes": WorkerPool(workers), "ray": Ray()}
         reproduction = reproduce.Reproduction(

@@ -66,15 +66,12 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
         from flatminima.protocols import Ledger, evaluate, read_table
 
         table = read_table(options.ledger, options.where)
-        names = {"error": options.error, "given": options.given}
-        if options.accuracy is not None:
-            del names["error"]
-        usual = {"error": "test_error", "given": "train_loss"}
-        found = {what: name or (usual[what] if usual[what] in table else None) for what, name in names.items()}
+        usual = {name: name if name in table else None for name in ("test_error", "train_loss")}
         ledger = Ledger.of(
             table,
-            **found,
+            error=options.error or (usual["test_error"] if options.accuracy is None else None),
             accuracy=options.accuracy,
+            given=options.given or usual["train_loss"],
             hyper_parameters=options.hyper_parameters,
             measures=options.measures,
             seed=options.seed_column,

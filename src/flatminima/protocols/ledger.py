@@ -213,11 +213,19 @@ def read_table(path: Path | str, where: Sequence[str] = ()) -> pd.DataFrame:
     import pandas as pd
 
     try:
+        names = pd.read_csv(path, dtype=str, header=None, nrows=1).iloc[0]  # which pandas makes unique
         frame = pd.read_csv(path, dtype=str)
     except OSError as error:
         raise FlatminimaError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # no text, no table, nothing at all
         raise FlatminimaError(f"{path} is no table with a line of names ({first_line(error)})") from None
+    twice = names[names.duplicated()].dropna().unique()
+    require(len(twice) == 0, f"{path} has several columns called {_listed(twice)}: give each a name of its own")
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first cells for the rows' names
+        raise FlatminimaError(
+            f"{path}: every row has {frame.index.nlevels} more cell{'s' * (frame.index.nlevels > 1)} than there are "
+            "names. Do rows end with a comma, or have numbers decimal commas?"
+        )
     for condition in where:
         frame = _chosen(frame, condition)
     return frame.apply(_typed)

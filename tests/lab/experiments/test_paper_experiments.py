@@ -218,6 +218,11 @@ def test_data_are_looked_for_in_the_folder_given(tmp_path: Path) -> None:
         built("table-1", data=tmp_path)
 
 
+def test_seeds_that_are_named_twice_are_refused() -> None:
+    with pytest.raises(FlatminimaError, match="seeds named more than once: 0, 2"):
+        replace(built("scenario-1"), seeds=(2, 0, 0, 1, 2))
+
+
 def test_settings_that_are_one_run_are_refused() -> None:
     scenario = built("scenario-1")
     twice = (*scenario.settings, replace(scenario.settings[0], case="again"))

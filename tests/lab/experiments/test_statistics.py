@@ -90,3 +90,14 @@ def test_differences_that_are_equal_but_for_rounding_do_not_vary() -> None:
     assert 30 / 500 - 20 / 500 != 20 / 500 - 10 / 500
     assert found.mean == pytest.approx(0.02)
     assert math.isnan(found.p_t)
+    assert (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_differences_of_as_many_images_are_ties() -> None:
+    """Wilcoxon's test ranks them: as fractions of 500 images they differ by rounding."""
+    counts = [34, 35, 22, 11, 48], [35, 37, 20, 9, 47]
+    first, second = ({seed: count / 500 for seed, count in enumerate(some)} for some in counts)
+    found = paired_difference(first, second)
+    assert found is not None
+    assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(*counts).pvalue)
+    assert found.p_wilcoxon != pytest.approx(stats.wilcoxon([first[k] - second[k] for k in first]).pvalue)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,6 +117,9 @@ class Experiment:
                     f"settings {other.arm!r}, {other.case!r} and {setting.arm!r}, {setting.case!r} are the same run: "
                     "leave one out"
                 )
+        repeated = sorted(seed for seed, count in Counter(self.seeds).items() if count > 1)
+        if repeated:
+            raise FlatminimaError(f"seeds named more than once: {', '.join(map(str, repeated))}")
         if self.contrast is not None and not set(self.contrast) <= set(self.arms):
             raise FlatminimaError(f"contrast {self.contrast} names other arms than {self.arms}")
 

@@ -65,6 +65,17 @@ def test_an_epoch_has_what_measure_finds_and_the_callers_numbers(data: tuple[Ten
     assert (tracked.epoch, tracked.measures, tracked.others) == (1, expected, {"validation_error": 0.25})
 
 
+def test_a_number_that_there_is_not_is_left_out_and_anything_else_refused_before_measuring(
+    data: tuple[Tensor, Tensor], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker(data, OPTIONS)
+    assert tracker(model, 1, validation_error=None, accuracy=torch.tensor(0.5)) is not None
+    assert tracker.epochs[0].others == {"accuracy": 0.5}
+    monkeypatch.setattr(tracking, "measure", None)
+    with pytest.raises(FlatminimaError, match="validation_error must be a number, or None where there is none, got 'x'"):
+        tracker(model, 2, validation_error="x")
+
+
 def test_that_a_network_still_trains_is_no_warning(
     data: tuple[Tensor, Tensor], model: nn.Module, recwarn: pytest.WarningsRecorder
 ) -> None:

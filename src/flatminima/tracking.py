@@ -142,7 +142,8 @@ class Tracker:
         Args:
             model: as for :func:`flatminima.measure`.
             epoch: how many have been trained.
-            **others: numbers to keep beside the measures, such as a validation error; what is not finite is left out.
+            **others: numbers to keep beside the measures, such as a validation error; None, and what is not finite, is
+                left out.
 
         Returns:
             The measures with ``others``, for any logger, or None if nothing was measured. A measure's name is the
@@ -167,6 +168,7 @@ class Tracker:
         if not processes.first(self._affordable):
             self.left_out.append(epoch)
             return None
+        kept = _finite(others or {})
         before = perf_counter()
         try:
             found = self._measured(model, processes)
@@ -176,8 +178,7 @@ class Tracker:
         finally:
             self._last = perf_counter() - before
             self._measuring += self._last
-        finite = {name: float(value) for name, value in (others or {}).items() if math.isfinite(value)}
-        tracked = TrackedEpoch(epoch, self._last, found.to_metrics(), finite)
+        tracked = TrackedEpoch(epoch, self._last, found.to_metrics(), kept)
         self.epochs = _by_epoch([*self.epochs, tracked])
         if self._path is not None:
             processes.first(partial(write_file, self._path, _lines_of(self.epochs)))
@@ -268,6 +269,19 @@ def read_epochs(path: str | Path) -> list[TrackedEpoch]:
 
 def _lines_of(epochs: Sequence[TrackedEpoch]) -> str:
     return "".join(f"{json.dumps(dataclasses.asdict(tracked))}\n" for tracked in epochs)
+
+
+def _finite(others: Mapping[str, float | None]) -> dict[str, float]:
+    """Those that there are, as floats."""
+    found = {}
+    for name, value in others.items():
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise FlatminimaError(f"{name} must be a number, or None where there is none, got {value!r}") from None
+        if math.isfinite(number):
+            found[name] = number
+    return found
 
 
 def _by_epoch(epochs: list[TrackedEpoch]) -> list[TrackedEpoch]:

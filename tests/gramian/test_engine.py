@@ -144,3 +144,27 @@ def test_chunks_of_samples_and_passes_over_pieces_give_the_same(case: Case) -> N
     torch.testing.assert_close(result.unit, expected.unit, rtol=1e-10, atol=1e-12 * expected.unit.abs().max().item())
     torch.testing.assert_close(result.loss, expected.loss)
     assert set(result.generic_parameters) == set(expected.generic_parameters)
+
+
+class Gated(nn.Module):
+    """A layer that runs for batches with a gated sample, as a router skips experts that nobody chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gated, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden, gate = torch.tanh(self.first(x)), x[:, :1] > 5
+        if gate.any():
+            hidden = torch.where(gate, torch.tanh(self.gated(hidden)), hidden)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("spot_check", [True, False])
+def test_a_layer_that_some_chunks_alone_use_counts_once(spot_check: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Gated().double(), torch.randn(9, 4, dtype=torch.float64), torch.arange(9) % 3
+    x[6:, 0] += 100
+    pieces = tuple(Piece(name, 0, parameter.shape[0]) for name, parameter in model.named_parameters())
+    found = factored_gram(model, x, y, plan=Plan(9, 3, (pieces,), 0, 0, 0), spot_check=spot_check)
+    torch.testing.assert_close(found.matrix(), explicit_gram(model, x, y))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import nn
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError
@@ -125,3 +128,19 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(FlatminimaError, match=r"a picture needs matplotlib: pip install 'flatminima\[plot\]'"):
         characterization().plot()
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
+def test_shares_are_drawn_at_their_own_modules_where_networks_differ_in_order() -> None:
+    def network(*names: str) -> nn.Module:
+        return nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in names))
+
+    torch.manual_seed(0)
+    data = torch.randn(12, 4), torch.arange(12) % 4
+    networks = {"a": network("conv", "fc"), "b": network("pre", "conv", "fc")}
+    both = fm.compare(networks, data, subset_size=4, trials=2, per_parameter=True, progress=False)
+    axes = both.plot("shares")
+    rows = rows_of(axes)
+    for line, c in zip(axes.lines, both.characterizations.values(), strict=True):
+        drawn = {rows[round(row)]: share for share, row in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+        assert drawn == pytest.approx({name: 100 * share for name, share in c.shares_by_module(99).items()})

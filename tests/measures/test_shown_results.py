@@ -82,6 +82,8 @@ def test_what_the_command_line_adds_to_json_is_no_hindrance() -> None:
 
 def test_metrics_are_finite_numbers_by_name() -> None:
     c = characterization(accuracy=None)
+    assert fm.Estimate.of([1.0, math.inf, math.nan, 2.0]).mean == math.inf
+    assert math.isnan(fm.Estimate.of([1.0, math.inf, 2.0]).standard_error)
     c = dataclasses.replace(c, others={"single": fm.Estimate.of([1.5]), "none": fm.Estimate.of([math.nan])})
     metrics = c.to_metrics("flatness/")
     assert metrics["flatness/log_det_fisher"] == c.log_det_fisher.mean

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
+from flatminima.errors import FlatminimaError
 from support.interruptions import what_interruptions_leave
 
 SEED = 5
@@ -28,3 +29,20 @@ def test_an_interruption_at_any_line_leaves_nothing_behind_and_arrives(call: str
     }
     left = what_interruptions_leave(calls[call], nn.ModuleList([model, other]), moments, SEED)
     assert not left, "\n".join(left)
+
+
+class Interrupting(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt("again")
+
+
+def test_an_error_while_the_caller_handles_an_interruption_is_that_error() -> None:
+    """Stopped, then measured: what the caller handles is none of the call's."""
+    model = nn.Linear(6, 3)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(FlatminimaError, match="a single number"):
+            fm.gram(model, torch.randn(4, 6), torch.tensor(1))
+        with pytest.raises(KeyboardInterrupt, match="again"):
+            fm.gram(nn.Sequential(model, Interrupting()), torch.randn(4, 6), torch.arange(4) % 3)

@@ -473,6 +473,23 @@ def test_non_finite_loss_is_an_error_and_leaves_gradients_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_micro_batches_of_an_abandoned_step_are_no_part_of_the_next() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    traces = []
+    for abandoned in (False, True):
+        regularizer = FisherTraceRegularizer(model)
+        if abandoned:
+            regularizer.backward(F.cross_entropy, 100 * inputs, targets, last=False)
+            with pytest.raises(NonFiniteError):
+                regularizer.backward(F.cross_entropy, math.nan * inputs, targets)
+        model.zero_grad()
+        torch.manual_seed(0)
+        regularizer.backward(F.cross_entropy, inputs, targets)
+        assert regularizer.last_step is not None
+        traces.append(float(regularizer.last_step.trace))
+    assert traces[0] == traces[1]
+
+
 def test_non_finite_loss_of_the_moved_weights_alone_is_an_error() -> None:
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(model.weight, 1e-3)

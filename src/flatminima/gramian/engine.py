@@ -298,22 +298,30 @@ class _Recorded:
 
     Attributes:
         given_up: parameters with a use that no rule covers.
-        unseen: parameters that no call showed.
+        unseen: parameters that no call of some pass showed.
+        seen: parameters that a call of some pass showed.
         signatures: of the sequence of calls and shapes of every pass.
         guessed: whether it was only likely, somewhere, where the samples lie.
     """
 
     given_up: dict[str, nn.Parameter] = field(default_factory=dict)
     unseen: dict[str, nn.Parameter] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
     signatures: list[int] = field(default_factory=list)
     guessed: bool = False
 
     def add(self, recorder: Recorder) -> None:
         """Take note of one forward pass."""
         self.given_up |= recorder.given_up_parameters()
-        self.unseen |= recorder.unseen_parameters()
+        unseen = recorder.unseen_parameters()
+        self.unseen |= unseen
+        self.seen |= recorder.parameters.keys() - unseen.keys()
         self.signatures.append(recorder.signature)
         self.guessed |= recorder.guessed
+
+    def give_up_partly_unseen(self) -> None:
+        """Parameters that some samples use, or seem to, and others do not: where not all samples went in one pass."""
+        self.given_up |= {name: parameter for name, parameter in self.unseen.items() if name in self.seen}
 
 
 def _add_by_rules(xi: Accumulator, batch: Batch, parts: Mapping[str, Part], plan: Plan, recorded: _Recorded) -> None:
@@ -336,6 +344,7 @@ def _add_by_rules(xi: Accumulator, batch: Batch, parts: Mapping[str, Part], plan
                     sink.samples = rows
                 _backward(logits, delta.direction, recorder, sink)
                 del logits, delta, recorder
+            recorded.give_up_partly_unseen()
             if isinstance(sink, ChunkedRows):
                 sink.add_to(xi, {id(p) for p in recorded.given_up.values()})
     reshard(batch.model)  # else what FSDP2 still holds gathered would stay frozen

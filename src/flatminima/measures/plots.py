@@ -114,7 +114,7 @@ def draw_shares(axes: Axes, minima: Minima) -> None:
     offsets = np.linspace(-0.18, 0.18, len(shares)) if len(shares) > 1 else [0.0]
     for (name, found), style, offset in zip(shares.items(), series_styles(), offsets, strict=False):
         rows = np.array([row for row, module in enumerate(modules) if module in found])
-        values = 100 * np.array(list(found.values()))
+        values = 100 * np.array([found[modules[row]] for row in rows])
         axes.hlines(rows + offset, 0, values, color=style["colour"], lw=1.2)
         axes.plot(values, rows + offset, style["marker"], color=style["colour"], ms=3.5, label=name)
     _name_rows(axes, [module or "(the model)" for module in modules])

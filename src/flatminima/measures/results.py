@@ -50,8 +50,10 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate from one value per trial; NaN where all of them are."""
+        """The estimate from one value per trial; NaN where all of them are, infinite where one is."""
         kept = [value for value in values if not math.isnan(value)]
+        if not all(map(math.isfinite, kept)):
+            return cls(sum(kept), math.nan, tuple(values))
         mean = statistics.fmean(kept) if kept else math.nan
         error = statistics.stdev(kept) / math.sqrt(len(kept)) if len(kept) > 1 else math.nan
         return cls(mean, error, tuple(values))

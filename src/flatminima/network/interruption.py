@@ -7,6 +7,7 @@ frames of the traceback, and runs its ``finally`` when these are freed: too late
 from __future__ import annotations
 
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -78,6 +79,7 @@ class Before:
             self._forwards.append((attributes, attributes.get("forward")))
             self._hooks.append((hooks, set(hooks)))
             self._weights.append((held, dict(held)))
+        self._handled = sys.exc_info()[1]  # by the caller, in an except or finally around this call
         self._parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._buffers = Buffers(model)
         self._values = [buffer.detach().clone() for buffer in self._buffers.own] if writes_buffers else []
@@ -97,7 +99,7 @@ class Before:
         Raises:
             BaseException: the interruption, where ``error`` is what a context manager made of it on the way out.
         """
-        interruption = _interruption_behind(error)
+        interruption = _interruption_behind(error, self._handled)
         if interruption is None:
             return
         traceback.clear_frames(interruption.__traceback__)
@@ -135,9 +137,9 @@ class Before:
             raise interruption
 
 
-def _interruption_behind(error: BaseException) -> BaseException | None:
-    """The error itself or what it was raised on top of, if that is no error but an interruption."""
+def _interruption_behind(error: BaseException, handled: BaseException | None) -> BaseException | None:
+    """The error itself or what it was raised on top of since ``handled``, if that is no error but an interruption."""
     found: BaseException | None = error
-    while isinstance(found, Exception):
+    while isinstance(found, Exception) and found is not handled:
         found = found.__context__
-    return found
+    return None if found is handled else found

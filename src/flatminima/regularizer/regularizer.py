@@ -234,6 +234,7 @@ class FisherTraceRegularizer:
         try:
             return self._backward(closure, batch, weight, last, scaler)
         except BaseException as error:
+            self._micro_batches = []  # of a step that is abandoned
             if not isinstance(error, Exception):  # interrupted between the penalty's gradient and the main one
                 for parameter, gradient in gradients:
                     parameter.grad = gradient

@@ -80,6 +80,19 @@ def test_both_passes_drop_the_same_units_and_the_penaltys_is_in_float32() -> Non
     assert torch.equal(outputs[0] == 0, outputs[1] == 0)
 
 
+def test_its_gradient_is_in_float32_too() -> None:
+    torch.manual_seed(0)
+    model, inputs = mlp().float(), torch.randn(8, 6)
+    found = []
+    for mixed in (False, True):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            FisherPenaltyGradient(model, weight=1.0).backward(lambda output, _: 0.0 * output.sum(), inputs, None)
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert_same_bits(*found)
+
+
 def test_the_gradient_is_clipped() -> None:
     torch.manual_seed(0)
     model = mlp()

@@ -176,6 +176,15 @@ def test_a_wrong_second_derivative_is_found_by_asymmetry(measure: Measure, dtype
         measure.of(trial)
 
 
+def test_the_generators_of_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.manual_seed`` seeds them all, and only the CPU's is restored."""
+    trial = trial_of(*wide(6), subset_size=4)
+    monkeypatch.setattr(torch, "manual_seed", None)
+    before = torch.get_rng_state()
+    TRACE.of(trial)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_without_curvlinops_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     model, x, y = wide(6)

@@ -27,3 +27,8 @@ def test_outputs_or_targets_that_are_no_classes_have_none() -> None:
     one = nn.Linear(6, 1).double()
     with pytest.raises(UndefinedMeasureError, match=r"outputs of shape \(N, 1\) are no logits of one class per sample"):
         value_of("margin", one, (x, torch.rand(12, 1).double()), loss=nn.BCEWithLogitsLoss(), subset_size=4)
+
+
+def test_labels_may_be_bytes_as_for_the_cross_entropy() -> None:
+    model, x, y = network()
+    assert value_of("margin", model, (x, y.to(torch.uint8))) == value_of("margin", model, (x, y))

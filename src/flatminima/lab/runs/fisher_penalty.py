@@ -56,19 +56,20 @@ class FisherPenaltyGradient(Rival):
         with restored_generators(parameters):
             loss = scalar_loss(lambda batch: loss_fn(run_model(self.model, batch), targets), inputs)
         loss.backward()  # type: ignore[no-untyped-call]
-        (self.weight * self._penalty(inputs, parameters)).backward()  # type: ignore[no-untyped-call]
+        self._add_penalty(inputs, parameters)
         self.clip(parameters)
         return loss.detach()
 
-    def _penalty(self, inputs: Inputs, parameters: list[Tensor]) -> Tensor:
-        """The squared norm, on a graph with second derivatives."""
+    def _add_penalty(self, inputs: Inputs, parameters: list[Tensor]) -> None:
+        """Add the gradient of ``weight`` times the squared norm to ``.grad``, all of it in float32."""
         with true_precision(), without_autocast(self.model), differentiable_twice(), Buffers(self.model).scratch():
             logits = run_model(self.model, inputs)
             loss = F.cross_entropy(logits, _drawn_labels(logits.detach()))
             gradient = torch.autograd.grad(
                 loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True
             )
-            return torch.stack([part.square().sum() for part in gradient]).sum()
+            penalty = torch.stack([part.square().sum() for part in gradient]).sum()
+            (self.weight * penalty).backward()  # type: ignore[no-untyped-call]
 
 
 def _drawn_labels(logits: Tensor) -> Tensor:

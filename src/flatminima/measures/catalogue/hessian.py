@@ -44,7 +44,7 @@ def hessian_trace(trial: Trial) -> float:
             from curvlinops import hutchpp_trace
 
         with torch.random.fork_rng([]):  # its draws are the global generator's
-            torch.manual_seed(trial.generator().initial_seed())
+            torch.default_generator.manual_seed(trial.generator().initial_seed())  # not those of other devices
             return float(hutchpp_trace(hessian, PRODUCTS))
 
 

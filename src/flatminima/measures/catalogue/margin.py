@@ -14,6 +14,6 @@ PERCENTILE = 10
 def margin(trial: Trial) -> float:
     """The 10th percentile over the subset of z_y − max_{c≠y} z_c: few samples lie closer to the decision boundary."""
     logits = trial.class_logits
-    label = trial.targets.to(logits.device)[:, None]
+    label = trial.targets.to(logits.device).long()[:, None]  # torch.uint8 is a type of labels too
     others = logits.scatter(1, label, -torch.inf).amax(1)
     return (logits.gather(1, label)[:, 0] - others).quantile(PERCENTILE / 100).item()

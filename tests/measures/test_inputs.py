@@ -81,6 +81,7 @@ MISTAKES = {
     "a list as norm": (lambda: fm.FisherTraceRegularizer(mlp(), max_grad_norm=[1]), r"max_grad_norm must be.*\[1\]"),
     "a number as parameters": (lambda: fm.FisherTraceRegularizer(mlp(), parameters=3), "parameters must be.*got 3"),
     "numbers as names": (lambda: fm.compare({0: mlp(), 1: mlp()}, (X, Y)), r"models' names are strings, got \[0\]"),
+    "nothing measured": (lambda: fm.comparison_of({}), "comparison_of takes at least one minimum, got none"),
     "models as measured": (
         lambda: fm.comparison_of({"a": mlp()}),
         "comparison_of takes what measure returned, by name",

@@ -552,6 +552,18 @@ def test_a_difference_without_a_common_trial_is_nan() -> None:
     assert math.isnan(comparison_of(minima).difference("a", "b").mean)
 
 
+def test_ranks_are_by_the_trials_that_all_have_as_differences_are() -> None:
+    model, x, y = minimum()
+    c = fm.measure(model, (x, y), subset_size=12, trials=2)
+    values = {"a": (1.0, 1.0, -9.0, -9.0), "b": (0.0, 0.0)}
+    minima = {name: dataclasses.replace(c, log_det_fisher=Estimate.of(found)) for name, found in values.items()}
+    comparison = comparison_of(minima)
+    assert comparison.ranks() == {"b": 1, "a": 2}
+    assert comparison.difference("a", "b").mean == 1
+    minima["c"] = dataclasses.replace(c, log_det_fisher=Estimate.of((math.nan, math.nan, 5.0)))
+    assert comparison_of(minima).ranks() == {}
+
+
 def test_comparing_takes_the_options_of_measuring() -> None:
     model, x, y = minimum()
     with pytest.raises(TypeError, match="unexpected keyword argument 'subset'"):

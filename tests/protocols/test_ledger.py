@@ -42,8 +42,8 @@ def test_the_rows_of_one_experiment_can_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("loss,error,x\n0.1,0.5,3,\n0.2,0.6,4,\n", "every row has 1 more cell than there are names. Do rows end with a"),
-        ("x,error,loss\n1,5,0,21,0,01\n2,5,0,31,0,02\n", "every row has 3 more cells than .* have numbers decimal commas"),
+        ("loss,error,x\n0.1,0.5,3,\n0.2,0.6,4,\n", "every row has 1 more cell than .* Do rows end with"),
+        ("x,error,loss\n1,5,0,21,0,01\n2,5,0,31,0,02\n", "every row has 3 more cells than .* decimal commas"),
         ("x,error,error\n1,0.5,0.1\n", "has several columns called error: give each a name of its own"),
     ],
 )

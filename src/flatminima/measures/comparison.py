@@ -119,9 +119,10 @@ class Comparison:
         return Estimate.of([a - b for a, b in zip(*pair, strict=False)])
 
     def ranks(self, measure: str = "log_det_fisher") -> dict[str, int]:
-        """Every model's rank by the measure's mean, 1 = best; models without one left out.
+        """Every model's rank by the measure, 1 = best: its mean over the trials that all models with a value have.
 
-        The smallest is the best, but for measures of which theory expects it of the largest.
+        The smallest is the best, but for measures of which theory expects it of the largest. Where no trial is common
+        to all, there are no ranks.
 
         Raises:
             FlatminimaError: for a name that is no measure's.
@@ -131,12 +132,12 @@ class Comparison:
             measure in (*names, *CATALOGUE),
             f"no measure {measure!r}{did_you_mean(measure, names)}: choose from {', '.join(names)}",
         )
-        found = {
-            name: c.estimates()[measure].mean for name, c in self.characterizations.items() if measure in c.estimates()
-        }
-        means = {name: mean for name, mean in found.items() if not math.isnan(mean)}
+        found = {name: c.estimates()[measure] for name, c in self.characterizations.items() if measure in c.estimates()}
+        trials = {name: estimate.per_trial for name, estimate in found.items() if not math.isnan(estimate.mean)}
+        common = [values for values in zip(*trials.values(), strict=False) if not any(map(math.isnan, values))]
+        totals = {name: sum(values) for name, values in zip(trials, zip(*common, strict=True), strict=False)}
         larger = any(measure in c.settings.larger_is_better for c in self.characterizations.values())
-        order = sorted(means, key=means.__getitem__, reverse=larger)
+        order = sorted(totals, key=totals.__getitem__, reverse=larger)
         return {name: rank for rank, name in enumerate(order, start=1)}
 
     def measures(self) -> list[str]:
@@ -291,6 +292,7 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
         and all(isinstance(name, str) and isinstance(c, Characterization) for name, c in characterizations.items()),
         "comparison_of takes what measure returned, by name: {'a': measure(a, data), ...}",
     )
+    require(len(characterizations) > 0, "comparison_of takes at least one minimum, got none")
     if len({_drawn(c) for c in characterizations.values()}) > 1:
         raise FlatminimaError(
             "the minima were measured on different subsets or with different settings: measure all with the same data, "

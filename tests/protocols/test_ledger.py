@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def test_the_rows_of_one_experiment_can_be_chosen(tmp_path: Path) -> None:
 def test_cells_that_would_go_to_other_columns_are_refused(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(FlatminimaError, match=said):
         read_table(written(tmp_path / "l.csv", text))
+
+
+def test_a_table_may_come_through_a_pipe() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"lr,error,x\n0.1,0.5,1\n0.2,0.6,2\n")
+    os.close(writing)
+    assert read_table(f"/dev/fd/{reading}")["x"].tolist() == [1, 2]
+    os.close(reading)
+
+
+def test_a_column_named_like_a_second_one_is_its_own(tmp_path: Path) -> None:
+    assert list(read_table(written(tmp_path / "l.csv", "x,x.1\n1,2\n"))) == ["x", "x.1"]
 
 
 def test_measures_are_all_numeric_columns_that_are_nothing_else() -> None:

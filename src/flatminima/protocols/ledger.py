@@ -213,8 +213,10 @@ def read_table(path: Path | str, where: Sequence[str] = ()) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        names = pd.read_csv(path, dtype=str, header=None, nrows=1).iloc[0]  # which pandas makes unique
         frame = pd.read_csv(path, dtype=str)
+        names = frame.columns.to_series()
+        if names.str.rpartition(".")[0].isin(names).any():  # as pandas names a second column x: x.1
+            names = pd.read_csv(path, dtype=str, header=None, nrows=1).iloc[0]
     except OSError as error:
         raise FlatminimaError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # no text, no table, nothing at all

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,7 +116,7 @@ class Experiment:
                     f"settings {other.arm!r}, {other.case!r} and {setting.arm!r}, {setting.case!r} are the same run: "
                     "leave one out"
                 )
-        repeated = sorted(seed for seed, count in Counter(self.seeds).items() if count > 1)
+        repeated = sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1})
         if repeated:
             raise FlatminimaError(f"seeds named more than once: {', '.join(map(str, repeated))}")
         if self.contrast is not None and not set(self.contrast) <= set(self.arms):

@@ -145,6 +145,38 @@ def test_samples_that_interact_are_refused(name: str, path: str) -> None:
             factored_gram(model, X, Y % 2, path=path)
 
 
+class AtAKink(nn.Module):
+    """Of the last sample a unit's input is ``gap`` below zero in the batch, and as far above zero alone."""
+
+    def __init__(self, gap: float, last: Tensor) -> None:
+        super().__init__()
+        self.gap, self.first, self.head = gap, nn.Linear(4, 5), nn.Linear(5, 3)
+        with torch.no_grad():
+            self.first.bias[0] -= self.first(last)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = torch.tensor([self.gap if len(x) == 1 else -self.gap, 0, 0, 0, 0])
+        return self.head(F.relu(self.first(x) + shift))
+
+
+@pytest.mark.parametrize("path", ["rules", "generic"])
+@pytest.mark.parametrize("gap", [2e-7, 1e-4])
+def test_samples_at_a_kink_interact_only_if_more_than_rounding_moves_them(gap: float, path: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    model = AtAKink(gap, x[-1])
+    if gap > 1e-6:
+        with pytest.raises(WrongGradientError, match="samples interact"):
+            factored_gram(model, x, Y, path=path)
+    else:
+        in_batch = AtAKink(-gap, x[-1])
+        in_batch.load_state_dict(model.state_dict())
+        found = factored_gram(model, x, Y, path=path).matrix()
+        whole = explicit_gram(model, x, Y)
+        assert not torch.allclose(whole, explicit_gram(in_batch, x, Y), rtol=1e-2)
+        assert any(torch.allclose(found, one, rtol=1e-4) for one in (whole, explicit_gram(in_batch, x, Y)))
+
+
 def test_random_outputs_in_eval_mode_are_refused() -> None:
     with pytest.raises(WrongGradientError, match="random in eval mode"):
         fm.gram(Interacting(lambda net, h: net.head(F.dropout(h.mean(1)))).double(), X, Y)

@@ -35,6 +35,7 @@ from flatminima.network.precision import (
     true_precision,
 )
 from flatminima.network.requirements import require_module, require_usable, require_values
+from flatminima.network.rounding import rounded_otherwise
 from flatminima.network.samples import (
     Data,
     Samples,
@@ -82,6 +83,7 @@ __all__ = [
     "require_usable",
     "require_values",
     "restored_generators",
+    "rounded_otherwise",
     "run_model",
     "samples_of",
     "sound_batchnorm",

@@ -65,6 +65,7 @@ def test_intervals_in_the_text_are_those_of_the_table_or_the_record(made: Module
         ("Scenario III:", "medium/scenario-3"),
         ("Scenario III at matched loss", "medium-matched/scenario-3"),
         ("Scenario I at matched loss", "medium-matched/scenario-1"),
+        ("Scenario II at matched loss", "medium-matched/scenario-2"),
     ],
 )
 def test_what_is_said_of_the_middle_size_is_in_its_record(title: str, record: str) -> None:
@@ -77,23 +78,20 @@ def test_what_is_said_of_the_middle_size_is_in_its_record(title: str, record: st
 
 def test_how_often_measures_follow_is_what_the_readme_says(made: ModuleType) -> None:
     whole = [found for size in made.SIZES for found in made.rankings_of(size).values() if found is not None]
-    assert len(whole) == 11
+    assert len(whole) == 12
 
     def counts(name: str) -> tuple[int, int]:
         """In how many experiments a measure follows, and in how many it goes against."""
         found = [summary.correlations[name] for summary in whole if name in summary.correlations]
         return sum(tau.low > 0 for tau in found), sum(tau.high < 0 for tau in found)
 
-    assert counts("log_det_fisher") == (9, 2)
-    assert counts("log_det_unit_fisher") == counts("effective_dimension") == (10, 1)
-    assert counts("stable_rank") == (9, 1)
-    assert counts("spectral_radius")[1] == counts("frobenius_norm")[1] == 4
+    assert counts("log_det_fisher") == counts("log_det_unit_fisher") == (10, 2)
+    assert counts("effective_dimension") == (11, 1)
+    assert counts("stable_rank") == (10, 1)
+    assert counts("spectral_radius")[1] == counts("frobenius_norm")[1] == 5
     assert counts("robustness")[1] == 2
-    others = {name for summary in whole for name in summary.correlations} - {
-        "log_det_unit_fisher",
-        "effective_dimension",
-    }
-    assert max(counts(name)[0] for name in others) == 9
+    others = {name for summary in whole for name in summary.correlations} - {"effective_dimension"}
+    assert max(counts(name)[0] for name in others) == 10
 
 
 def test_what_is_said_to_follow_in_all_experiments_of_the_middle_size_does() -> None:
@@ -102,18 +100,17 @@ def test_what_is_said_to_follow_in_all_experiments_of_the_middle_size_does() -> 
         for path in sorted((ROOT / "results").glob("medium*/scenario-*.json"))
     ]
     found = [record["evaluation"]["measures"] for record in records if not record["left"]]
-    assert len(found) == 5
+    assert len(found) == 6
 
     def follow(correlation: str) -> dict[str, int]:
         """In how many experiments a measure's interval is above zero."""
         return {name: sum(measures[name][correlation]["interval"][0] > 0 for measures in found) for name in found[0]}
 
     everywhere = {name for name, count in follow("kendall").items() if count == len(found)}
-    own = {"log_det_fisher", "log_det_unit_fisher", "residual"}
-    assert everywhere == {*own, "effective_dimension", "stable_rank", "heavy_tail_alpha"}
+    assert everywhere == {"log_det_fisher", "residual", "effective_dimension", "stable_rank"}
     beyond = follow("partial_kendall")
-    assert [beyond[name] for name in ("log_det_fisher", "log_det_unit_fisher")] == [5, 3]
-    assert [beyond[name] for name in ("effective_dimension", "stable_rank")] == [4, 4]
+    assert [beyond[name] for name in ("log_det_fisher", "log_det_unit_fisher")] == [6, 3]
+    assert [beyond[name] for name in ("effective_dimension", "stable_rank")] == [5, 5]
 
 
 def test_what_is_said_of_the_middle_sizes_regularizer_is_in_its_records() -> None:

@@ -177,6 +177,32 @@ def test_the_winner_is_trained_in_the_tables(tmp_path: Path) -> None:
     assert "γ̂, normalized" in two.verdict[0]
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_a_run_that_diverges_loses_the_search_and_one_without_luck_leaves_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = reproduction(tmp_path, "search")
+    first, second = asked.tasks("search")
+
+    def perform_or_fail(task: Task) -> Record:
+        if task == first:
+            raise FlatminimaError("no space left")
+        return perform(task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "perform", perform_or_fail)
+        (summary,) = asked.run(progress=False)
+    assert (summary.chosen, list(summary.failures)) == ({}, [first.name])
+    first.folder.path.mkdir(parents=True, exist_ok=True)
+    first.folder.write_spec(first.setting.spec)
+    first.folder.write_failure("the loss is nan", [])
+    (summary,) = asked.run(progress=False)
+    assert summary.chosen == {"MLP, digits": second.setting.arm}
+    (kept,) = json.loads((asked.folder / "chosen.json").read_text()).values()
+    assert kept["beta"] == second.setting.spec.regularizer.beta  # type: ignore[union-attr]
+    assert f"counted as the worst: {first.setting.arm}." in asked.page.with_suffix(".md").read_text()
+
+
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
     asked = reproduction(tmp_path, "table-1")
     asked.folder.mkdir()

@@ -173,6 +173,7 @@ class Study(abc.ABC):
             labels={task.name: task.label for task in tasks if task.name in state.failures or task.name in left},
             seconds_left=sum(costs.seconds(task, price) for task in state.left) / self.workers,
             workers=self.workers,
+            ruled_out=state.ruled_out,
         )
         return summarize(experiment, state.records, unfinished, judged=judged)
 
@@ -230,22 +231,26 @@ class State:
     records: list[Record]
     failures: dict[str, str]
     left: list[Task]
+    ruled_out: tuple[str, ...]
+    """As :class:`~flatminima.lab.experiments.Unfinished` has it."""
 
     @classmethod
     def of(cls, tasks: Sequence[Task], failures: Mapping[str, str], archive: Archive) -> State:
         """By what their folders hold, by what is archived, and by failures that left no note."""
         records, failed, left = [], {}, []
+        ruled_out: list[str] = []
         for task in tasks:
             known = _known(task, archive)
             if isinstance(known, Failure):
                 failed[task.name] = known.error
+                ruled_out += [task.setting.name] if task.folder.status == "failed" else []
             elif known is not None:
                 records.append(known)
             elif task.name in failures:
                 failed[task.name] = failures[task.name]
             else:
                 left.append(task)
-        return cls(records, failed, left)
+        return cls(records, failed, left, tuple(dict.fromkeys(ruled_out)))
 
 
 def _known(task: Task, archive: Archive) -> Record | Failure | None:

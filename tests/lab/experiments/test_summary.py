@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.experiments.analysis import summarize
 from flatminima.lab.experiments.experiment import Experiment
-from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, SAM, scenario_3, table_1
+from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, SAM, scenario_3, search, table_1
 from flatminima.lab.experiments.presets import PRESETS
-from flatminima.lab.experiments.summary import Summary, Unfinished
+from flatminima.lab.experiments.summary import Summary, TrialSummary, Unfinished
 from support.records import record_of
 
 
@@ -125,6 +126,67 @@ def test_a_rival_that_orders_as_well_is_named() -> None:
     equal, worse = (ranking(1, robustness).verdict for robustness in (1, -1))
     assert "γ̂ is not alone here: at least as well are the minima ordered by robustness." in equal
     assert "No rival orders the minima better here." in worse
+
+
+def searched(*, missing: int = 0, failed: int = 0, ruled_out: bool = True) -> Summary:
+    """A grid of 12 whose errors fall, so that the last setting is the best; some of the last have no record."""
+    experiment = search(PRESETS["small"], {})
+    (case,) = experiment.cases
+    records = [
+        replace(record_of(case, arm, 0, 0.5), validation_error=0.5 - 0.01 * k) for k, arm in enumerate(experiment.arms)
+    ]
+    left, lost = experiment.arms[12 - missing :], experiment.arms[12 - missing - failed : 12 - missing]
+    unfinished = Unfinished(
+        failures=dict.fromkeys(lost, "no such luck"),
+        left=tuple(left),
+        ruled_out=tuple(f"{case} / {arm}" for arm in lost) if ruled_out else (),
+    )
+    return summarize(experiment, [record for record in records if record.arm not in (*left, *lost)], unfinished)
+
+
+def test_what_failed_for_good_is_the_worst_of_a_search() -> None:
+    whole, some = searched(), searched(failed=2)
+    (case,), arms = whole.cases, whole.arms
+    assert whole.chosen == {case: arms[-1]}
+    assert some.chosen == {case: arms[-3]}
+    assert some.verdict[0].endswith(f"Not trained to the end, and so counted as the worst: {arms[-2]}; {arms[-1]}.")
+    every = searched(failed=12)
+    assert (every.chosen, every.verdict) == ({}, (f"{case}: every run failed.",))
+
+
+@pytest.mark.parametrize("lacking", [{"missing": 1}, {"missing": 1, "failed": 1}, {"failed": 1, "ruled_out": False}])
+def test_a_search_waits_for_runs_that_may_still_come(lacking: dict[str, Any]) -> None:
+    summary = searched(**lacking)
+    assert summary.chosen == {}
+    assert summary.verdict[0].endswith(": the search is not finished.")
+
+
+@pytest.mark.parametrize(("ruled_out", "wins"), [(True, True), (False, False)])
+def test_a_failed_trial_loses_only_if_it_would_fail_again(ruled_out: bool, wins: bool) -> None:
+    experiment = search(PRESETS["small"], {})
+    (case,), (first, second, third, *_) = experiment.cases, experiment.arms
+    trials = [
+        TrialSummary(case, 0, first, "finished", None, 0.1),
+        TrialSummary(case, 1, second, "failed", None, None),
+        TrialSummary(case, 2, third, "pruned", 3, 0.9),
+    ]
+    record = replace(record_of(case, first, 0, 0.5), validation_error=0.1)
+    unfinished = Unfinished(ruled_out=(f"{case} / {second}",) if ruled_out else ())
+    summary = summarize(experiment, [record], unfinished, trials)
+    assert summary.chosen == ({case: first} if wins else {})
+    assert summary.verdict[0].endswith("is not finished.") != wins
+
+
+def test_an_arm_of_a_choice_waits_for_all_its_seeds() -> None:
+    experiment = replace(search(PRESETS["small"], {}), seeds=(0, 1))
+    (case,) = experiment.cases
+    records = [
+        replace(record_of(case, arm, seed, 0.5), validation_error=0.1)
+        for arm in experiment.arms
+        for seed in experiment.seeds
+    ]
+    assert summarize(experiment, records).chosen == {case: experiment.arms[0]}
+    assert summarize(experiment, records[:-1]).chosen == {}
 
 
 def test_a_contrast_of_other_arms_is_refused() -> None:

@@ -47,7 +47,7 @@ def summarize(
         cases=tuple(experiment.cases),
         arms=tuple(experiment.arms),
         seeds=experiment.seeds,
-        specs={f"{s.case} / {s.arm}": s.spec.identity() for s in experiment.settings},
+        specs={s.name: s.spec.identity() for s in experiment.settings},
         measuring=experiment.measuring,
         published=tuple(
             Published(case, arm, mean, std)
@@ -75,7 +75,8 @@ def summarize(
             if compares and name != experiment.quantity
         },
         trials=None if trials is None else tuple(trials),
-        chosen=_chosen(experiment, records, trials) if experiment.answers == "choice" else {},
+        chosen=_chosen(experiment, records, trials, unfinished.ruled_out) if experiment.answers == "choice" else {},
+        ruled_out=unfinished.ruled_out,
     )
     return dataclasses.replace(summary, verdict=tuple(verdict(summary))) if judged else summary
 
@@ -120,9 +121,18 @@ def _means(records: Sequence[Record], case: str, arm: str) -> SettingMeans:
     return SettingMeans(case, arm, len(of_setting), {name: spread(of_setting, name) for name in quantities})
 
 
-def _chosen(experiment: Experiment, records: Sequence[Record], trials: Sequence[TrialSummary] | None) -> dict[str, str]:
+def _chosen(
+    experiment: Experiment,
+    records: Sequence[Record],
+    trials: Sequence[TrialSummary] | None,
+    ruled_out: Sequence[str],
+) -> dict[str, str]:
     best = {
-        case: _best(_contenders(experiment, case, trials), select(records, case=case), experiment.quantity)
+        case: _best(
+            [arm for arm in _contenders(experiment, case, trials) if f"{case} / {arm}" not in ruled_out],
+            select(records, case=case),
+            experiment,
+        )
         for case in experiment.cases
     }
     return {case: arm for case, arm in best.items() if arm is not None}
@@ -132,11 +142,14 @@ def _contenders(experiment: Experiment, case: str, trials: Sequence[TrialSummary
     """The arms that a case's best is chosen from; None for trials that are not begun."""
     if trials is None:
         return [setting.arm for setting in experiment.settings if setting.case == case]
-    return [trial.arm for trial in trials if trial.case == case and trial.state in ("finished", "left")]
+    return [trial.arm for trial in trials if trial.case == case and trial.state != "pruned"]
 
 
-def _best(arms: Sequence[str | None], records: Sequence[Record], quantity: str) -> str | None:
-    """The arm with the least quantity, once all arms are there; of equals the first."""
-    means = {arm: None if arm is None else spread(select(records, arm), quantity) for arm in arms}
+def _best(arms: Sequence[str | None], records: Sequence[Record], experiment: Experiment) -> str | None:
+    """The arm with the least quantity, once all runs of all arms are there; of equals the first."""
+    of_arms = {arm: [] if arm is None else select(records, arm) for arm in arms}
+    if any(len(found) < len(experiment.seeds) for found in of_arms.values()):
+        return None
+    means = {arm: spread(found, experiment.quantity) for arm, found in of_arms.items()}
     known = {arm: value.mean for arm, value in means.items() if value is not None}
-    return min(known, key=known.__getitem__) if known and len(known) == len(means) else None
+    return min(known, key=known.__getitem__, default=None)

@@ -75,6 +75,11 @@ class Setting:
     spec: RunSpec
     """The run; its seed is the experiment's to choose."""
 
+    @property
+    def name(self) -> str:
+        """What summaries call it."""
+        return f"{self.case} / {self.arm}"
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -129,6 +129,11 @@ class Tuning:
             },
             seconds_left=sum(seconds for _, seconds in expected(statuses)) / workers,
             workers=workers,
+            ruled_out=tuple(
+                status.task.setting.name
+                for status in statuses
+                if status.state == "failed" and status.begun and status.task.folder.status == "failed"
+            ),
         )
         records = [status.record for status in statuses if status.record is not None]
         return summarize(self.experiment, records, unfinished, [status.summary() for status in statuses])

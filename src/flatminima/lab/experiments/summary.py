@@ -93,6 +93,8 @@ class Unfinished:
     """How long those that are left will take, about."""
     workers: int = 1
     """With so many at once."""
+    ruled_out: tuple[str, ...] = ()
+    """Every "case / arm" of which a run failed and would fail again, as training that diverges does."""
 
 
 @dataclass(frozen=True)
@@ -150,3 +152,5 @@ class Summary:
     """How far every trial is, if a choice is searched for by trials instead of over all settings."""
     chosen: Mapping[str, str] = field(default_factory=dict)
     """A choice's best arm by case, where it is known."""
+    ruled_out: tuple[str, ...] = ()
+    """Every "case / arm" of which a run failed and would fail again: a choice counts it as the worst."""

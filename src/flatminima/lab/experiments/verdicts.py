@@ -18,7 +18,7 @@ FITTED_ACCURACY = 0.99
 
 def verdict(summary: Summary) -> list[str]:
     """The sentences; what is not finished is said too."""
-    if not summary.records:
+    if not summary.records and not (summary.answers == "choice" and summary.ruled_out):
         return ["No run is finished yet."]
     sentences = {"ranking": _ranking, "comparison": _comparison, "choice": _choice}[summary.answers](summary)
     if summary.left:
@@ -134,16 +134,26 @@ def _choice(summary: Summary) -> list[str]:
         arm = summary.chosen.get(case)
         errors = [record.value("validation_error") for record in select(summary.records, case=case)]
         trials = [trial for trial in summary.trials or () if trial.case == case]
+        out = [arm for arm in summary.arms if f"{case} / {arm}" in summary.ruled_out]
         if arm is None:
-            unfinished = not trials or any(trial.state == "left" for trial in trials)
-            sentences.append(f"{case}: " + ("the search is not finished." if unfinished else "no trial has finished."))
+            sentences.append(f"{case}: {_undecided(summary, case, trials, out)}")
             continue
         sentences.append(
             f"{case}: {arm} wins with {100 * min(errors):.2f} % of the held-out images wrong, the worst of "
             f"{len(errors)} has {100 * max(errors):.2f} %. Each is one run, so the best is partly luck."
+            + (f" Not trained to the end, and so counted as the worst: {'; '.join(out)}." if out else "")
             + (f" {_of_trials(trials)}" if trials else "")
         )
     return sentences
+
+
+def _undecided(summary: Summary, case: str, trials: Sequence[TrialSummary], out: Sequence[str]) -> str:
+    """Why a case has no winner."""
+    if trials:
+        over = all(trial.state == "pruned" or trial.arm in out for trial in trials)
+        return "no trial has finished." if over else "the search is not finished."
+    over = all(arm in out for arm in summary.arms if f"{case} / {arm}" in summary.specs)
+    return "every run failed." if over else "the search is not finished."
 
 
 def _of_trials(trials: Sequence[TrialSummary]) -> str:

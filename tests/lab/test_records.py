@@ -194,6 +194,37 @@ def test_runs_are_taken_across_tables_and_search(tmp_path: Path, performed: list
     assert reproduction(tmp_path / "third", "table-2", records=records).summary("table-2").left == ()
 
 
+def test_the_winners_of_a_search_by_trials_are_taken(tmp_path: Path) -> None:
+    first = reproduction(tmp_path / "first", "search", trials=1)  # of two settings
+    (search,) = first.run(progress=False)
+    (winner,) = search.chosen.values()
+    beta = float(winner.split(",")[0].removeprefix("β="))
+    asked = reproduction(tmp_path / "second", "table-1", records=first.folder)
+    specs = asked.experiment("table-1")
+    assert "β, M and τ are the search's." in specs.question
+    assert {s.spec.regularizer.beta for s in specs.settings if s.arm == REGULARIZED} == {beta}  # type: ignore[union-attr]
+
+
+def test_a_search_among_other_settings_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = reproduction(tmp_path / "first", "search", trials=1)
+    first.run(progress=False)
+    monkeypatch.setitem(presets.PRESETS, "digits", replace(TINY, betas=(10, 20, 30)))
+    table = reproduction(tmp_path / "second", "table-1", records=first.folder).experiment("table-1")
+    assert "they are a guess" in table.question
+
+
+def test_a_search_that_a_run_has_lost_is_decided_by_its_records(tmp_path: Path) -> None:
+    first = reproduction(tmp_path / "first", "search")
+    lost, _ = first.tasks("search")
+    lost.folder.path.mkdir(parents=True)
+    lost.folder.write_spec(lost.setting.spec)
+    lost.folder.write_failure("the loss is nan", [])
+    (search,) = first.run(progress=False)
+    asked = reproduction(tmp_path / "second", "table-1", records=first.folder).experiment("table-1")
+    assert search.chosen["MLP, digits"] != lost.setting.arm
+    assert "β, M and τ are the search's." in asked.question
+
+
 def test_damaged_records_are_refused_in_a_line(half: Path, tmp_path: Path) -> None:
     def other_seed(summary: dict[str, Any]) -> None:
         summary["records"][0]["seed"] = 7

@@ -51,7 +51,7 @@ class Reproduction(Study):
     """Some of the paper's experiments in one size, and where they are kept."""
 
     names: tuple[str, ...]
-    """Of :data:`~flatminima.lab.experiments.paper.EXPERIMENTS`."""
+    """Of :data:`~flatminima.lab.experiments.paper.EXPERIMENTS`, and kept in its order: a search before what it decides."""
     preset: PresetName
     """How large."""
     out: Path
@@ -125,7 +125,8 @@ class Reproduction(Study):
             return {}
         search = build_experiment("search", self._preset, chosen={}, data=self.data, seeds=None)
         found = map(self.archive.of, search.tasks(self.folder / "runs"))
-        return winners_of(search, summarize(search, [record for record in found if record is not None]))
+        again = summarize(search, [record for record in found if record is not None])
+        return winners_of(search, {**self.archive.chosen(search), **again.chosen})
 
     @property
     def _preset(self) -> Preset:

@@ -150,7 +150,7 @@ class Study(abc.ABC):
                 if number not in settled:
                     journal.note(name)
         if experiment.answers == "choice":
-            write_winners(self.folder, winners_of(experiment, self.summary(name, failures)))
+            write_winners(self.folder, winners_of(experiment, self.summary(name, failures).chosen))
 
     def summary(self, name: str, failures: Mapping[str, str] | None = None, *, judged: bool = True) -> Summary:
         """What is known of one experiment; nothing is trained or measured.

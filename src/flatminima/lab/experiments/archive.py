@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.errors import DamagedFileError
-from flatminima.lab.experiments.experiment import Record, Task
+from flatminima.lab.experiments.experiment import Experiment, Record, Task
 from flatminima.lab.experiments.files import WINNERS, read_summaries
 from flatminima.lab.experiments.summary import Summary
 from flatminima.lab.runs import Measuring, name_of_run
@@ -60,6 +60,21 @@ class Archive:
                 return replace(placed, indicators={}, warnings=(), log_det_fisher_standard_error=None)
         return None
 
+    def chosen(self, search: Experiment) -> dict[str, str]:
+        """The best arm of every case that a search among the same settings has decided, by whichever way; the first's.
+
+        A search by trials leaves most settings without a run, so its choice cannot be made again of the records.
+        """
+        found: dict[str, str] = {}
+        for case in search.cases:
+            settings = {setting.name: setting.spec for setting in search.settings if setting.case == case}
+            names = {name: replace(spec, seed=search.seeds[0]).name for name, spec in settings.items()}
+            for _, summaries in self.files:
+                for summary in summaries:
+                    if summary.name == search.name and case in summary.chosen and _names(summary, case) == names:
+                        found.setdefault(case, summary.chosen[case])
+        return found
+
     @functools.cached_property
     def _entries(self) -> dict[str, list[Entry]]:
         """By the names of run folders, which are digests of the runs' descriptions."""
@@ -69,6 +84,12 @@ class Archive:
                 for record in _described(path, summary):
                     entries.setdefault(record.run, []).append((summary.measuring, record))
         return entries
+
+
+def _names(summary: Summary, case: str) -> dict[str, str]:
+    """The run folders' names of a case's settings, at the first seed."""
+    described = {name: spec for name, spec in summary.specs.items() if name.startswith(f"{case} / ")}
+    return {name: name_of_run({**spec, "seed": summary.seeds[0]}) for name, spec in described.items()}
 
 
 def _described(path: Path, summary: Summary) -> Iterator[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,10 @@ def read_summaries(path: Path) -> tuple[Summary, ...]:
         raise FlatminimaError(f"{path} holds no summaries of experiments ({one_line(error)})") from None
 
 
-def winners_of(search: Experiment, summary: Summary) -> Winners:
-    """What a search has chosen so far."""
+def winners_of(search: Experiment, chosen: Mapping[str, str]) -> Winners:
+    """What the arms that a search has chosen, by case, train with."""
     specs = {(setting.case, setting.arm): setting.spec.regularizer for setting in search.settings}
-    winners = {case: specs[case, arm] for case, arm in summary.chosen.items()}
+    winners = {case: specs[case, arm] for case, arm in chosen.items()}
     return {case: winner for case, winner in winners.items() if isinstance(winner, RegularizerSpec)}
 
 

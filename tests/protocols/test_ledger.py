@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,64 @@ def test_a_missing_measure_leaves_its_minimum_out_of_that_measure_alone() -> Non
     rest = ledger_of(frame.drop([0, 3, 7]), measures=["x", "y"])
     assert partial_kendall(ledger, "y") == partial_kendall(rest, "y")
     assert kendall(ledger, "x").value == kendall(ledger_of(frame.drop(columns="loss"), given=None), "x").value
+
+
+def test_levels_may_be_called_as_missing_numbers_are(tmp_path: Path) -> None:
+    rows = [f"{beta},{norm},{seed},{0.1 * seed + k},{k}" for k, (beta, norm) in enumerate(LEVELS) for seed in (0, 1)]
+    path = written(tmp_path / "l.csv", "\n".join(["beta,norm,seed,error,x", *rows]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ledger = Ledger.read(path, error="error", hyper_parameters=["beta", "norm"], seed="seed", measures=["x"])
+    assert len(ledger.all) == 2 * len(LEVELS)
+    assert len(np.unique(ledger.all.settings)) == len(LEVELS)
+    assert set(ledger.all.levels[0]) == {"none", "10", "100"}
+    assert set(ledger.all.levels[1]) == {"None", "NA", "nan", "null"}
+    assert read_table(path, ["norm=NA"])["x"].tolist() == [1, 1]
+
+
+LEVELS = [("none", "None"), ("10", "NA"), ("100", "nan"), ("none", "null"), ("10", "None")]
+
+
+@pytest.mark.parametrize("word", ["", "NA", "nan", "None", "null", "n/a"])
+def test_where_numbers_are_asked_for_they_are_missing(word: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "l.csv", f"error,x,seed\n.1,1,0\n.2,{word},2\n.3,3,1\n{word},4,1\n.5,5,{word}\n")
+    with pytest.warns(LedgerWarning) as said:
+        ledger = Ledger.read(path, error="error", seed="seed")
+    assert [str(warning.message) for warning in said] == [
+        "left out, as a value is missing or infinite in error or seed: rows 4, 5",
+        "minima without a value, left out of what needs it: x (1)",
+    ]
+    assert ledger.measures == ("x",)
+    assert (len(ledger.all), ledger.minima("x").measure.tolist()) == (3, [1, 3])
+
+
+def test_one_cell_of_text_takes_no_column_out_unsaid(tmp_path: Path) -> None:
+    path = written(tmp_path / "l.csv", "error,x,y,model\n.1,1,1,a\n.2,2,diverged,18\n.3,3,3,b\n")
+    with pytest.warns(LedgerWarning, match="column 'y' is not judged: row 2 has 'diverged', which is no number; leave"):
+        assert Ledger.read(path, error="error").measures == ("x",)
+    with pytest.raises(FlatminimaError, match="column 'y' holds something else than numbers: row 2 has 'diverged'"):
+        Ledger.read(path, error="error", measures=["y"])
+
+
+def test_an_integer_too_large_for_a_float_is_infinite_and_seeds_are_kept_apart(tmp_path: Path) -> None:
+    rows = [f".{k},{k if k != 2 else '9' * 400},{2**70 + k}" for k in range(1, 5)]
+    with pytest.warns(LedgerWarning, match=r"left out of what needs it: x \(1\)"):
+        ledger = Ledger.read(
+            written(tmp_path / "l.csv", "\n".join(["error,x,seed", *rows])), error="error", seed="seed"
+        )
+    assert ledger.measures == ("x",)
+    assert ledger.minima("x").measure.tolist() == [1, 3, 4]
+    assert ledger.all.seeds is not None
+    assert len(set(ledger.all.seeds)) == 4
+
+
+def test_dicts_are_refused_where_they_would_be_levels_or_numbers_and_let_be_elsewhere() -> None:
+    frame = random_frame(27).assign(settings=[{"k": k} for k in range(len(random_frame(27)))])
+    assert ledger_of(frame).measures == ledger_of(random_frame(27)).measures
+    with pytest.raises(FlatminimaError, match="column 'settings' cannot tell settings apart: row 1 has a dict"):
+        ledger_of(frame, hyper_parameters=["settings"])
+    with pytest.raises(FlatminimaError, match=r"column 'settings' holds something else .*: row 1 has {'k': 0}"):
+        ledger_of(frame, measures=["settings"])
 
 
 def test_copies_of_a_row_are_counted_and_said() -> None:

@@ -25,8 +25,14 @@ TEST_SIZE = 10_000
 _LEFT_ASIDE = ("seed", "unnamed:")
 """How columns begin that are no measures unless they are named: seeds, and an index that pandas wrote."""
 
+_MISSING = frozenset({"", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "none", "null"})
+"""What stands for no number, whatever its case; a hyper-parameter has levels of these names like any others."""
+
 _SHOWN = 8
 """Rows and columns that a message names."""
+
+_LONGEST_CELL = 60
+"""Characters of a cell that a message repeats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +124,8 @@ class Ledger:
         """A ledger from a DataFrame.
 
         Rows without an error or a hyper-parameter are left out, and a missing or infinite measure leaves its row out
-        of that measure alone; what is left out is said (:class:`~flatminima.errors.LedgerWarning`).
+        of that measure alone; what is left out is said (:class:`~flatminima.errors.LedgerWarning`). Where numbers are
+        asked for, ``NA``, ``nan``, ``None`` and the like are missing; a hyper-parameter's levels may be called so.
 
         Args:
             frame: one row a minimum.
@@ -131,7 +138,8 @@ class Ledger:
             test_size: samples in the test set.
 
         Raises:
-            FlatminimaError: a column is not there or not numeric, is named twice, or no row is left.
+            FlatminimaError: a column is not there or not numeric, holds what cannot be a level, is named twice, or no
+                row is left.
         """
         require(error is None or accuracy is None, "error and accuracy are the same turned round: name one of them")
         target = error or accuracy
@@ -150,7 +158,11 @@ class Ledger:
             name: _numbers(frame, name) for name in dict.fromkeys((target, *([given] if given else []), *measures))
         }
         places = [*hyper_parameters, *([seed] if seed else [])]
+        for name in places:
+            _require_levels(frame, name)
         known = np.isfinite(numbers[target]) & frame[places].notna().all(axis=1).to_numpy()
+        if seed is not None:
+            known &= ~frame[seed].map(_is_missing).to_numpy(dtype=bool)
         require(bool(known.any()), f"no row has a value in each of {', '.join([target, *places])}")
         _say_missing(known, numbers, [target, *places])
         kept = frame.assign(**numbers)[known]
@@ -213,7 +225,7 @@ def read_table(path: Path | str, where: Sequence[str] = ()) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path, dtype=str)
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])  # NA may be the name of a level
         names = frame.columns.to_series()
         if names.str.rpartition(".")[0].isin(names).any():  # as pandas names a second column x: x.1
             names = pd.read_csv(path, dtype=str, header=None, nrows=1).iloc[0]
@@ -246,29 +258,96 @@ def _require_column(frame: pd.DataFrame, name: str) -> None:
     require(names.count(name) == 1, f"the ledger has {names.count(name)} columns called {name!r}")
 
 
+def _require_levels(frame: pd.DataFrame, name: str) -> None:
+    """Refuse a column of dicts, lists and the like: settings cannot be told apart by them."""
+    for row, cell in enumerate(frame[name]):
+        require(
+            _has_hash(cell),
+            f"column {name!r} cannot tell settings apart: row {row + 1} has a {type(cell).__name__}; give numbers or "
+            "text",
+        )
+
+
+def _has_hash(cell: Any) -> bool:
+    try:
+        hash(cell)
+    except TypeError:
+        return False
+    return True
+
+
 def _numeric(frame: pd.DataFrame, named: Sequence[str]) -> tuple[str, ...]:
-    """The columns that are taken for measures where none is named."""
+    """The columns that are taken for measures where none is named; of a column that nearly is one, why it is not."""
+    found = []
+    for name in frame.columns:
+        if name in named or str(name).lower().startswith(_LEFT_ASIDE):
+            continue
+        numbers, others = _numbers_and_others(frame[name])
+        if numbers and not others:
+            found.append(name)
+        elif numbers > len(others):
+            warn(
+                f"column {name!r} is not judged: {_cell(frame, name, others[0])}, which is no number; leave the cell "
+                "empty where there is none",
+                LedgerWarning,
+            )
+    return tuple(found)
+
+
+def _numbers_and_others(column: pd.Series) -> tuple[int, list[int]]:
+    """How many cells a measure may have (of a column of text: could have), and the places of those that it may not."""
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-    return tuple(
-        str(name)
-        for name in frame.columns
-        if name not in named
-        and not str(name).lower().startswith(_LEFT_ASIDE)
-        and is_numeric_dtype(frame[name])
-        and not is_bool_dtype(frame[name])
-    )
+    if is_numeric_dtype(column):
+        return (0, []) if is_bool_dtype(column) else (len(column), [])
+    is_text = [isinstance(cell, str) and not _is_missing(cell) for cell in column]
+    others = [row for row, cell in enumerate(column) if _number(cell) is None or isinstance(cell, bool)]
+    numbers = sum(not _is_missing(cell) for cell in column) - len(others)
+    if any(is_text) and not others:  # all of them numerals, but a column of text all the same
+        return 0, []
+    return numbers, others
 
 
 def _numbers(frame: pd.DataFrame, name: str) -> NDArray[np.float64]:
     """A column as floats, with NaN for what is missing or infinite."""
+    from pandas.api.types import is_numeric_dtype
+
+    column = frame[name]
+    if is_numeric_dtype(column):
+        values = column.to_numpy(dtype=float, na_value=np.nan)
+    else:
+        cells = [_number(cell) for cell in column]
+        if None in cells:
+            where = _cell(frame, name, cells.index(None))
+            raise FlatminimaError(f"column {name!r} holds something else than numbers: {where}")
+        values = np.array(cells, dtype=float)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _number(cell: Any) -> float | None:
+    """A cell as a float: NaN where it is missing, infinite where it is too large for one, None where it is none."""
+    if _is_missing(cell):
+        return float("nan")
+    try:
+        return float(cell)
+    except OverflowError:  # an integer of hundreds of digits
+        return float("inf")
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_missing(cell: Any) -> bool:
+    """Whether a cell stands for no number."""
+    if isinstance(cell, str):
+        return cell.strip().lower() in _MISSING
     import pandas as pd
 
-    try:
-        values = pd.to_numeric(frame[name]).to_numpy(dtype=float, na_value=np.nan)
-    except (ValueError, TypeError) as error:
-        raise FlatminimaError(f"column {name!r} holds something else than numbers: {first_line(error)}") from None
-    return np.where(np.isfinite(values), values, np.nan)
+    return cell is None or cell is pd.NA or cell is pd.NaT or (isinstance(cell, float) and cell != cell)
+
+
+def _cell(frame: pd.DataFrame, name: str, row: int) -> str:
+    shown = repr(frame[name].iloc[row])
+    return f"row {row + 1} has {shown if len(shown) <= _LONGEST_CELL else f'{shown[:_LONGEST_CELL]}...'}"
 
 
 def _say_missing(known: NDArray[np.bool_], numbers: dict[str, NDArray[np.float64]], needed: Sequence[str]) -> None:
@@ -281,7 +360,8 @@ def _say_missing(known: NDArray[np.bool_], numbers: dict[str, NDArray[np.float64
 
 
 def _say_copies(kept: pd.DataFrame, hyper_parameters: list[str], seed: str | None) -> None:
-    copies = kept.duplicated().to_numpy()
+    texts = {name: kept[name].map(repr) for name in kept.columns if kept[name].dtype == object}  # dicts have no hash
+    copies = kept.assign(**texts).duplicated().to_numpy()
     if copies.any():
         warn(f"{_rows(kept.index[copies])}: exactly as an earlier row; is a minimum counted twice?", LedgerWarning)
     elif seed is not None and (again := kept.duplicated([*hyper_parameters, seed]).to_numpy()).any():
@@ -293,10 +373,17 @@ def _say_copies(kept: pd.DataFrame, hyper_parameters: list[str], seed: str | Non
 
 
 def _typed(texts: pd.Series) -> pd.Series:
-    """A column of numbers, if it is one: to the bit, where pandas' own way depends on its version."""
+    """A column of numbers, if it is one: to the bit, where pandas' own way depends on its version.
+
+    What may stand for a missing number, and for a level of this name, is left as it is.
+    """
     for kind in (int, float):
         try:
-            return texts.astype(object).map(kind, na_action="ignore").infer_objects()
+            return (
+                texts.astype(object)
+                .map(lambda cell, kind=kind: cell if _is_missing(cell) else kind(cell), na_action="ignore")
+                .infer_objects()
+            )
         except ValueError:  # noqa: PERF203
             continue
     return texts

@@ -8,7 +8,7 @@ import pytest
 
 from flatminima.lab.experiments import Summary, write_ledger
 from flatminima.lab.experiments.analysis import summarize
-from flatminima.lab.experiments.paper import PLAIN, scenario_1, scenario_3
+from flatminima.lab.experiments.paper import PLAIN, REGULARIZED, scenario_1, scenario_3, table_1
 from flatminima.lab.experiments.presets import PRESETS
 from flatminima.lab.reports import tables
 from flatminima.protocols import Ledger, evaluate
@@ -65,6 +65,25 @@ def test_the_summary_says_what_the_protocols_say_of_the_ledger(tmp_path: Path) -
     assert "Of training loss alone, τ = " in ground
     (against,) = [line for line in summary.verdict if line.startswith("Go against the error beyond training loss")]
     assert "of_mine" in against
+
+
+def test_what_a_run_has_not_is_a_level_of_its_ledger(tmp_path: Path) -> None:
+    experiment = table_1(PRESETS["small"], {})
+    (case,) = experiment.cases
+    records = [
+        record_of(case, arm, seed, 0.1 * k + 0.01 * seed)
+        for k, arm in enumerate((PLAIN, REGULARIZED))
+        for seed in range(3)
+    ]
+    write_ledger(tmp_path / "ledger.csv", [replace(summarize(experiment, records), name="table-1")])
+    ledger = Ledger.read(
+        tmp_path / "ledger.csv",
+        error="test_error",
+        hyper_parameters=["regularizer.beta"],
+        measures=["fisher_trace"],
+        seed="seed",
+    )
+    assert (len(ledger.all), set(ledger.all.levels[0])) == (6, {"none", "100.0"})
 
 
 def test_the_paper_is_held_beside_the_protocols() -> None:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # imported where it is needed: every worker imports this file
 ERROR, GIVEN, SEED = "test_error", "train_loss", "seed"
 """What the protocols take for the error, for what a measure must add to, and for the seeds."""
 
+NONE = "none"
+"""The level of what a run has not, such as β without a regularizer."""
+
 _SETTING = ("case", "arm")
 _OF_RECORD = ("run", SEED, ERROR, "validation_error", "train_accuracy")
 
@@ -47,8 +50,8 @@ def evaluation_of(records: Sequence[Record], test_size: int) -> Evaluation | Non
 def write_ledger(path: Path, summaries: Sequence[Summary]) -> None:
     """Write the minima of some experiments; those of others that the file holds already stay in it.
 
-    A row has the experiment, what varies in it of the runs' descriptions, case and arm, the run folder's name, the
-    seed, errors and accuracy, and every measure under its own name.
+    A row has the experiment, what varies in it of the runs' descriptions (``none`` where a run has no such thing), case
+    and arm, the run folder's name, the seed, errors and accuracy, and every measure under its own name.
     """
     import pandas as pd
 
@@ -74,6 +77,11 @@ def _text(value: Any) -> str:
     return "" if value is None or value != value else str(value)
 
 
+def _level(value: Any) -> Any:
+    """A run without such a hyper-parameter is not one of which it is unknown, and an empty cell would say that."""
+    return NONE if value is None else value
+
+
 def _rows(summary: Summary) -> list[dict[str, Any]]:
     specs = {setting: _flat(spec) for setting, spec in summary.specs.items()}
     names = dict.fromkeys(name for spec in specs.values() for name in spec)
@@ -81,7 +89,11 @@ def _rows(summary: Summary) -> list[dict[str, Any]]:
     return [
         {
             "experiment": summary.name,
-            **{name: specs[f"{record.case} / {record.arm}"].get(name) for name in varied if name not in _SETTING},
+            **{
+                name: _level(specs[f"{record.case} / {record.arm}"].get(name))
+                for name in varied
+                if name not in _SETTING
+            },
             **_row(record),
         }
         for record in summary.records

@@ -80,3 +80,14 @@ def test_a_trained_run_costs_its_measures_alone() -> None:
     measured = task(SPEC, Measuring())
     assert remaining(measured, trained=True).total == cost(measured).measuring
     assert remaining(measured) == cost(measured)
+
+
+def test_a_users_own_network_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nets_to_be_timed.py").write_text(
+        "from torch import nn\n\ndef build(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = task(replace(SPEC, model="nets_to_be_timed:build"))
+    (price,) = prices([own], []).values()
+    assert price > 0

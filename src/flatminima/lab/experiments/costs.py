@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from flatminima.lab.data import load_data
+from flatminima.lab.data import ImageSet, load_data
 from flatminima.lab.experiments.experiment import Record, Task
-from flatminima.lab.networks import build_model, resolve_device
+from flatminima.lab.networks import new_network, resolve_device
 from flatminima.lab.runs import FisherPenaltySpec, Measuring, RegularizerSpec, RunSpec, UnitResidualSpec
 from flatminima.measures import input_jacobian_passes, robustness_sample_count
 from flatminima.progress import track
@@ -157,9 +157,17 @@ def kind(task: Task) -> tuple[str, int]:
 def _seconds_per_image(network: str, batch_size: int, data: str) -> float:
     """One thread's, or the GPU's, as runs are trained."""
     sizes, device, threads = sizes_of(data), resolve_device("auto"), torch.get_num_threads()
-    images = torch.randn(batch_size, *sizes.shape, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(sizes.classes, (batch_size,), device=device)
-    model = build_model(network, num_classes=sizes.classes, in_channels=sizes.shape[0])
+    noise = ImageSet(
+        torch.randint(256, (batch_size, *sizes.shape), dtype=torch.uint8, device="cpu"),
+        torch.randint(sizes.classes, (batch_size,), device="cpu"),
+        sizes.classes,
+        mean=torch.full((sizes.shape[0],), 0.5),
+        std=torch.full((sizes.shape[0],), 0.25),
+    )
+    model = new_network(network, noise)  # a user's own, too
+    images, labels = noise.to(device).tensors()
+    images = images.to(memory_format=torch.channels_last)
+    model.train()
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     torch.set_num_threads(1)
     try:

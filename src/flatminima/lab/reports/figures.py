@@ -11,16 +11,25 @@ from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from flatminima.palette import MUTED, SERIES
-
-MARKERS = ("o", "s", "^")
+from flatminima.pictures import series_styles
 
 
 def lines(axes: Axes, names: Sequence[str], groups: Mapping[str, Sequence[Sequence[float]]], *, log: bool) -> None:
     """Mean ± standard deviation at every named setting, one line per group."""
     x = np.arange(len(names))
-    for (label, values), colour, marker in zip(groups.items(), SERIES, MARKERS, strict=False):
+    for (label, values), style in zip(groups.items(), series_styles(), strict=False):
         means, deviations = _means_and_deviations(values)
-        axes.errorbar(x, means, deviations, color=colour, marker=marker, capsize=3, label=label, linewidth=1.6)
+        axes.errorbar(
+            x,
+            means,
+            deviations,
+            color=style["colour"],
+            marker=style["marker"],
+            linestyle=style["line"],
+            capsize=3,
+            label=label,
+            linewidth=1.6,
+        )
     axes.set_xticks(x, names)
     axes.legend(frameon=False, fontsize=8)
     if log:
@@ -45,12 +54,14 @@ def intervals(
     axes: Axes, names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]]
 ) -> None:
     """A value with the ends of its interval, or nothing, for every name from top to bottom; one colour per group."""
-    for k, ((label, found), colour, marker) in enumerate(zip(groups.items(), SERIES, MARKERS, strict=False)):
+    apart = min(0.25, 0.8 / max(len(groups), 1))
+    for k, ((label, found), style) in enumerate(zip(groups.items(), series_styles(), strict=False)):
+        colour = style["colour"]
         places = [place for place, entry in enumerate(found) if entry is not None]
         values, low, high = np.array([entry for entry in found if entry is not None]).reshape(-1, 3).T
-        y = np.array(places) + 0.25 * (k - (len(groups) - 1) / 2)
+        y = np.array(places) + apart * (k - (len(groups) - 1) / 2)
         axes.hlines(y, low, high, color=colour, linewidth=1.6)
-        axes.plot(values, y, color=colour, marker=marker, linestyle="", label=label)
+        axes.plot(values, y, color=colour, marker=style["marker"], linestyle="", label=label)
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)

@@ -159,7 +159,9 @@ def test_failed_runs_are_listed_and_the_others_go_on(tmp_path: Path, monkeypatch
 
 
 def test_the_winner_is_trained_in_the_tables(tmp_path: Path) -> None:
-    search, one, two = reproduction(tmp_path, "search", "table-1", "table-2").run(progress=False)
+    asked = reproduction(tmp_path, "table-2", "search", "table-1", "search")
+    assert asked.names == ("search", "table-1", "table-2")  # whatever the order in which they are named
+    search, one, two = asked.run(progress=False)
     errors = {record.arm: record.validation_error for record in search.records}
     winner = search.chosen["MLP, digits"]
     assert errors[winner] == min(errors.values())
@@ -201,6 +203,11 @@ def test_a_run_that_diverges_loses_the_search_and_one_without_luck_leaves_it_ope
     (kept,) = json.loads((asked.folder / "chosen.json").read_text()).values()
     assert kept["beta"] == second.setting.spec.regularizer.beta  # type: ignore[union-attr]
     assert f"counted as the worst: {first.setting.arm}." in asked.page.with_suffix(".md").read_text()
+
+
+def test_an_experiment_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FlatminimaError, match=r"unknown experiment 'tabel-1' \(did you mean 'table-1'"):
+        reproduction(tmp_path, "tabel-1")
 
 
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:

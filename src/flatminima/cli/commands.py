@@ -277,11 +277,10 @@ def _reproduce(given: list[str]) -> tuple[bool, Report]:
         if not options.experiments:
             raise FlatminimaError(f"reproduce takes experiments: choose from {', '.join(known)}")
         wanted = EXPERIMENTS if "all" in options.experiments else options.experiments
-        chosen = tuple(name for name in EXPERIMENTS if name in wanted)  # a search before what trains by it
         workers = options.workers or available_cores()
         executors: dict[str, Executor] = {"local": Local(), "processes": WorkerPool(workers), "ray": Ray()}
         reproduction = reproduce.Reproduction(
-            names=chosen,
+            names=tuple(wanted),
             preset=options.preset,
             protocol=options.protocol,
             out=options.out,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Group
 
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, require_one_of
 from flatminima.lab.experiments import (
     EXPERIMENTS,
     PRESETS,
@@ -51,7 +51,7 @@ class Reproduction(Study):
     """Some of the paper's experiments in one size, and where they are kept."""
 
     names: tuple[str, ...]
-    """Of :data:`~flatminima.lab.experiments.paper.EXPERIMENTS`, and kept in its order: a search before what it decides."""
+    """Of :data:`~flatminima.lab.experiments.paper.EXPERIMENTS`, in its order: a search before what trains by it."""
     preset: PresetName
     """How large."""
     out: Path
@@ -74,6 +74,9 @@ class Reproduction(Study):
     """Folder of experiments' JSON: the runs they hold are finished, though their folders are gone."""
 
     def __post_init__(self) -> None:
+        for name in self.names:
+            require_one_of("experiment", name, EXPERIMENTS)
+        object.__setattr__(self, "names", tuple(name for name in EXPERIMENTS if name in self.names))
         scenarios = [name for name in self.names if name.startswith("scenario")]
         if self.protocol == "matched" and len(scenarios) < len(self.names):
             others = ", ".join(name for name in self.names if name not in scenarios)

@@ -257,3 +257,8 @@ def test_reproduce_lists_failed_runs_and_its_status_says_so(
     found = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in found["experiments"]] == ["scenario-1"]
     assert found["report"] == str(tmp_path / "digits" / "scenario-1.html")
+def test_reproduce_in_this_process_takes_no_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reproduce", "table-1", "--out", str(tmp_path), "--dry-run", "--executor", "local", "--workers"]
+    assert "--executor local is this process alone, got --workers 8: leave out one" in error_of(capsys, [*command, "8"])
+
+

@@ -210,6 +210,14 @@ def test_an_experiment_that_there_is_not_is_refused(tmp_path: Path) -> None:
         reproduction(tmp_path, "tabel-1")
 
 
+def test_measures_that_nothing_takes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        FlatminimaError, match=r"nothing is measured in search and table-1, where .*: add a scenario or"
+    ):
+        replace(reproduction(tmp_path, "table-1", "search"), measures=("all",))
+    assert replace(reproduction(tmp_path, "table-1", "table-2"), measures=("all",)).measures == ("all",)
+
+
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
     asked = reproduction(tmp_path, "table-1")
     asked.folder.mkdir()

@@ -269,7 +269,7 @@ class Reproduce:
     executor: Literal["local", "processes", "ray"] = "processes"
     """Where runs go: this process, worker processes of one thread each, or a Ray cluster (that of RAY_ADDRESS)."""
     workers: Annotated[int | None, arg(aliases=("-w",))] = None
-    """Worker processes (None: one per core)."""
+    """Worker processes (None: one per core). Of a Ray cluster: runs at once, as far as the time left is estimated."""
     seeds: tuple[int, ...] | None = None
     """Other seeds than the paper's five (0 to 4)."""
     measures: tuple[str, ...] = ()
@@ -288,6 +288,10 @@ class Reproduce:
 
     def __post_init__(self) -> None:
         _require_workers(self.workers)
+        require(
+            self.executor != "local" or self.workers in (None, 1),
+            f"--executor local is this process alone, got --workers {self.workers}: leave out one of them",
+        )
         require(self.seeds != (), "--seeds needs at least one number")
         require(not (self.dry_run and self.no_runs), "--dry-run writes nothing, --no-runs writes tables: give either")
 

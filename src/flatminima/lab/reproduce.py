@@ -85,6 +85,11 @@ class Reproduction(Study):
             raise FlatminimaError("trials are the search's: add search to the experiments, or leave the trials out")
         if self.trials is not None and self.records is not None:
             raise FlatminimaError("a search by trials goes on from its own file alone: leave out trials or records")
+        if self.measures and not any(EXPERIMENTS[name](self._preset, {}).measuring for name in self.names):
+            raise FlatminimaError(
+                f"nothing is measured in {' and '.join(self.names)}, where errors alone are compared: add a scenario "
+                "or table-2, or leave the measures out"
+            )
         self.archive  # noqa: B018 (refused now, not after the experiments before it)
         selection_of(self._preset.measuring)  # refuses what cannot be measured
         self.tuning("search")  # refused now, not after the experiments before it

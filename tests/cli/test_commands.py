@@ -112,6 +112,27 @@ def test_compare_writes_a_page_and_shares_by_layer_where_asked_for(
     assert "Shares by parameter" in capsys.readouterr().out
 
 
+def test_a_disk_that_is_full_in_the_end_takes_nothing_from_what_is_printed(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(path: Path, content: object) -> None:
+        if path.suffix == ".html":
+            raise FlatminimaError(f"cannot write {path}: No space left on device")
+        path.touch()
+
+    monkeypatch.setattr("flatminima.files.write_whole", no_space)
+    page, table = tmp_path / "page.html", tmp_path / "table.md"
+    command = ["compare", *runs[:2], *MEASURE, "--report", str(page), "--table", str(table)]
+    for options in ([], ["--json"]):
+        assert cli.main([*command, *options]) == 2
+        said = capsys.readouterr()
+        assert said.err.splitlines()[-1].endswith(f"error: cannot write {page}: No space left on device")
+        assert "log_det_fisher" in said.out if options else "table.md has the table." in " ".join(said.out.split())
+        assert "page.html" not in said.out
+    body = json.loads(said.out)
+    assert (body["table"], "report" in body) == (str(table), False)
+
+
 def test_a_plot_of_parts_that_there_will_not_be_is_refused_before_all_measuring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +261,11 @@ def test_reproduce_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(tmp_path.iterdir()) == []
 
 
+def test_reproduce_in_this_process_takes_no_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["reproduce", "table-1", "--out", str(tmp_path), "--dry-run", "--executor", "local", "--workers"]
+    assert "--executor local is this process alone, got --workers 8: leave out one" in error_of(capsys, [*command, "8"])
+
+
 def test_reproduce_lists_failed_runs_and_its_status_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,8 +283,3 @@ def test_reproduce_lists_failed_runs_and_its_status_says_so(
     found = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in found["experiments"]] == ["scenario-1"]
     assert found["report"] == str(tmp_path / "digits" / "scenario-1.html")
-def test_reproduce_in_this_process_takes_no_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["reproduce", "table-1", "--out", str(tmp_path), "--dry-run", "--executor", "local", "--workers"]
-    assert "--executor local is this process alone, got --workers 8: leave out one" in error_of(capsys, [*command, "8"])
-
-

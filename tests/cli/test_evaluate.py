@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flatminima import cli
+from flatminima.errors import FlatminimaError
 from flatminima.protocols import Ledger, evaluate, kendall
 from support.command_line import error_of
 from support.ledgers import random_frame
@@ -39,6 +40,20 @@ def test_the_json_has_every_protocol_with_value_and_interval(ledger: str, capsys
         assert isinstance(finding["value"], float)
         assert low <= high
         assert finding["n"] == 30
+
+
+def test_a_page_that_cannot_be_written_in_the_end_takes_nothing_from_what_is_printed(
+    ledger: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(path: Path, content: object) -> None:
+        raise FlatminimaError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("flatminima.files.write_whole", no_space)
+    assert cli.main(["evaluate", ledger, *COLUMNS, "--measures", "x"]) == 2
+    said = capsys.readouterr()
+    assert "30 minima of" in " ".join(said.out.split())
+    assert "evaluation.html" not in said.out
+    assert said.err.splitlines()[-1].endswith("error: cannot write evaluation.html: No space left on device")
 
 
 class _Page(HTMLParser):

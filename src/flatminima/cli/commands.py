@@ -28,7 +28,7 @@ from flatminima.cli.options import (
     Train,
     parse,
 )
-from flatminima.cli.output import Report, require_place_of_picture, say, starting, with_files, working
+from flatminima.cli.output import Files, Report, require_place_of_picture, say, starting, with_files, working
 from flatminima.cli.track import track
 from flatminima.errors import FlatminimaError, require, require_one_of
 from flatminima.files import require_writable, write_file
@@ -38,6 +38,7 @@ from flatminima.progress import track_parts
 
 if TYPE_CHECKING:
     from flatminima.lab.data import Normalization, OwnData, Preparation
+    from flatminima.measures import Comparison
 
     Preparations = Normalization | Preparation
 
@@ -223,23 +224,28 @@ def _compare(given: list[str]) -> tuple[bool, Report]:
     body = json.loads(comparison.to_json())
     for name, preparation in prepared.items():
         body.setdefault(f"{_kind(preparation)}s", {})[name] = preparation.as_json()
-    shown: list[Any] = [comparison, *_preparation_lines(prepared)]
-    if options.report is not None:
-        from flatminima.pages.comparison import report
+    files = Files()
+    files.write("report", options.report, "shows it in pictures.", lambda path: _write_page(comparison, path))
+    files.write("plot", options.plot, "shows γ̂'s parts.", lambda path: _write_parts(comparison, path))
+    files.write("table", options.table, "has the table.", lambda path: _write_table(comparison, path))
+    shown = Group(comparison, *_preparation_lines(prepared), *files.shown)
+    return options.output.json, Report(files.named_in(body), shown, unwritten=files.unwritten)
 
-        report(comparison, options.report)
-        shown.append(Text(f"\n{options.report} shows it in pictures."))
-    if options.plot is not None:
-        from flatminima.pictures import write_picture
 
-        write_picture(comparison.plot().figure, options.plot)
-        shown.append(Text(f"\n{options.plot} shows γ̂'s parts."))
-    if options.table is not None:
-        is_latex = options.table.suffix == ".tex"
-        write_file(options.table, comparison.to_latex() if is_latex else comparison.to_markdown())
-        shown.append(Text(f"\n{options.table} has the table."))
-    body = with_files(body, report=options.report, plot=options.plot, table=options.table)
-    return options.output.json, Report(body, Group(*shown))
+def _write_page(comparison: Comparison, path: Path) -> None:
+    from flatminima.pages.comparison import report
+
+    report(comparison, path)
+
+
+def _write_parts(comparison: Comparison, path: Path) -> None:
+    from flatminima.pictures import write_picture
+
+    write_picture(comparison.plot().figure, path)
+
+
+def _write_table(comparison: Comparison, path: Path) -> None:
+    write_file(path, comparison.to_latex() if path.suffix == ".tex" else comparison.to_markdown())
 
 
 def _require_places(options: Compare) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from flatminima.cli.options import Output, parse
-from flatminima.cli.output import Report, with_files, working
+from flatminima.cli.output import Files, Report, working
 from flatminima.errors import FlatminimaError
 from flatminima.files import require_writable
 from flatminima.progress import ProgressBar
@@ -79,8 +79,13 @@ def evaluate(given: list[str]) -> tuple[bool, Report]:
         )
         with ProgressBar("protocols", len(ledger.measures)) as bar:
             evaluation = evaluate(ledger, lambda measure: bar.advance())
-        write_evaluation(evaluation, options.report, source=str(options.ledger))
+        files = Files()
+        files.write(
+            "report",
+            options.report,
+            "shows it in pictures.",
+            lambda path: write_evaluation(evaluation, path, source=str(options.ledger)),
+        )
     lines = [Text(f"• {line}") for line in evaluation.conclusions()]
-    page = Text(f"\n{options.report} shows it in pictures.")
-    body = with_files(jsonable(evaluation.to_dict()), report=options.report)
-    return options.output.json, Report(body, Group(evidence_table(evaluation), *lines, page))
+    shown = Group(evidence_table(evaluation), *lines, *files.shown)
+    return options.output.json, Report(files.named_in(jsonable(evaluation.to_dict())), shown, unwritten=files.unwritten)

@@ -134,6 +134,9 @@ def _run(given: list[str]) -> int:
         if not console.is_terminal:
             console.width = NARROWEST_TABLE
         console.print(report.text, soft_wrap=isinstance(report.text, Text))
+    if report.unwritten is not None:
+        sys.stdout.flush()  # what is printed comes first, also where both go to one file
+        raise report.unwritten
     return report.status
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from flatminima.cli.options import PROGRAM, Output
-from flatminima.errors import needing, one_line
+from flatminima.errors import FlatminimaError, needing, one_line
 from flatminima.launch import rank_and_size
 from flatminima.progress import ProgressBar, silent
 
@@ -25,6 +26,8 @@ class Report:
     text: RenderableType
     status: int = 0
     """The exit status: 1 where a part of the work failed."""
+    unwritten: FlatminimaError | None = None
+    """Why a file could not be written, which is raised once the report is printed."""
 
 
 @contextlib.contextmanager
@@ -42,6 +45,43 @@ def require_place_of_picture(path: Path) -> None:
     with needing("plot", "a picture"):
         from flatminima.pictures import require_picture
     require_picture(path)
+
+
+class Files:
+    """What a command writes at its end: a disk that is full by then takes nothing from what it prints.
+
+    Attributes:
+        shown: a line for every file that is written.
+        unwritten: why one could not be; the first, of several.
+    """
+
+    def __init__(self) -> None:
+        self.shown: list[Text] = []
+        self.unwritten: FlatminimaError | None = None
+        self._written: dict[str, Path | None] = {}
+
+    def write(self, name: str, path: Path | None, says: str, write: Callable[[Path], object]) -> None:
+        """Write a file.
+
+        Args:
+            name: of the option that says where.
+            path: there; None if it is not wanted.
+            says: what the file shows, to go behind its path.
+            write: writes it.
+        """
+        if path is None:
+            return
+        try:
+            write(path)
+        except FlatminimaError as error:
+            self.unwritten = self.unwritten or error
+            return
+        self._written[name] = path
+        self.shown.append(Text(f"\n{path} {says}"))
+
+    def named_in(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The JSON of the command, with the files that are written."""
+        return with_files(body, **self._written)
 
 
 def with_files(body: dict[str, Any], **files: Path | None) -> dict[str, Any]:

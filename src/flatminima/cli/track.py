@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from rich.console import Group
-from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from flatminima.cli.options import NETWORKS, SOURCES, MeasuringOptions, Output, ReadingOptions, parse
-from flatminima.cli.output import Report, require_place_of_picture, say, starting, with_files, working
+from flatminima.cli.output import Files, Report, require_place_of_picture, say, starting, with_files, working
 from flatminima.errors import FlatminimaError, require
 from flatminima.files import require_writable
 
@@ -88,10 +87,8 @@ def track(given: list[str]) -> tuple[bool, Report]:
             progress=not options.output.no_progress,
         )
         require(len(tracked) > 0, "none of the checkpoints could be measured")
-        shown: list[Any] = [tracked_table(tracked)]
-        if options.plot is not None:
-            write_tracked_picture(tracked, options.plot)
-            shown.append(Text(f"\n{options.plot} shows it as a picture."))
+        files = Files()
+        files.write("plot", options.plot, "shows it as a picture.", lambda path: write_tracked_picture(tracked, path))
     rows = [
         {
             "checkpoint": str(each.checkpoint.path),
@@ -105,5 +102,6 @@ def track(given: list[str]) -> tuple[bool, Report]:
     ]
     done = {each.checkpoint for each in tracked}
     left_out = [str(checkpoint.path) for checkpoint in checkpoints if checkpoint not in done]
-    body = with_files({"checkpoints": rows, "left_out": left_out}, out=options.out, plot=options.plot)
-    return options.output.json, Report(body, Group(*shown), status=int(bool(left_out)))
+    body = files.named_in(with_files({"checkpoints": rows, "left_out": left_out}, out=options.out))
+    shown = Group(tracked_table(tracked), *files.shown)
+    return options.output.json, Report(body, shown, status=int(bool(left_out)), unwritten=files.unwritten)

@@ -27,7 +27,7 @@ from flatminima import cli
 from flatminima.errors import FlatminimaError
 from flatminima.files import beside
 from flatminima.lab import reproduce, study
-from flatminima.lab.experiments import Summary, json_of, paper, presets, read_summaries
+from flatminima.lab.experiments import Summary, json_of, paper, presets, read_summaries, read_winners, write_winners
 from flatminima.lab.experiments.experiment import Record, Task, look_up, perform
 from flatminima.lab.experiments.paper import PLAIN, REGULARIZED
 from flatminima.lab.jobs import Failure, Local
@@ -216,6 +216,33 @@ def test_measures_that_nothing_takes_are_refused(tmp_path: Path) -> None:
     ):
         replace(reproduction(tmp_path, "table-1", "search"), measures=("all",))
     assert replace(reproduction(tmp_path, "table-1", "table-2"), measures=("all",)).measures == ("all",)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_winner_is_kept_as_soon_as_its_case_is_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = {**TINY.networks, "MLP, again": replace(TINY.networks["MLP, digits"], epochs=5)}
+    monkeypatch.setitem(presets.PRESETS, "digits", replace(TINY, networks=two))
+    asked = reproduction(tmp_path, "search")
+    tasks = asked.tasks("search")
+
+    def interrupted(task: Task) -> Record:
+        if task == tasks[3]:
+            raise KeyboardInterrupt
+        return perform(task)
+
+    monkeypatch.setattr(study, "perform", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        asked.run(progress=False)
+    assert [task.setting.case for task in tasks] == ["MLP, digits"] * 2 + ["MLP, again"] * 2
+    assert list(json.loads((asked.folder / "chosen.json").read_text())) == ["MLP, digits"]
+
+
+def test_winners_of_several_searches_in_one_folder_stand_beside_each_other(tmp_path: Path) -> None:
+    first, second = RegularizerSpec(beta=3), RegularizerSpec(beta=4)
+    write_winners(tmp_path, {"a": first, "b": first})
+    write_winners(tmp_path, {"b": second})
+    write_winners(tmp_path, {})
+    assert read_winners(tmp_path) == {"a": first, "b": second}
 
 
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:

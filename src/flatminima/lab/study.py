@@ -150,7 +150,7 @@ class Study(abc.ABC):
                 if number not in settled:
                     journal.note(name)
         if experiment.answers == "choice":
-            write_winners(self.folder, winners_of(experiment, self.summary(name, failures).chosen))
+            self.keep_winners(self.summary(name, failures))
 
     def summary(self, name: str, failures: Mapping[str, str] | None = None, *, judged: bool = True) -> Summary:
         """What is known of one experiment; nothing is trained or measured.
@@ -176,6 +176,11 @@ class Study(abc.ABC):
             ruled_out=state.ruled_out,
         )
         return summarize(experiment, state.records, unfinished, judged=judged)
+
+    def keep_winners(self, summary: Summary) -> None:
+        """Keep what a search has decided so far for the experiments that train by it; others decide nothing."""
+        if summary.chosen:
+            write_winners(self.folder, winners_of(self.experiment(summary.name), summary.chosen))
 
     def report_finished(self) -> list[Summary]:
         """Report without any run: what is finished, and how many runs are not.
@@ -208,6 +213,7 @@ class _Journal:
             self._summaries[each] = self._study.summary(each, self._failures, judged=whole)
         summaries = [self._summaries[each] for each in names]
         with contextlib.suppress(FlatminimaError):  # a full disk: the last page says so, if it is then
+            self._study.keep_winners(self._summaries[name])
             if whole:
                 self._reported = time.monotonic()
                 self._study.report(summaries)

@@ -15,6 +15,7 @@ from flatminima.lab.experiments.paper import Winners
 from flatminima.lab.experiments.summary import Summary
 from flatminima.lab.runs import RegularizerSpec
 from flatminima.lab.schema import parse
+from flatminima.lab.storage import locked
 from flatminima.measures import jsonable
 
 WINNERS = "chosen.json"
@@ -49,9 +50,16 @@ def winners_of(search: Experiment, chosen: Mapping[str, str]) -> Winners:
 
 
 def write_winners(folder: Path, winners: Winners) -> None:
-    """Keep what a search has chosen for the experiments that follow."""
-    values = {case: dataclasses.asdict(winner) for case, winner in winners.items()}
-    write_file(folder / WINNERS, json.dumps(values, indent=1) + "\n")
+    """Keep what a search has chosen for the experiments that follow, beside what is kept of other cases.
+
+    Several commands may search in one folder: what one has not decided is not taken from another that has.
+    """
+    with locked(folder / "chosen.lock"):
+        before = read_winners(folder)
+        after = {**before, **winners}
+        if after != before:
+            values = {case: dataclasses.asdict(winner) for case, winner in after.items()}
+            write_file(folder / WINNERS, json.dumps(values, indent=1) + "\n")
 
 
 def read_winners(folder: Path) -> Winners:

@@ -261,6 +261,17 @@ def test_tables_are_written_from_records_alone(
     assert not (tmp_path / "digits" / "runs").exists()
 
 
+def test_records_of_the_first_version_are_known_by_what_they_describe(tmp_path: Path) -> None:
+    asked = Reproduction(("search", "table-1", "table-2"), "small", tmp_path, records=RESULTS / "small")
+    (search,), (table,) = (read_summaries(RESULTS / "small" / f"{name}.json") for name in ("search", "table-1"))
+    assert [asked.archive.of(task) for task in asked.tasks("search")] == list(search.records)
+    winner = min(search.records, key=lambda record: record.value("validation_error"))
+    assert f"{winner.case} / {winner.arm}" in search.specs
+    found = [record for task in asked.tasks("table-1") if (record := asked.archive.of(task)) is not None]
+    assert sorted(record.run for record in found) == sorted(record.run for record in table.records)
+    assert [asked.archive.of(task) for task in asked.tasks("table-2")] == [None] * 10  # measured by fewer measures
+
+
 def test_the_published_fresh_scenario_needs_no_run(tmp_path: Path) -> None:
     asked = Reproduction(
         ("scenario-2",), "small", tmp_path, seeds=(5, 6, 7, 8, 9), records=RESULTS / "small-fresh", executor=Local()

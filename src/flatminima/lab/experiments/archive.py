@@ -12,7 +12,7 @@ from flatminima.lab.errors import DamagedFileError
 from flatminima.lab.experiments.experiment import Experiment, Record, Task
 from flatminima.lab.experiments.files import WINNERS, read_summaries
 from flatminima.lab.experiments.summary import Summary
-from flatminima.lab.runs import Measuring, name_of_run
+from flatminima.lab.runs import Measuring, name_of_run, with_kinds
 from flatminima.lab.storage import damaged
 
 Entry = tuple[Measuring | None, Record]
@@ -89,18 +89,24 @@ class Archive:
 def _names(summary: Summary, case: str) -> dict[str, str]:
     """The run folders' names of a case's settings, at the first seed."""
     described = {name: spec for name, spec in summary.specs.items() if name.startswith(f"{case} / ")}
-    return {name: name_of_run({**spec, "seed": summary.seeds[0]}) for name, spec in described.items()}
+    return {name: name_of_run({**with_kinds(spec), "seed": summary.seeds[0]}) for name, spec in described.items()}
 
 
 def _described(path: Path, summary: Summary) -> Iterator[Record]:
-    """A summary's records, each held against the description of its run."""
+    """A summary's records, each held against the description of its run.
+
+    The first version left the kinds of schedules and regularizers out of descriptions, and had the data's path in
+    names: what it described is known by the description, under the name that this version gives it.
+    """
     for record in summary.records:
         spec = summary.specs.get(f"{record.case} / {record.arm}")
         if spec is None:
             raise _no_run(path, record, "has no description")
-        if name_of_run({**spec, "seed": record.seed}) != record.run:
+        whole = with_kinds(spec)
+        name = name_of_run({**whole, "seed": record.seed})
+        if name != record.run and whole == spec:
             raise _no_run(path, record, "is another than its description says")
-        yield record
+        yield replace(record, run=name)
 
 
 def _no_run(path: Path, record: Record, what: str) -> DamagedFileError:

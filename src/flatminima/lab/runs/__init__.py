@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SharpnessAwareSpec,
         UnitResidualSpec,
         name_of_run,
+        with_kinds,
     )
     from flatminima.lab.runs.tracked import Subject, TrackedCheckpoint, measure_checkpoints
     from flatminima.lab.runs.training import Stop, launch, train
@@ -64,6 +65,7 @@ else:  # the command line reads descriptions without torch
                 "SharpnessAwareSpec",
                 "UnitResidualSpec",
                 "name_of_run",
+                "with_kinds",
             ),
             "tracked": ("Subject", "TrackedCheckpoint", "measure_checkpoints"),
             "training": ("Stop", "launch", "train"),
@@ -109,4 +111,5 @@ __all__ = [
     "said_order",
     "selection_of",
     "train",
+    "with_kinds",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -277,6 +278,24 @@ class RunSpec:
 def name_of_run(identity: dict[str, Any]) -> str:
     """:attr:`RunSpec.name` of a run that is known by its :meth:`RunSpec.identity` alone, of another version maybe."""
     return f"{str(identity.get('model')).rpartition(':')[2]}-{_key_of(identity)}"
+
+
+_FIRST_KINDS = {"schedule": (MultiStep, Plateau), "regularizer": (RegularizerSpec, SharpnessAwareSpec)}
+
+
+def with_kinds(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity whose schedule and regularizer say of which kind they are, as they did not when there were two each.
+
+    Their fields tell them apart.
+    """
+    found = dict(identity)
+    for name, kinds in _FIRST_KINDS.items():
+        part: Any = found.get(name)
+        if isinstance(part, Mapping) and "kind" not in part:
+            for kind in kinds:
+                if {field.name for field in dataclasses.fields(kind)} == set(part):
+                    found[name] = {**part, "kind": kind.__name__}
+    return found
 
 
 def _key_of(identity: dict[str, Any]) -> str:

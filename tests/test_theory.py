@@ -9,6 +9,7 @@ from typing import Any
 import mpmath
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError
 from flatminima.exact import exact_fisher, exact_gamma
 from flatminima.gramian.engine import gram
+from flatminima.losses import CrossEntropy
 from flatminima.measures.measuring import measure
 from flatminima.measures.results import Characterization
 from flatminima.theory import (
@@ -324,9 +326,22 @@ def test_theory_orders_minima_as_their_measure_does(characterization: Characteri
     assert fia_criterion_of(flatter, log_volume=0) < fia_criterion_of(c, log_volume=0)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Called as the plain one is, and another."""
+    return 2 * F.cross_entropy(logits, targets, reduction="none")
+
+
+def test_theory_knows_the_plain_loss_by_its_form(characterization: Characterization) -> None:
+    by_instance = measured(*minimum_of_37(), subset_size=10, trials=5, loss=CrossEntropy())
+    assert gamma_of(by_instance) == gamma_of(characterization)
+    earlier = dataclasses.replace(characterization.settings, loss_form=None)  # of a version that knew names alone
+    assert gamma_of(dataclasses.replace(characterization, settings=earlier)) == gamma_of(characterization)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"loss": cross_entropy}, r"loss='cross_entropy' \(<function cross_entropy>\)"),
         ({"logit_normalization": 0.04}, "logit_normalization=0.04.*measure with logit_normalization=None"),
         ({"scale_invariant": True}, "scale_invariant=True.*measure with scale_invariant=False"),
         ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss='CrossEntropyLoss'.*loss='cross_entropy'"),

@@ -16,6 +16,7 @@ import math
 import sys
 
 from flatminima.errors import require
+from flatminima.losses import brief_form, form_in_words
 from flatminima.measures import Characterization
 
 
@@ -71,10 +72,13 @@ def gamma_of(characterization: Characterization) -> float:
     settings = characterization.settings
     plain = {"loss": "cross_entropy", "batchnorm": "eval", "logit_normalization": None, "scale_invariant": False}
     for name, value in plain.items():
-        found = getattr(settings, name)
+        found, is_plain, form = getattr(settings, name), getattr(settings, name) == value, ""
+        if name == "loss" and settings.loss_form is not None:  # in which a name may be anything's
+            is_plain = settings.loss_form == form_in_words("cross_entropy")
+            form = f" ({brief_form(settings.loss_form)})"
         require(
-            found == value,
-            f"measured with {name}={found!r}, so its ln det is not one of the Fisher information I(w0): "
+            is_plain,
+            f"measured with {name}={found!r}{form}, so its ln det is not one of the Fisher information I(w0): "
             f"measure with {name}={value!r}",
         )
     return gamma_from_subsets(

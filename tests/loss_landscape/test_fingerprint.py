@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flatminima.loss_landscape.fingerprint import add_tensor, fingerprint
+from flatminima.loss_landscape.fingerprint import fingerprint
 from flatminima.losses import CrossEntropy, Loss
-from flatminima.network import samples_of
+from flatminima.network import add_tensor, samples_of
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3)}
 
@@ -33,6 +33,15 @@ def a_function(gamma: float) -> Loss:
 
 def with_gamma(logits: Tensor, targets: Tensor, gamma: float) -> Tensor:
     return gamma * F.cross_entropy(logits, targets, reduction="none")
+
+
+def a_lambda(gamma: float) -> Loss:
+    return lambda logits, targets: gamma * F.cross_entropy(logits, targets, reduction="none")
+
+
+def a_function_around(gamma: float) -> Loss:
+    inner = functools.partial(with_gamma, gamma=torch.tensor(gamma))
+    return lambda logits, targets: inner(logits, targets)
 
 
 class WithAttribute(nn.Module):
@@ -57,6 +66,9 @@ class Plain(WithAttribute):
         CrossEntropy,
         lambda label_smoothing: nn.CrossEntropyLoss(label_smoothing=label_smoothing),
         lambda gamma: functools.partial(with_gamma, gamma=gamma),
+        a_function,
+        a_lambda,
+        a_function_around,
         WithAttribute,
         WithBuffer,
         Plain,
@@ -100,3 +112,23 @@ def test_a_tensor_of_any_size_is_handed_on_without_a_copy() -> None:
 
     add_tensor(Measured(), torch.empty(2**32 + 1, dtype=torch.uint8))  # whose memory is reserved, and never touched
     assert seen[-1] == 2**32 + 1
+
+
+def test_functions_of_one_name_are_told_apart_by_the_names_and_constants_in_their_code(
+    data: tuple[Tensor, Tensor],
+) -> None:
+    losses = [
+        lambda logits, targets: (logits.square().sum(1) - targets) * 2.0,
+        lambda logits, targets: (logits.square().sum(1) - targets) * 3.0,
+        lambda logits, targets: (logits.abs().sum(1) - targets) * 2.0,
+        lambda logits, targets, factor=2.0: (logits.square().sum(1) - targets) * factor,
+        lambda logits, targets, factor=3.0: (logits.square().sum(1) - targets) * factor,
+    ]
+    assert len({known(data, loss) for loss in losses}) == len(losses)
+
+
+def test_a_function_that_encloses_itself_is_known(data: tuple[Tensor, Tensor]) -> None:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, reduction="none") if loss else logits
+
+    assert known(data, loss) == known(data, loss)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flatminima as fm
@@ -26,6 +27,7 @@ from flatminima.errors import (
 from flatminima.gramian.engine import factored_gram
 from flatminima.gramian.factored import log_determinant
 from flatminima.gramian.rules import ParameterUse, rule, temporary_rules
+from flatminima.losses import CrossEntropy, Loss
 from flatminima.measures import evaluate, jsonable
 from flatminima.measures.comparison import comparison_of
 from flatminima.measures.results import Characterization, Estimate
@@ -562,6 +564,41 @@ def test_ranks_are_by_the_trials_that_all_have_as_differences_are() -> None:
     assert comparison.difference("a", "b").mean == 1
     minima["c"] = dataclasses.replace(c, log_det_fisher=Estimate.of((math.nan, math.nan, 5.0)))
     assert comparison_of(minima).ranks() == {}
+
+
+def test_minima_measured_by_different_losses_of_one_name_do_not_compare() -> None:
+    model, x, y = minimum()
+
+    def weighted(factor: float) -> Loss:
+        return lambda logits, targets: factor * F.cross_entropy(logits, targets, reduction="none")
+
+    def measured(loss: Loss) -> fm.Characterization:
+        return fm.measure(model, (x, y), loss=loss, subset_size=12, trials=2, measures=())
+
+    smoothed, weighed = ([measured(kind(value)) for value in (0.1, 0.1, 0.2)] for kind in (CrossEntropy, weighted))
+    for one, same, other in (smoothed, weighed):
+        assert one.settings.loss == other.settings.loss
+        assert comparison_of({"a": one, "b": same}).difference("a", "b").mean == 0
+        with pytest.raises(FlatminimaError, match=r"'a' and 'b': loss .* and .*\): measure all with the same data"):
+            comparison_of({"a": one, "b": other})
+    with pytest.raises(FlatminimaError, match=r"CrossEntropy\(label_smoothing=0.1,.*label_smoothing=0.2"):
+        comparison_of({"a": smoothed[0], "b": smoothed[2]})
+    comparison_of({"name": measured("cross_entropy"), "instance": measured(CrossEntropy())})
+
+
+def test_of_a_minimum_that_an_earlier_version_measured_the_losses_name_decides() -> None:
+    model, x, y = minimum()
+    of_loss = {}
+    for loss in ("cross_entropy", CrossEntropy(0.1)):
+        c = fm.measure(model, (x, y), loss=loss, subset_size=12, trials=2, measures=())
+        values = json.loads(c.to_json())
+        del values["settings"]["loss_form"]
+        earlier = fm.Characterization.from_json(json.dumps({**values, "schema": 1}))
+        assert earlier.settings.loss_form is None
+        assert comparison_of({"a": earlier, "b": c}).difference("a", "b").mean == 0
+        of_loss[c.settings.loss] = earlier
+    with pytest.raises(FlatminimaError, match="loss cross_entropy and CrossEntropy"):
+        comparison_of(of_loss)
 
 
 def test_comparing_takes_the_options_of_measuring() -> None:

@@ -226,7 +226,8 @@ def test_captions_say_every_setting() -> None:
         "subset_size": 17,
         "trials": 23,
         "seed": 29,
-        "loss": "my_loss",
+        "loss": "MyLoss",
+        "loss_form": "MyForm(gamma=2.0) {'gamma': 2.0}",
         "fisher": "labels",
         "batchnorm": 10,
         "logit_normalization": 0.04,
@@ -247,7 +248,7 @@ def test_captions_say_every_setting() -> None:
         for phrase in (
             "23 subsets of 17 from 500 samples, seed 29",
             "2 of them singular",
-            "loss my_loss",
+            "loss MyLoss, MyForm(gamma=2.0)",
             "BatchNorm by chunks of 10",
             "exact Fisher by labels",
             "logits divided by 0.04 times their norm",

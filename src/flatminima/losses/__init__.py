@@ -11,6 +11,7 @@ from flatminima.losses.forms import (
     per_sample_loss,
 )
 from flatminima.losses.gradients import FactoredLoss, LogitGradient, PerSampleLoss, refuse_non_finite
+from flatminima.losses.identity import brief_form, form_in_words
 from flatminima.losses.known import BinaryCrossEntropy, CrossEntropy, off_target_log_probabilities
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "LogitGradient",
     "Loss",
     "PerSampleLoss",
+    "brief_form",
+    "form_in_words",
     "is_single_label",
     "label_entropy",
     "logit_gradient",

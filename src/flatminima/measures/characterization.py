@@ -9,6 +9,7 @@ import torch
 
 from flatminima.errors import RankDeficientError, SingularTrialWarning, warn
 from flatminima.gramian import warn_generic
+from flatminima.losses import form_in_words
 from flatminima.measures.preparation import PreparedModel
 from flatminima.measures.results import ATTRIBUTES, Characterization, Estimate, Settings, Share
 from flatminima.measures.trials import ShareValues, TrialValues
@@ -62,6 +63,7 @@ def _settings(prepared: PreparedModel, trials: Sequence[TrialValues], left_out: 
         device=str(device_of(prepared.model)),
         left_out={name: reason for name, reason in left_out.items() if name not in ATTRIBUTES},
         larger_is_better=[measure.name for measure in prepared.selection.measures if measure.larger_is_better],
+        loss_form=form_in_words(loss),
     )
 
 

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Group
 
@@ -21,13 +21,14 @@ from flatminima.errors import (
     require,
     warn,
 )
-from flatminima.losses import LOGIT_NORMALIZATION
+from flatminima.losses import LOGIT_NORMALIZATION, brief_form
 from flatminima.measures.findings import caveats, decisive_measure, findings, unequal_losses, unequal_sizes
 from flatminima.measures.registry import CATALOGUE, in_table_order
 from flatminima.measures.results import (
     SCHEMA,
     Characterization,
     Estimate,
+    Settings,
     characterization_from,
     jsonable,
     values_in,
@@ -293,10 +294,13 @@ def comparison_of(characterizations: Mapping[str, Characterization]) -> Comparis
         "comparison_of takes what measure returned, by name: {'a': measure(a, data), ...}",
     )
     require(len(characterizations) > 0, "comparison_of takes at least one minimum, got none")
-    if len({_drawn(c) for c in characterizations.values()}) > 1:
-        raise FlatminimaError(
-            "the minima were measured on different subsets or with different settings: measure all with the same data, "
-            "subset_size, seed, loss, fisher, batchnorm, logit_normalization and scale_invariant"
+    for first, second in itertools.combinations(characterizations, 2):
+        differing = _differing(characterizations[first], characterizations[second])
+        require(
+            differing is None,
+            f"the minima were measured on different subsets or with different settings ({first!r} and {second!r}: "
+            f"{differing}): measure all with the same data, subset_size, seed, loss, fisher, batchnorm, "
+            "logit_normalization and scale_invariant",
         )
     comparison = Comparison(dict(characterizations))
     sizes, losses = unequal_sizes(comparison), unequal_losses(comparison)
@@ -329,8 +333,22 @@ def _residual_share(comparison: Comparison, first: str, second: str) -> str:
     return f": {residual:+.0f} of the {whole:+.0f} between these two is residual"
 
 
-def _drawn(c: Characterization) -> tuple[Any, ...]:
-    """What must be equal for per-trial values to be paired."""
-    s = c.settings
-    same = (s.subset_size, s.seed, s.loss, s.fisher, s.batchnorm, s.logit_normalization, s.scale_invariant)
-    return c.num_samples, *same
+_PAIRED = ("subset_size", "seed", "fisher", "batchnorm", "logit_normalization", "scale_invariant")
+"""The settings beside the loss that must be equal for per-trial values to be paired."""
+
+
+def _differing(first: Characterization, second: Characterization) -> str | None:
+    """Why the per-trial values of two minima are no pairs; None if they are."""
+    a, b = first.settings, second.settings
+    values = [("samples", first.num_samples, second.num_samples)]
+    values += [(name, getattr(a, name), getattr(b, name)) for name in _PAIRED]
+    return next((f"{name} {x} and {y}" for name, x, y in values if x != y), None) or _differing_loss(a, b)
+
+
+def _differing_loss(a: Settings, b: Settings) -> str | None:
+    if a.loss_form is None or b.loss_form is None:  # from a version that knew names alone
+        return None if a.loss == b.loss else f"loss {a.loss} and {b.loss}"
+    if a.loss_form == b.loss_form:
+        return None
+    one, other = brief_form(a.loss_form), brief_form(b.loss_form)
+    return f"loss {a.loss_form} and {b.loss_form}" if one == other else f"loss {one} and {other}"

@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # extras
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-SCHEMA = 1
-"""The form of our JSON; what was written before it was counted has no number."""
+SCHEMA = 2
+"""The form of our JSON; what was written before it was counted has no number, and 1 has no ``loss_form``."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +317,8 @@ class Settings:
         flatminima_version: this library's version.
         left_out: of the groups of measures that were asked for, those that are not defined here, with the reason.
         larger_is_better: the measures of whose values larger ones are better.
+        loss_form: the loss with its settings, by :func:`flatminima.losses.form_in_words`; None where an earlier version
+            measured, which knew the name alone.
     """
 
     loss: str
@@ -335,6 +337,7 @@ class Settings:
     flatminima_version: str = field(default_factory=lambda: version("flatminima"))
     left_out: dict[str, str] = field(default_factory=dict)
     larger_is_better: list[str] = field(default_factory=list)
+    loss_form: str | None = None
 
 
 def values_in(text: str, kind: str) -> dict[str, Any]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from flatminima.errors import did_you_mean, require
+from flatminima.losses import brief_form
 from flatminima.measures.registry import label_of
 from flatminima.tables import Table, rounded, rounded_alone
 
 if TYPE_CHECKING:  # results draw themselves by these functions
     from flatminima.measures.comparison import Comparison
     from flatminima.measures.results import Characterization
+
+_LONGEST_FORM = 150
+"""Characters of a loss with its settings: class weights may be a thousand."""
 
 
 def characterization_tables(characterization: Characterization) -> list[Table]:
@@ -138,7 +143,7 @@ _SETTINGS: tuple[Callable[[Characterization], list[str]], ...] = (
         f"seed {c.settings.seed}"
     ],
     lambda c: [f"{len(c.singular_trials)} of them singular, left out of γ̂"] if c.singular_trials else [],
-    lambda c: [f"loss {c.settings.loss}"],
+    lambda c: [f"loss {_loss_in_words(c)}"],
     lambda c: [f"BatchNorm {c.settings.batchnorm if c.settings.batchnorm == 'eval' else _chunks(c)}"],
     lambda c: [] if c.settings.fisher == "empirical" else [f"exact Fisher by {c.settings.fisher}"],
     lambda c: _if_given(c.settings.logit_normalization, "logits divided by {:g} times their norm"),
@@ -149,6 +154,14 @@ _SETTINGS: tuple[Callable[[Characterization], list[str]], ...] = (
     lambda c: [f"flatminima {c.settings.flatminima_version}, PyTorch {c.settings.torch_version}"],
     lambda c: [f"no {label_of(name).strip()}: {reason}" for name, reason in c.settings.left_out.items()],
 )
+
+
+def _loss_in_words(c: Characterization) -> str:
+    name, form = c.settings.loss, c.settings.loss_form
+    if form is None or name == "cross_entropy" or form.startswith("<"):  # a function
+        return name
+    brief = shorten(brief_form(form), _LONGEST_FORM, placeholder=" …")
+    return brief if brief.startswith(name) else f"{name}, {brief}"
 
 
 def _chunks(c: Characterization) -> str:

@@ -14,6 +14,7 @@ from flatminima.network.batches import (
     to_device,
 )
 from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
+from flatminima.network.digests import Digest, add_tensor
 from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
 from flatminima.network.kept import depended_on, listed, refusing_kept_graphs, warn_unused
@@ -52,11 +53,13 @@ __all__ = [
     "Before",
     "Buffers",
     "Data",
+    "Digest",
     "Generators",
     "Inputs",
     "RefusedAutocast",
     "Samples",
     "SamplesOfModel",
+    "add_tensor",
     "back_like",
     "batch_size",
     "batch_statistics",

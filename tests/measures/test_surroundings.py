@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import flatminima as fm
 from flatminima.errors import FlatminimaError
+from flatminima.measures import evaluate
+from flatminima.network import samples_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatminima.errors.FlatminimaWarning")
 
@@ -138,6 +140,28 @@ def test_threads_that_want_the_same_model_take_turns() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("model_of", [lambda model: model, nn.DataParallel])
+def test_no_thread_sees_weights_that_another_has_moved(model_of: Callable[[nn.Module], nn.Module]) -> None:
+    model = Network()
+    uses = ["landscape", "measure", "landscape, Hessian", "gram"]
+    expected = [USES[use](Network(), X, Y) for use in uses]
+    with ThreadPoolExecutor(len(uses)) as pool:
+        found = list(pool.map(lambda use: USES[use](model_of(model), X, Y), uses))
+        between = pool.submit(lambda: fm.landscape(Network(), (X, Y), directions="between", to=model, steps=5))
+        USES["landscape"](model, X, Y)
+        with pytest.raises(FlatminimaError, match="are the model's own"):
+            between.result()
+    assert found == expected
+
+
+def test_evaluations_take_turns_too() -> None:
+    model = Network().train()
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: evaluate(model, samples_of((X, Y))).loss, range(3)))
+    assert set(found) == {evaluate(Network(), samples_of((X, Y))).loss}
+    assert all(module.training for module in model.modules())
+
+
 class Counter(nn.Module):
     """Counts its passes in a buffer, and replaces another."""
 
@@ -154,7 +178,7 @@ class Counter(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("use", ["measure", "gram", "compare"])
+@pytest.mark.parametrize("use", ["measure", "gram", "compare", "landscape", "landscape, Hessian"])
 def test_buffers_that_forward_changes_are_what_they_were(use: str) -> None:
     model = Counter()
     before = dict(model.named_buffers())

@@ -14,7 +14,7 @@ from flatminima.errors import needing, require
 from flatminima.gramian import unwrapped
 from flatminima.losses import Loss
 from flatminima.measures import DataSurface, hessian_of, top_eigenpairs
-from flatminima.network import Samples, differentiating, require_values, undisturbed
+from flatminima.network import Samples, differentiating, require_values
 from flatminima.parallel import is_sharded
 from flatminima.progress import ProgressBar
 
@@ -71,7 +71,6 @@ def eigenvectors(
     )
     generator = torch.Generator("cpu").manual_seed(seed)
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
         stack.enter_context(differentiating(model))
         stack.enter_context(needing("curvature", "a landscape along the Hessian's eigenvectors"))
         bar = stack.enter_context(ProgressBar("Hessian products", None, enabled=progress))

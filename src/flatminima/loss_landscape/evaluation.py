@@ -50,6 +50,7 @@ from flatminima.network import (
     samples_of,
     to_device,
     true_precision,
+    undisturbed,
     undone_if_interrupted,
 )
 from flatminima.parallel import is_sharded
@@ -130,28 +131,30 @@ def landscape(
     _require_path(path)
     _require_movable(model)
     inner = unwrapped(model)  # by whose names checkpoints and other models call the weights
-    samples = SamplesOfModel(inner, samples_of(data))
-    axis = [_coordinate(number, steps, directions, extent) for number in range(steps)]
-    grid = Landscape(directions, (tuple(axis),) * (len(others) or dimensions), ())
-    with ProgressBar("preparing", None, enabled=progress):
-        center = evaluate(model, samples, loss)  # first, so that a network with NaN is refused at once
-        _refuse_random(model, samples)
-        ways = ways_to(inner, others) if directions == "between" else []
-        here, file = movable(inner), None
-        if path is not None:
-            known = fingerprint([grid.coordinates, directions, seed], loss, [here, *ways], samples)
-            file = LandscapeFile(Path(path), known, center.loss)
-        growing = GrowingLandscape(grid, file)
-        if growing.eigenvectors is not None:
-            ways = [{name: along.to(here[name]) for name, along in way.items()} for way in growing.eigenvectors]
-        elif directions == "random":
-            ways = random_directions(inner, seed, dimensions)
-        elif directions == "hessian" and not growing.is_whole:
-            eigenvalues, ways = eigenvectors(inner, samples, loss, dimensions, seed, progress)
-            growing.set_eigenvectors(eigenvalues, ways)
-    with growing.saved_at_the_end():
-        _evaluate_points(model, samples, loss, here, ways, center, growing, progress)
-    return growing.landscape
+    models = [inner, *(unwrapped(other) for other in others if isinstance(other, nn.Module))]
+    with undisturbed(*models):  # whose weights no other thread may see on the way
+        samples = SamplesOfModel(inner, samples_of(data))
+        axis = [_coordinate(number, steps, directions, extent) for number in range(steps)]
+        grid = Landscape(directions, (tuple(axis),) * (len(others) or dimensions), ())
+        with ProgressBar("preparing", None, enabled=progress):
+            center = evaluate(model, samples, loss)  # first, so that a network with NaN is refused at once
+            _refuse_random(model, samples)
+            ways = ways_to(inner, others) if directions == "between" else []
+            here, file = movable(inner), None
+            if path is not None:
+                known = fingerprint([grid.coordinates, directions, seed], loss, [here, *ways], samples)
+                file = LandscapeFile(Path(path), known, center.loss)
+            growing = GrowingLandscape(grid, file)
+            if growing.eigenvectors is not None:
+                ways = [{name: along.to(here[name]) for name, along in way.items()} for way in growing.eigenvectors]
+            elif directions == "random":
+                ways = random_directions(inner, seed, dimensions)
+            elif directions == "hessian" and not growing.is_whole:
+                eigenvalues, ways = eigenvectors(inner, samples, loss, dimensions, seed, progress)
+                growing.set_eigenvectors(eigenvalues, ways)
+        with growing.saved_at_the_end():
+            _evaluate_points(model, samples, loss, here, ways, center, growing, progress)
+        return growing.landscape
 
 
 def _others(to: Any) -> list[OtherModel]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flatminima.errors import FlatminimaError
+from flatminima.gramian import unwrapped
 from flatminima.losses import Loss, is_single_label, per_sample_loss, refuse_non_finite
 from flatminima.network import (
     Inputs,
@@ -23,6 +24,7 @@ from flatminima.network import (
     tensors_of,
     to_device,
     true_precision,
+    undisturbed,
 )
 from flatminima.parallel import Processes, shared
 from flatminima.progress import track
@@ -77,7 +79,7 @@ def evaluate(
         FlatminimaError: for inputs that the model does not take, and targets or a loss of the wrong kind.
     """
     evaluated = Evaluating(model, samples, loss)
-    with evaluated.running():
+    with undisturbed(unwrapped(model)), evaluated.running():
         for indices in track(index_batches(len(samples), batch), "training loss", progress):
             evaluated.add(indices)
     return evaluated.result()

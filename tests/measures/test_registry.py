@@ -153,16 +153,48 @@ def test_no_two_of_the_catalogue_share_a_name_or_have_an_unknown_cost() -> None:
         catalogued("mine", cost="cheap", source="")  # type: ignore[arg-type]
 
 
-def test_a_callable_that_changes_weights_is_refused() -> None:
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_callable_that_changes_weights_is_refused(through_data: bool) -> None:
     model, x, y = fitted(1e-2)
 
     def pruned(trial: Trial) -> float:
+        weight = next(trial.model.parameters())
         with torch.no_grad():
-            next(trial.model.parameters()).mul_(1)
+            (weight.data if through_data else weight).mul_(1 + 1e-6)
         return 0.0
 
     with pytest.raises(FlatminimaError, match=r"measure 'pruned' changed the model's weights.*copy\.deepcopy"):
         fm.measure(model, (x, y), measures=pruned, **OPTIONS)
+
+
+def test_a_callable_that_changes_weights_in_a_later_trial_is_refused() -> None:
+    model, x, y = fitted(1e-2)
+
+    def late(trial: Trial) -> float:
+        with torch.no_grad():
+            next(trial.model.parameters()).mul_(1 + 1e-6 * trial.number)
+        return 0.0
+
+    with pytest.raises(FlatminimaError, match="measure 'late' changed the model's weights"):
+        fm.measure(model, (x, y), measures=late, **OPTIONS)
+
+
+def test_a_callable_that_puts_weights_back_to_the_bit_is_taken() -> None:
+    model, x, y = fitted(1e-2)
+
+    def rise(trial: Trial) -> float:
+        weight = next(trial.model.parameters())
+        with torch.no_grad():
+            before = weight.clone()
+            weight.mul_(1.1)
+            value = torch.nn.functional.cross_entropy(trial.model(trial.inputs), trial.targets)
+            weight.copy_(before)
+        return float(value)
+
+    plain = fm.measure(model, (x, y), **OPTIONS)
+    found = fm.measure(model, (x, y), measures=["paper", rise], **OPTIONS)
+    assert {name: value for name, value in found.estimates().items() if name != "rise"} == plain.estimates()
+    assert found.estimates()["rise"].mean > 0
 
 
 def test_what_a_callable_draws_repeats_whatever_else_is_measured() -> None:

@@ -16,6 +16,7 @@ from flatminima.measures.fisher import FisherRows
 from flatminima.measures.options import MeasureOptions
 from flatminima.measures.plausibility import SAMPLES_LOOKED_AT, constant_outputs, refuse_random, warn_of_implausible
 from flatminima.measures.registry import Selection, selected
+from flatminima.measures.unchanged import UnchangedWeights
 from flatminima.network import (
     Inputs,
     Samples,
@@ -54,7 +55,8 @@ class PreparedModel:
         selection: the measures to be taken.
         constant_outputs: whether it returns the same for several samples.
         checks: what the trials have found out about its rows of J.
-        values_of_weights: measures of the weights alone by name, which the first trial takes for all. These two grow.
+        values_of_weights: measures of the weights alone by name, which the first trial takes for all.
+        weights: that users' own measures leave them as they are. These three grow.
     """
 
     model: nn.Module
@@ -70,6 +72,7 @@ class PreparedModel:
     constant_outputs: bool
     checks: Checks
     values_of_weights: dict[str, float] = field(default_factory=dict)
+    weights: UnchangedWeights = field(default_factory=UnchangedWeights)
 
     def batch(self, number: int) -> tuple[Inputs, Tensor]:
         """The samples of trial ``number`` on the model's device."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from flatminima.errors import RankDeficientError, UndefinedMeasureError, require
+from flatminima.errors import RankDeficientError, UndefinedMeasureError
 from flatminima.gramian import (
     FactoredGram,
     LogDeterminant,
@@ -24,10 +25,10 @@ from flatminima.gramian import (
 from flatminima.measures.preparation import PreparedModel
 from flatminima.measures.registry import CATALOGUE, Selection
 from flatminima.measures.trial import Trial
+from flatminima.measures.unchanged import UnchangedWeights
 from flatminima.network import differentiating
 from flatminima.parallel import Processes, is_sharded
 from flatminima.progress import track
-from flatminima.torch_compat import version_of
 
 Outcome = TypeVar("Outcome")
 
@@ -143,7 +144,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         prepared.plan.affordable_samples,
         sharded=any(map(is_sharded, prepared.model.parameters())),
     )
-    values, undefined = _measured(trial, prepared.selection, prepared.values_of_weights)
+    values, undefined = _measured(trial, prepared.selection, prepared.values_of_weights, prepared.weights)
     shares, samples = factored.shares, options.subset_size
     return TrialValues(
         values,
@@ -156,7 +157,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
 
 
 def _measured(
-    trial: Trial, selection: Selection, of_weights: dict[str, float]
+    trial: Trial, selection: Selection, of_weights: dict[str, float], weights: UnchangedWeights
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Every measure's value, and why those that have none are not defined.
 
@@ -164,6 +165,7 @@ def _measured(
         trial: the trial.
         selection: the measures.
         of_weights: values of those of the weights alone that earlier trials have found; this one adds its own.
+        weights: which a user's own measures must leave as they are.
 
     Raises:
         UndefinedMeasureError: for a measure that was asked for by name.
@@ -173,25 +175,15 @@ def _measured(
     with differentiating(trial.model):
         for measure in selection.measures:
             own = measure.name not in CATALOGUE
-            versions = _versions(trial) if own else []
-            try:
-                values[measure.name] = of_weights[measure.name] if measure.name in of_weights else measure.of(trial)
-            except UndefinedMeasureError as error:
-                if measure.name in selection.by_name:
-                    raise UndefinedMeasureError(f"{measure.name} is not defined here: {error}") from None
-                undefined[measure.name] = str(error)
-            require(
-                not own or versions == _versions(trial),
-                f"measure {measure.name!r} changed the model's weights, which what is measured after it would see: "
-                "work on copy.deepcopy(trial.model)",
-            )
+            with weights.left_by(measure.name, trial.model) if own else nullcontext():
+                try:
+                    values[measure.name] = of_weights[measure.name] if measure.name in of_weights else measure.of(trial)
+                except UndefinedMeasureError as error:
+                    if measure.name in selection.by_name:
+                        raise UndefinedMeasureError(f"{measure.name} is not defined here: {error}") from None
+                    undefined[measure.name] = str(error)
     of_weights.update({m.name: values[m.name] for m in selection.measures if m.cost == "weights" and m.name in values})
     return values, undefined
-
-
-def _versions(trial: Trial) -> list[int]:
-    """What a write to any of the weights changes."""
-    return [version_of(parameter) for parameter in trial.model.parameters()]
 
 
 def _log_det(prepared: PreparedModel, number: int, factored: FactoredGram) -> LogDeterminant | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -413,3 +414,57 @@ def test_the_mean_loss_has_a_gradient_however_small_it_is() -> None:
     assert logits.grad is not None
     exact = [-(math.exp(-60) + math.exp(-59.5)), math.exp(-60), math.exp(-59.5)]
     assert logits.grad[0].tolist() == pytest.approx(exact, rel=1e-6)
+
+
+WEIGHT = torch.tensor([1.0, 0.1, 3.0])
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", WEIGHT.clone())
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, targets, weight=self.weight, reduction="none")
+
+
+def squared(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(logits, targets, reduction="none").sum(1)
+
+
+def multiplied(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -torch.einsum("nk,nk->n", logits.log_softmax(1), targets)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "expected"),
+    [
+        (
+            functools.partial(F.cross_entropy, weight=WEIGHT, reduction="none"),
+            torch.tensor([0, 1, 2, 1]),
+            CrossEntropy(weight=WEIGHT),
+        ),
+        (Weighted(), torch.tensor([0, 1, 2, 1]), CrossEntropy(weight=WEIGHT)),
+        (squared, torch.eye(4)[:, :3], nn.MSELoss(reduction="sum")),
+        (multiplied, torch.eye(3)[[0, 1, 2, 1]], lambda z, y: -(z.log_softmax(1) * y).sum(1)),
+    ],
+    ids=["partial", "module", "targets", "targets, product"],
+)
+def test_what_a_loss_holds_in_float32_is_taken_in_float64_as_the_logits(loss, targets, expected) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3)
+    found, plain = (logit_gradient(form, logits, targets) for form in (loss, expected))
+    torch.testing.assert_close(found.loss, plain.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.log_norm, plain.log_norm, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.direction, plain.direction)
+    torch.testing.assert_close(mean_loss(loss, logits, targets), plain.loss.mean(), rtol=1e-12, atol=0)
+    if isinstance(loss, nn.Module):
+        assert loss.weight.dtype == torch.float32
+
+
+def test_a_function_whose_own_weights_are_float32_is_refused_in_one_line() -> None:
+    def weighted(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, targets, weight=WEIGHT, reduction="none")
+
+    with pytest.raises(FlatminimaError, match=r"logits in float64.*expected scalar type.*weight\.to\(logits\)"):
+        logit_gradient(weighted, torch.randn(4, 3), torch.tensor([0, 1, 2, 1]))

@@ -280,3 +280,38 @@ def test_rows_of_one_sample_do_not_pass_for_duplicates() -> None:
     with pytest.raises(RankDeficientError, match=r"rank 6 of 12.*linearly dependent"):
         log_determinant(gram_of("model", Alike().double(), x, y), FisherRows(2, "cross_entropy").names(range(6)))
     assert math.isfinite(log_determinant(gram_of("empirical", Alike().double(), x, y)))
+
+
+class Scaled(nn.Module):
+    """Of a mapping, one of whose tensors has no dimensions, with things beside it that are no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor, scale: Tensor, names: list[str]) -> Tensor:
+        assert len(names) == len(x)
+        logits: Tensor = scale * self.linear(x)
+        return logits
+
+
+def test_constants_and_what_is_no_tensor_stay_beside_the_exact_rows() -> None:
+    torch.manual_seed(0)
+    model, x, y = Scaled(), torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 3
+    inputs = {"x": x, "scale": torch.tensor(0.5, dtype=torch.float64), "names": list("abcde")}
+    plain = nn.Linear(6, 3, dtype=torch.float64)
+    plain.load_state_dict(model.linear.state_dict())
+    scaled = nn.Sequential(plain, Half())
+    expected, found = gram_of("model", scaled, x, y), gram_of("model", model, inputs, y)
+    torch.testing.assert_close(found.matrix(), expected.matrix(), rtol=1e-10, atol=1e-14)
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+def test_targets_of_two_dimensions_are_refused_in_one_line() -> None:
+    model, x, y = minimum(3)
+    with pytest.raises(FlatminimaError, match=r"targets of shape \(8, 1\) are no class indices for the exact Fisher"):
+        fm.measure(model, (x, y[:, None]), fisher="model", subset_size=8, trials=2)

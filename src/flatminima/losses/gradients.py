@@ -8,14 +8,18 @@ back-propagated and the norm is put back at the end, in logarithms: nothing unde
 
 from __future__ import annotations
 
+import functools
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from flatminima.errors import FlatminimaError, NonFiniteError, WrongGradientError, require
+from flatminima.errors import FlatminimaError, NonFiniteError, WrongGradientError, first_line, require
 from flatminima.network import back_like, in_float64
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -23,6 +27,9 @@ PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
 
 CHUNK_ELEMENTS = 2**20
 """Logits taken to float64 at once (8 MiB, some ten times over): a language model's logits would not fit whole."""
+
+_OF_TYPES = re.compile(r"\bdtypes?\b|scalar type")
+"""In PyTorch's errors, where tensors of two types meet."""
 
 _ALONE_TOLERANCE = 1e-4
 """How far a sample's loss may be from its loss alone, relative to the largest loss: a callable may work in float32."""
@@ -108,7 +115,7 @@ def _by_autograd(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitG
 
 def _values(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> Tensor:
     """(N,): what the callable returns, for a single sample also as a scalar."""
-    losses = loss(logits, targets)
+    losses: Tensor = _called(loss, logits, _in_double(targets))
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if len(logits) == 1 and shape == ():
         return losses.reshape(1)
@@ -118,6 +125,30 @@ def _values(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> Tensor:
         "return one value per sample (reduction='none')",
     )
     return losses
+
+
+def _called(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> Any:
+    """What the callable returns; a module's and a ``functools.partial``'s own tensors are in float64 as the logits."""
+    try:
+        if isinstance(loss, nn.Module):
+            state = itertools.chain(loss.named_parameters(), loss.named_buffers())
+            others = {name: tensor.double() for name, tensor in state if _in_double(tensor) is not tensor}
+            return functional_call(loss, others, (logits, targets)) if others else loss(logits, targets)
+        if isinstance(loss, functools.partial):
+            keywords = {name: _in_double(value) for name, value in loss.keywords.items()}
+            return loss.func(*map(_in_double, loss.args), logits, targets, **keywords)
+        return loss(logits, targets)
+    except RuntimeError as error:
+        if not _OF_TYPES.search(str(error)):
+            raise
+        raise FlatminimaError(
+            f"the loss cannot take logits in float64, in which its gradients are formed: {first_line(error)}; "
+            "convert in it what it holds, such as class weights: weight.to(logits)"
+        ) from error
+
+
+def _in_double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _refuse_interacting(loss: PerSampleLoss, logits: Tensor, targets: Tensor, losses: Tensor) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.choices import Fisher
-from flatminima.errors import FlatminimaError
+from flatminima.errors import FlatminimaError, require
 from flatminima.losses import CrossEntropy, LogitGradient, Loss, label_entropy, off_target_log_probabilities
-from flatminima.network import Inputs, call_model_without_graph, evaluating, map_tensors, take
+from flatminima.network import Inputs, call_model_without_graph, evaluating, take
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,25 @@ class FisherRows:
         return cls(logits.shape[1] - 1, ExactFisherRow(entropy, smoothing))
 
     def of_batch(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
-        """Every sample as many times as it has rows, one after the other; exact rows' targets are (label, row)."""
+        """Every sample as many times as it has rows, one after the other; exact rows' targets are (label, row).
+
+        Raises:
+            FlatminimaError: if the exact Fisher's targets are not one label per sample.
+        """
         if not isinstance(self.loss, ExactFisherRow):
             return inputs, targets
+        require(
+            targets.dim() == 1,
+            f"targets of shape {tuple(targets.shape)} are no class indices for the exact Fisher: pass one per sample, "
+            "of shape (N,)",
+        )
+        of_sample = torch.arange(len(targets), device=targets.device).repeat_interleave(self.per_sample)
         number = torch.arange(self.per_sample, device=targets.device).repeat(len(targets))
-        repeated = map_tensors(self._repeated, inputs)
-        return repeated, torch.stack([self._repeated(targets), number], 1)
+        return take(inputs, of_sample), torch.stack([targets[of_sample], number], 1)
 
     def names(self, samples: Sequence[int]) -> list[int]:
         """The sample that each row is of."""
         return [sample for sample in samples for _ in range(self.per_sample)]
-
-    def _repeated(self, tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(self.per_sample, dim=0)
 
 
 @dataclass(frozen=True)

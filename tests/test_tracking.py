@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from flatminima import MeasureOptions, Tracker, measure, tracking
 from flatminima.errors import FlatminimaError, UntrackedEpochWarning
+from flatminima.losses import CrossEntropy
 from flatminima.tracking import read_epochs
 
 pytestmark = pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")  # `measure` itself gives it
@@ -143,6 +146,41 @@ def test_a_tracker_goes_on_from_its_file(data: tuple[Tensor, Tensor], model: nn.
         (3, {}),
     ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["epochs.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 1}, "was written with seed=0, and this tracker has seed=1: .* name another file"),
+        ({"subset_size": 7}, "subset_size=6, and .* subset_size=7"),
+        ({"trials": 3}, "trials=2, and .* trials=3"),
+        ({"fisher": "model"}, "fisher='empirical', and .* fisher='model'"),
+        ({"loss": CrossEntropy(label_smoothing=0.1)}, r'loss="?\'?CrossEntropy\(label_smoothing=0.0,'),
+        ({"measures": "margin"}, r"measures=\[.* and .* measures=\[.*'margin'"),
+        ({"initial": {"0.weight": torch.ones(4, 5)}}, "initial=None, and"),
+    ],
+)
+def test_a_file_that_was_written_with_other_options_is_refused(
+    data: tuple[Tensor, Tensor], model: nn.Module, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "epochs.jsonl"
+    Tracker(data, OPTIONS, path=path)(model, 1)
+    with pytest.raises(FlatminimaError, match=message):
+        Tracker(data, dataclasses.replace(OPTIONS, **changed), path=path)
+    neutral = dataclasses.replace(OPTIONS, memory_budget=10**9, progress=True, per_parameter=True, path="generic")
+    assert len(Tracker(data, neutral, path=path, every=5, time_share=0.1).epochs) == 1
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_from(
+    data: tuple[Tensor, Tensor], model: nn.Module, tmp_path: Path
+) -> None:
+    path = tmp_path / "epochs.jsonl"
+    Tracker(data, OPTIONS, path=path)(model, 1)
+    line = json.loads(path.read_text())
+    assert line.pop("options")["subset_size"] == 6
+    path.write_text(json.dumps(line) + "\n")
+    (tracked,) = Tracker(data, dataclasses.replace(OPTIONS, seed=1), path=path).epochs
+    assert tracked.options is None
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_any_epoch(

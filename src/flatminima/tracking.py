@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import warnings
@@ -12,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from flatminima.errors import (
     FlatminimaError,
@@ -32,8 +33,9 @@ from flatminima.errors import (
     warn,
 )
 from flatminima.files import require_writable, write_file
-from flatminima.measures import Characterization, MeasureOptions, measure
-from flatminima.network import Data, without_autocast
+from flatminima.losses import brief_forms, form_in_words
+from flatminima.measures import Characterization, MeasureOptions, PlainOptions, measure, selected
+from flatminima.network import Data, add_tensor, without_autocast
 from flatminima.parallel import Processes
 
 if TYPE_CHECKING:  # an extra
@@ -59,12 +61,14 @@ class TrackedEpoch:
         seconds: that measuring took.
         measures: as :meth:`flatminima.Characterization.to_metrics` names them.
         others: numbers that the caller added, such as a validation error.
+        options: those that decide the measures, as JSON has them; None where an earlier version tracked.
     """
 
     epoch: int
     seconds: float
     measures: dict[str, float]
     others: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] | None = None
 
     def logged(self) -> dict[str, float]:
         """The measures under the names that trainers log them by."""
@@ -86,14 +90,16 @@ class Tracker:
             made, judged by what the last measurement took; epochs that would cost more are left out. The first due
             epoch is always measured. None: no limit.
         path: a file that holds every epoch as a line of JSON, so that nothing is lost. If it exists the tracker goes on
-            from it: an epoch that is measured again takes the place of the former.
+            from it: an epoch that is measured again takes the place of the former. Epochs that were measured with
+            other options are refused.
 
     Attributes:
         epochs: a :class:`TrackedEpoch` for every epoch that was measured, in order.
         left_out: the epochs that were due and not measured, to keep to ``time_share``.
 
     Raises:
-        FlatminimaError: for arguments out of range, or a file that no tracker wrote or that cannot be written.
+        FlatminimaError: for arguments out of range, or a file that no tracker wrote, that one with other options wrote,
+            or that cannot be written.
 
     Example:
         >>> import torch, flatminima
@@ -129,7 +135,10 @@ class Tracker:
         self._path = None if path is None else Path(path)
         if self._path is not None and Processes.launched().rank == 0:  # which alone writes it
             require_writable(self._path)  # now, not when the first epoch has been trained
+        self._deciding = _deciding(self._options)
         self.epochs = read_epochs(self._path) if self._path is not None and self._path.exists() else []
+        for tracked in self.epochs:
+            _require_same_options(tracked, self._deciding, self._path)
         self.left_out: list[int] = []
         self._start, self._measuring, self._last = perf_counter(), 0.0, 0.0
 
@@ -178,7 +187,7 @@ class Tracker:
         finally:
             self._last = perf_counter() - before
             self._measuring += self._last
-        tracked = TrackedEpoch(epoch, self._last, found.to_metrics(), kept)
+        tracked = TrackedEpoch(epoch, self._last, found.to_metrics(), kept, self._deciding)
         self.epochs = _by_epoch([*self.epochs, tracked])
         if self._path is not None:
             processes.first(partial(write_file, self._path, _lines_of(self.epochs)))
@@ -200,6 +209,7 @@ class Tracker:
         Raises:
             FlatminimaError: if nothing was measured yet, for a name that was not, or without matplotlib.
         """
+        measures = tuple(measures)  # a generator would be empty after this
         require(len(self.epochs) > 0, "nothing was measured yet: call the tracker at the end of epochs")
         known = self.epochs[0].measures
         for name in measures:
@@ -269,6 +279,36 @@ def read_epochs(path: str | Path) -> list[TrackedEpoch]:
 
 def _lines_of(epochs: Sequence[TrackedEpoch]) -> str:
     return "".join(f"{json.dumps(dataclasses.asdict(tracked))}\n" for tracked in epochs)
+
+
+def _deciding(options: MeasureOptions) -> dict[str, Any]:
+    """What must be equal for epochs to be compared."""
+    named = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(PlainOptions)}
+    named |= {
+        "loss": form_in_words(options.loss),
+        "measures": [measure.name for measure in selected(options.measures).measures],
+        "initial": None if options.initial is None else _digest(options.initial),
+    }
+    return dict(json.loads(json.dumps(named)))  # as it is read
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        add_tensor(digest, tensor)
+    return digest.hexdigest()[:16]
+
+
+def _require_same_options(tracked: TrackedEpoch, deciding: dict[str, Any], path: Path | None) -> None:
+    for name, value in (tracked.options or {}).items():
+        present = deciding.get(name)
+        written, asked = brief_forms(value, str(present)) if name == "loss" and value != present else (value, present)
+        require(
+            value == present,
+            f"{path} was written with {name}={written!r}, and this tracker has {name}={asked!r}: the epochs would not "
+            "compare; name another file, or measure with the options of this one",
+        )
 
 
 def _finite(others: Mapping[str, float | None]) -> dict[str, float]:

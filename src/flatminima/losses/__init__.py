@@ -11,7 +11,7 @@ from flatminima.losses.forms import (
     per_sample_loss,
 )
 from flatminima.losses.gradients import FactoredLoss, LogitGradient, PerSampleLoss, refuse_non_finite
-from flatminima.losses.identity import brief_form, form_in_words
+from flatminima.losses.identity import brief_form, brief_forms, form_in_words
 from flatminima.losses.known import BinaryCrossEntropy, CrossEntropy, off_target_log_probabilities
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Loss",
     "PerSampleLoss",
     "brief_form",
+    "brief_forms",
     "form_in_words",
     "is_single_label",
     "label_entropy",

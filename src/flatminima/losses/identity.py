@@ -43,6 +43,12 @@ def brief_form(words: str) -> str:
     return words.partition(" {")[0]
 
 
+def brief_forms(first: str, second: str) -> tuple[str, str]:
+    """Of two different ones, :func:`brief_form`, as long as that tells them apart."""
+    brief = brief_form(first), brief_form(second)
+    return brief if brief[0] != brief[1] else (first, second)
+
+
 def _printed(value: Any) -> str:
     attributes = getattr(value, "__dict__", {})
     public = {name: item for name, item in attributes.items() if not name.startswith("_")}

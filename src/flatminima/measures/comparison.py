@@ -21,7 +21,7 @@ from flatminima.errors import (
     require,
     warn,
 )
-from flatminima.losses import LOGIT_NORMALIZATION, brief_form
+from flatminima.losses import LOGIT_NORMALIZATION, brief_forms
 from flatminima.measures.findings import caveats, decisive_measure, findings, unequal_losses, unequal_sizes
 from flatminima.measures.registry import CATALOGUE, in_table_order
 from flatminima.measures.results import (
@@ -350,5 +350,4 @@ def _differing_loss(a: Settings, b: Settings) -> str | None:
         return None if a.loss == b.loss else f"loss {a.loss} and {b.loss}"
     if a.loss_form == b.loss_form:
         return None
-    one, other = brief_form(a.loss_form), brief_form(b.loss_form)
-    return f"loss {a.loss_form} and {b.loss_form}" if one == other else f"loss {one} and {other}"
+    return "loss {} and {}".format(*brief_forms(a.loss_form, b.loss_form))

@@ -337,6 +337,30 @@ def test_a_value_outside_its_range_is_refused(make, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("loss", [BinaryCrossEntropy(), nn.BCEWithLogitsLoss(reduction="sum")])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([-1.0, 1.0], "targets in .* from -1 to 1: labels are 0 and 1"),
+        ([0, 2], "from 0 to 2"),
+        ([1.01, 0.5], "from 0.5 to 1.01"),
+        ([math.nan, 0.5], "from nan to nan"),
+    ],
+)
+def test_binary_targets_outside_of_zero_to_one_are_refused(loss, targets: list[float], message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        logit_gradient(loss, torch.zeros(2, 1), torch.tensor(targets)[:, None])
+    with pytest.raises(FlatminimaError, match=message):
+        mean_loss(loss, torch.zeros(2, 1), torch.tensor(targets)[:, None])
+
+
+@pytest.mark.parametrize("targets", [[True, False], [0, 1], [0.25, 1 + 1e-7]])
+def test_binary_targets_of_any_type_from_zero_to_one_are_taken(targets: list[float]) -> None:
+    y = torch.tensor(targets)[:, None]
+    expected = F.binary_cross_entropy_with_logits(torch.ones(2, 1).double(), y.double(), reduction="none")[:, 0]
+    torch.testing.assert_close(BinaryCrossEntropy()(torch.ones(2, 1), y), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

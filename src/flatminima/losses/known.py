@@ -17,6 +17,9 @@ from flatminima.losses.gradients import LogitGradient, gradient_of
 PIECE_ELEMENTS = 2**20
 """Logits whose gradients are formed at once (8 MiB, some ten times over), where a sample has many positions."""
 
+_BEYOND = 1e-6
+"""How far mixed labels in float32 may be past 0 or 1, by rounding."""
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -149,7 +152,7 @@ class CrossEntropy:
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy:
-    """Binary cross entropy with logits per sample; targets in [0, 1], as many as logits.
+    """Binary cross entropy with logits per sample; targets in [0, 1], as many as logits; others are refused.
 
     Attributes:
         outputs: ``"mean"`` or ``"sum"`` over a sample's outputs.
@@ -174,6 +177,11 @@ class BinaryCrossEntropy:
                 f"binary cross entropy needs targets of the logits' shape {tuple(logits.shape)}, "
                 f"got {tuple(targets.shape)}"
             )
+        low, high = (value.item() for value in targets.double().aminmax())
+        require(
+            low >= -_BEYOND and high <= 1 + _BEYOND,
+            f"binary cross entropy needs targets in [0, 1], got values from {low:g} to {high:g}: labels are 0 and 1",
+        )
         y, share = targets.double(), 1.0 if self.outputs == "sum" else 1 / logits[0].numel()
         each = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
         losses = share * each.reshape(len(logits), -1).sum(1)

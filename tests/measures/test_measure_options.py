@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import flatminima as fm
-from flatminima.errors import FlatminimaError, ImpreciseWarning
+from flatminima.errors import FlatminimaError, ImpreciseWarning, NotAMinimumWarning
 from flatminima.measures import MeasureOptions
 
 FIELDS = dataclasses.fields(MeasureOptions)
@@ -129,3 +129,24 @@ def test_whatever_a_generator_takes_is_a_seed(seed: int) -> None:
     samples = torch.randn(12, 4), torch.arange(12) % 3
     found = fm.measure(nn.Linear(4, 3), samples, seed=seed, measures="cheap", subset_size=4, trials=1)
     assert found.settings.seed == seed
+
+
+def test_measures_may_come_from_a_generator() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 3), torch.randn(30, 5), torch.arange(30) % 3
+
+    def parameters(trial: fm.measures.Trial) -> float:
+        return float(sum(p.numel() for p in trial.model.parameters()))
+
+    how: dict[str, Any] = {"subset_size": 6, "trials": 2, "progress": False}
+    with pytest.warns(NotAMinimumWarning):
+        found = fm.measure(model, (x, y), measures=(each for each in ("margin", parameters)), **how)
+    assert {"margin", "parameters"} <= set(found.estimates())
+    assert found.to_markdown(name for name in ["margin"]).count("margin") == 1
+
+
+def test_a_tracked_picture_may_be_of_a_generator() -> None:
+    tracker = fm.Tracker((torch.randn(30, 5), torch.arange(30) % 3), MeasureOptions(6, 2, progress=False))
+    tracker(nn.Linear(5, 3), 1)
+    axes = tracker.plot(name for name in ["sensitivity"])
+    assert "sensitivity" in [text.get_text() for text in axes.get_legend().get_texts()]

@@ -6,7 +6,7 @@ Those that are plain values are in :class:`PlainOptions`; an option is explained
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from flatminima.errors import (
 )
 from flatminima.gramian import PathName, require_path
 from flatminima.losses import Loss, per_sample_form
-from flatminima.measures.registry import Measure, MeasureFunction, selected
+from flatminima.measures.registry import Measure, MeasureFunction, one_by_one, selected
 from flatminima.measures.results import Estimate
 
 Measures = str | MeasureFunction | Measure | Sequence[str | MeasureFunction | Measure]
@@ -79,6 +79,8 @@ class MeasureOptions(PlainOptions):
 
     def __post_init__(self) -> None:
         per_sample_form(self.loss)
+        if isinstance(self.measures, Iterator):  # which the first look would empty
+            object.__setattr__(self, "measures", one_by_one(self.measures))
         selected(self.measures)
         self._require_types()
         require_seed(self.seed)

@@ -113,12 +113,10 @@ def selected(asked: str | MeasureFunction | Measure | Iterable[str | MeasureFunc
     Raises:
         FlatminimaError: for an unknown name, a callable without a name of its own, or two measures of one name.
     """
-    is_one = isinstance(asked, (str, Measure)) or callable(asked) or not isinstance(asked, Iterable)
-    several: list[Any] = [asked] if is_one else list(asked)  # type: ignore[arg-type]
     known = {measure.name for measure in CATALOGUE.values() if measure.paper and measure.cost == "free"}
     own: dict[str, Measure] = {}
     by_name: set[str] = set()
-    for item in several:
+    for item in one_by_one(asked):
         if isinstance(item, str) and item in get_args(Group):
             known |= {measure.name for measure in CATALOGUE.values() if _is_in(measure, item)}
             continue
@@ -134,6 +132,12 @@ def selected(asked: str | MeasureFunction | Measure | Iterable[str | MeasureFunc
         own[measure.name] = measure
     measures = [measure for measure in CATALOGUE.values() if measure.name in known] + list(own.values())
     return Selection(tuple(measures), frozenset(by_name))
+
+
+def one_by_one(asked: Any) -> tuple[Any, ...]:
+    """What :func:`selected` takes, item by item: an iterator gives its own only once."""
+    is_one = isinstance(asked, (str, Measure)) or callable(asked) or not isinstance(asked, Iterable)
+    return (asked,) if is_one else tuple(asked)
 
 
 def _measure_of(item: str | MeasureFunction | Measure) -> Measure:

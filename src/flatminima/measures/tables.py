@@ -248,7 +248,7 @@ def _chosen(measures: Sequence[str] | None, known: Mapping[str, object] | Sequen
     """The names asked for, in their order; all that are known if none are."""
     if measures is None:
         return list(known)
-    measures = [measures] if isinstance(measures, str) else measures
-    for name in measures:
+    names = [measures] if isinstance(measures, str) else list(measures)
+    for name in names:
         require(name in known, f"no measure {name!r}{did_you_mean(name, known)}: choose from {', '.join(known)}")
-    return list(measures)
+    return names

@@ -212,6 +212,25 @@ def test_means_of_settings_are_tied_whatever_the_order_of_their_sums() -> None:
     assert kendall_of_settings(ledger, "x").value == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_means_of_settings_keep_their_order_over_many_decades(sign: float) -> None:
+    """Which are tied is a matter of the two, whatever else the column holds."""
+    means = [1e-150, 2e-150, 3e-20, 1.0, 1.0 + 1e-9, 1e150]
+    frame = pd.DataFrame({"lr": np.repeat(range(6), 3), "x": sign * np.outer(means, [0.5, 1.0, 1.5]).ravel()})
+    ledger = Ledger.of(frame.assign(error=np.repeat(range(1, 7), 3)), error="error", hyper_parameters=["lr"])
+    assert kendall_of_settings(ledger, "x").value == sign
+
+
+def test_means_of_settings_that_cancel_are_tied_where_rounding_alone_parts_them() -> None:
+    """Of 0.1 + 0.2 − 0.3 there remains what the sum was rounded by, and of other orders, nothing."""
+    x = [0.1, 0.2, -0.3, -0.3, 0.2, 0.1, 5.0, 6.0, 7.0]
+    assert sum(x[:3]) != sum(x[3:6])
+    frame = pd.DataFrame({"lr": [1] * 3 + [2] * 3 + [3] * 3, "x": x, "error": [1.0, 1, 1, 2, 2, 2, 3, 3, 3]})
+    ledger = Ledger.of(frame, error="error", hyper_parameters=["lr"])
+    expected = stats.kendalltau([1, 1, 2], [1, 2, 3]).statistic
+    assert kendall_of_settings(ledger, "x").value == pytest.approx(expected, rel=1e-12)
+
+
 def test_errors_and_accuracies_are_the_same_turned_round() -> None:
     frame = random_frame(5, seeds=5).assign(accuracy=lambda frame: 1 - frame["error"])
     for protocol in PROTOCOLS:

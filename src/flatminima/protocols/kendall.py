@@ -12,7 +12,11 @@ from flatminima.protocols.findings import Finding, Pairs, Statistic, Weights, fi
 from flatminima.protocols.ledger import Ledger, Minima, combinations_of
 
 _TIE = 1e-12
-"""Means that differ by less, in units of the largest, differ by the order of their summands alone."""
+"""Means of settings are tied that differ by less, in units of both means of the absolute values: of k values, rounding
+moves a mean by at most (k + 2) · 1.1e-16 of that, in whatever order they are summed; more only from k = 9,000 on."""
+
+_NONE_LEFT = 1e-12
+"""What rounding leaves of √((1 − τ²)(1 − τ²)) where one τ is ±1."""
 
 _PAIRS_AT_ONCE = 10_000_000
 
@@ -110,9 +114,13 @@ def tau_b(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> NDArray[Any]:
     first, second = np.triu_indices(x.shape[-1], 1)
     with np.errstate(invalid="ignore"):
         up, right = np.sign(x[..., first] - x[..., second]), np.sign(y[..., first] - y[..., second])
-        tau = _ratio((up * right).sum(axis=-1), (up**2).sum(axis=-1), (right**2).sum(axis=-1))
     finite = np.isfinite(x).all(axis=-1) & np.isfinite(y).all(axis=-1)
-    return np.where(finite, tau, np.nan)
+    return np.where(finite, _tau_of_signs(up, right), np.nan)
+
+
+def _tau_of_signs(up: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """τ-b of pairs' signs in two columns, along the last axis; NaN where one is."""
+    return _ratio((up * right).sum(axis=-1), (up**2).sum(axis=-1), (right**2).sum(axis=-1))
 
 
 def correlation(x: NDArray[np.float64], y: NDArray[np.float64], units: NDArray[np.intp]) -> Statistic:
@@ -141,16 +149,24 @@ def _ratio(agreeing: NDArray[Any], untied_x: NDArray[Any], untied_y: NDArray[Any
 def _of_settings(minima: Minima) -> Statistic:
     member = (minima.settings[:, None] == np.unique(minima.settings)).astype(float)
     at_once = 1 + _PAIRS_AT_ONCE // member.shape[1] ** 2
+    first, second = np.triu_indices(member.shape[1], 1)
 
     def means(weights: Weights, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        scale = np.abs(values).max() or 1.0
         with np.errstate(invalid="ignore"):  # a setting that was not drawn
-            found: NDArray[np.float64] = ((weights * (values / scale)) @ member) / (weights @ member)
-        return np.round(found / _TIE)
+            found: NDArray[np.float64] = ((weights * values) @ member) / (weights @ member)
+        return found
+
+    def signs_of_pairs(weights: Weights, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = values / (np.abs(values).max() or 1.0)  # lest sums overflow
+        mean, size = means(weights, values), means(weights, np.abs(values))
+        difference = mean[:, first] - mean[:, second]
+        tied = np.abs(difference) <= _TIE * (size[:, first] + size[:, second])
+        return np.where(tied, 0.0, np.sign(difference))
 
     def statistic(weights: Weights) -> NDArray[np.float64]:
         parts = np.split(weights, range(at_once, len(weights), at_once))
-        return np.concatenate([tau_b(means(part, minima.measure), means(part, minima.error)) for part in parts])
+        signs = ([signs_of_pairs(part, column) for column in (minima.measure, minima.error)] for part in parts)
+        return np.concatenate([_tau_of_signs(*of_part) for of_part in signs])
 
     return statistic
 
@@ -159,7 +175,7 @@ def _partial(coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
     """The first coefficient given the other two, (3, R) → (R,)."""
     direct, one, other = coefficients
     left = np.sqrt((1 - one**2) * (1 - other**2))
-    left[left < _TIE] = np.nan
+    left[left < _NONE_LEFT] = np.nan
     partial: NDArray[np.float64] = np.clip((direct - one * other) / left, -1.0, 1.0)
     return partial
 

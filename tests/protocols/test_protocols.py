@@ -185,6 +185,8 @@ def test_two_minima_are_too_few(protocol: Protocol) -> None:
         (sign_error, {"hyper_parameters": []}, "no hyper-parameters are named"),
         (kendall_of_settings, {"hyper_parameters": ["one"]}, "all minima are of one setting"),
         (granulated_kendall, {"hyper_parameters": ["one"]}, "no two minima differ in a single hyper-parameter"),
+        (granulated_kendall, {"seed": "row"}, "every row is of one setting alone, so that it pairs no"),
+        (granulated_kendall, {"seed": "seed", "hyper_parameters": ["one"]}, "no two minima of one seed differ in a "),
         (sign_error, {"hyper_parameters": ["one"]}, "no two settings differ in one hyper-parameter alone"),
         (sign_error, {"error": "percent"}, "errors outside of 0 to 1"),
         (sign_error, {"error": None, "accuracy": "percent"}, "errors outside of 0 to 1"),

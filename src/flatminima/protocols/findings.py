@@ -121,7 +121,7 @@ def strata_of(minima: Minima) -> list[NDArray[np.intp]]:
     """Within what units are drawn: all together; or the settings, where every seed is of one and each has several."""
     units = np.unique(minima.units)
     pairs = np.unique(np.stack([minima.units, minima.settings]), axis=1)
-    if minima.seeds is not None and len(pairs[0]) == len(units):
+    if minima.nests_seeds:
         strata = [pairs[0][pairs[1] == setting] for setting in np.unique(pairs[1])]
         if all(len(stratum) > 1 for stratum in strata):
             return strata

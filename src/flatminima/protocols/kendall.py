@@ -94,10 +94,13 @@ def granulated_kendall(ledger: Ledger, measure: str) -> Finding:
     seeds); ψ is the mean of the cells' τ, and Ψ that of the ψ. Cells in which τ is undefined take no part.
     """
     minima = ledger.minima(measure)
-    undefined = None if ledger.hyper_parameters else "no hyper-parameters are named"
-    return find(
-        minima, lambda: _granulated(minima), undefined, "no two minima differ in a single hyper-parameter and in both"
-    )
+    undefined, within = None if ledger.hyper_parameters else "no hyper-parameters are named", ""
+    if minima.seeds is not None:
+        within = " of one seed"
+        if undefined is None and len(np.unique(minima.settings)) > 1 and minima.nests_seeds:
+            undefined = f"every {ledger.seed} is of one setting alone, so that it pairs no minima: name no seeds"
+    otherwise = f"no two minima{within} differ in a single hyper-parameter and in both"
+    return find(minima, lambda: _granulated(minima), undefined, otherwise)
 
 
 def tau_b(x: NDArray[Any], y: NDArray[Any], axis: int = -1) -> NDArray[Any]:

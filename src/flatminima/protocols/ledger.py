@@ -69,6 +69,12 @@ class Minima:
         """What is redrawn as a whole for intervals, as codes, (n,): seeds, or without them every minimum by itself."""
         return np.arange(len(self)) if self.seeds is None else self.seeds
 
+    @property
+    def nests_seeds(self) -> bool:
+        """Whether seeds are named, and every one is of a single setting: then they pair no minima of different ones."""
+        pairs = np.unique(np.stack([self.units, self.settings]), axis=1)
+        return self.seeds is not None and pairs.shape[1] == len(np.unique(self.units))
+
 
 @dataclass(frozen=True, eq=False)
 class Ledger:

@@ -292,11 +292,12 @@ def _deciding(options: MeasureOptions) -> dict[str, Any]:
     return dict(json.loads(json.dumps(named)))  # as it is read
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
+def _digest(weights: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(name.encode())
-        add_tensor(digest, tensor)
+        if isinstance(tensor, Tensor):  # a module's extra state may be anything
+            add_tensor(digest, tensor)
     return digest.hexdigest()[:16]
 
 

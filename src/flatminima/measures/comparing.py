@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from flatminima.choices import Fisher
 from flatminima.errors import FlatminimaError, naming, naming_errors, require
@@ -14,7 +14,7 @@ from flatminima.gramian import PathName
 from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
 from flatminima.measures.comparison import Comparison, comparison_of
-from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
+from flatminima.measures.options import Initial, MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, preparing, processes_together
 from flatminima.measures.trials import TrialValues, perform_trial, perform_trials
 from flatminima.network import Data, samples_of, undone_if_interrupted
@@ -36,7 +36,7 @@ def compare(  # noqa: D417 (the options are explained in one place)
     scale_invariant: bool = False,
     max_standard_error: float | None = None,
     measures: Measures = ("paper",),
-    initial: Mapping[str, Tensor] | None = None,
+    initial: Initial | None = None,
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
     per_parameter: bool = False,

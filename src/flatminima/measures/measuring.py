@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from flatminima.choices import Fisher
 from flatminima.gramian import PathName
 from flatminima.losses import Loss
 from flatminima.measures.characterization import characterize
-from flatminima.measures.options import MeasureOptions, Measures, warn_of_imprecision, with_options_explained
+from flatminima.measures.options import Initial, MeasureOptions, Measures, warn_of_imprecision, with_options_explained
 from flatminima.measures.preparation import prepare, preparing, processes_together
 from flatminima.measures.results import Characterization
 from flatminima.measures.trials import perform_trial, perform_trials
@@ -35,7 +34,7 @@ def measure(  # noqa: D417 (the options are explained in one place)
     scale_invariant: bool = False,
     max_standard_error: float | None = None,
     measures: Measures = ("paper",),
-    initial: Mapping[str, Tensor] | None = None,
+    initial: Initial | None = None,
     robustness_samples: int | None = None,
     on_singular: Literal["raise", "skip"] = "raise",
     per_parameter: bool = False,

@@ -6,8 +6,8 @@ Those that are plain values are in :class:`PlainOptions`; an option is explained
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from flatminima.choices import PlainOptions
 from flatminima.errors import (
     ImpreciseWarning,
+    did_you_mean,
     require,
     require_flag,
     require_integer,
@@ -31,6 +32,9 @@ from flatminima.measures.results import Estimate
 
 Measures = str | MeasureFunction | Measure | Sequence[str | MeasureFunction | Measure]
 """One or several names, groups, callables or :class:`~flatminima.measures.Measure` objects."""
+
+Initial = Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]
+"""A ``state_dict``, or several by the names of models."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,7 +57,8 @@ class MeasureOptions(PlainOptions):
             trial), ``"weights"`` (of the weights alone) and ``"all"``. Of a group, what is not defined for the network
             is left out, and said. Also callables of your own: each takes a :class:`~flatminima.measures.Trial`,
             returns a number, and is known by its ``__name__``; or :class:`~flatminima.measures.Measure` objects.
-        initial: The weights that training began with, by name (a ``state_dict``), for measures of the distance.
+        initial: The weights that training began with, by name (a ``state_dict``), for measures of the distance. Where
+            ``compare``'s models began with different ones: a ``state_dict`` for every model, by the models' names.
         per_parameter: Also report every parameter's share of ξ, in ``Characterization.shares``.
         path: Rows of J by layer rules where there are any ("rules"), or all by plain autograd, one sample at a time
             ("generic"): slower by far, and never needed, as rules are held against plain autograd.
@@ -70,7 +75,7 @@ class MeasureOptions(PlainOptions):
 
     loss: Loss = "cross_entropy"
     measures: Measures = ("paper",)
-    initial: Mapping[str, Tensor] | None = None
+    initial: Initial | None = None
     per_parameter: bool = False
     path: PathName = "rules"
     memory_budget: int | None = None
@@ -136,6 +141,29 @@ class MeasureOptions(PlainOptions):
                 object.__setattr__(self, name, kind(value))
         if self.batchnorm != "eval":
             object.__setattr__(self, "batchnorm", int(self.batchnorm))
+
+    def for_model(self, name: str, models: Iterable[str]) -> MeasureOptions:
+        """These options for one of several models, with its own initial weights.
+
+        Args:
+            name: the model's.
+            models: the names of all.
+
+        Raises:
+            FlatminimaError: if initial weights by model are those of other models.
+        """
+        by_model = self.initial or {}
+        if not by_model or not all(isinstance(entry, Mapping) for entry in by_model.values()):
+            return self
+        names = list(models)
+        unknown = next((each for each in by_model if each not in names), None)
+        require(
+            unknown is None,
+            f"initial= has weights of {unknown!r}{did_you_mean(str(unknown), names)}, which is none of the models: "
+            "pass a state_dict, or in compare one for every model by its name",
+        )
+        require(name in by_model, f"initial= has no weights of {name!r}: pass one state_dict for every model")
+        return replace(self, initial=by_model[name])
 
     def precise_enough(self, values: Sequence[float]) -> bool:
         """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""

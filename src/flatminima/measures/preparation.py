@@ -87,6 +87,7 @@ def prepare(models: Mapping[str, nn.Module], samples: Samples, options: MeasureO
     if len(models) > 1:
         samples = SharedSamples(samples)
     named = naming if len(models) > 1 else nullcontext
+    of_model = {name: options.for_model(name, models) for name in models}
     planned, prepared = {}, {}
     for name, model in models.items():
         with named(name):
@@ -94,7 +95,7 @@ def prepare(models: Mapping[str, nn.Module], samples: Samples, options: MeasureO
     train = _training_losses(planned, options)
     for name, plan in planned.items():
         with named(name):
-            prepared[name] = _prepared(plan, train[name], options)
+            prepared[name] = _prepared(plan, train[name], of_model[name])
     return prepared
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor
 
@@ -138,7 +138,7 @@ def _values(prepared: PreparedModel, number: int) -> TrialValues:
         rows.per_sample,
         prepared.train,
         len(prepared.samples),
-        options.initial,
+        cast("Mapping[str, Tensor] | None", options.initial),  # this model's own, as prepared
         options,
         form,
         prepared.plan.affordable_samples,

@@ -119,3 +119,41 @@ def test_models_that_are_compared_have_their_own() -> None:
     for name, model in models.items():
         expected = measured(model, "parameter_norm").others["parameter_norm"]
         assert both.characterizations[name].others["parameter_norm"] == expected
+
+
+def compared(models: dict[str, nn.Module], initial: Any) -> fm.Comparison:
+    how = {"subset_size": 4, "trials": 2, "measures": "distance_from_initialization", "progress": False}
+    return fm.compare(models, data(), initial=initial, **how)
+
+
+def test_models_from_different_initial_weights_are_compared_by_their_own() -> None:
+    models = {"a": network(1), "b": network(2)}
+    initial = {"a": network(3).state_dict(), "b": network(4).state_dict()}
+    expected = {
+        name: sum((p - initial[name][key]).square().sum().item() for key, p in model.named_parameters())
+        for name, model in models.items()
+    }
+    comparison = compared(models, initial)
+    for name, value in expected.items():
+        found = comparison[name].others["distance_from_initialization"].mean
+        assert found == pytest.approx(value, rel=1e-14)
+    common = compared(models, initial["a"])
+    assert common["a"] == comparison["a"]
+    assert common["b"] != comparison["b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"], "initial= has no weights of 'b': pass one state_dict for every model"),
+        (["a", "b", "bb"], r"initial= has weights of 'bb'.*none of the models"),
+    ],
+)
+def test_initial_weights_are_those_of_the_models(names: list[str], message: str) -> None:
+    with pytest.raises(FlatminimaError, match=message):
+        compared({"a": network(1), "b": network(2)}, {name: network(3).state_dict() for name in names})
+
+
+def test_a_single_model_has_one_state_dict() -> None:
+    with pytest.raises(FlatminimaError, match=r"initial= has weights of 'a', which is none of the models"):
+        measured(network(), "distance_from_initialization", initial={"a": network(1).state_dict()})

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -163,7 +163,7 @@ class MeasureOptions(PlainOptions):
             "pass a state_dict, or in compare one for every model by its name",
         )
         require(name in by_model, f"initial= has no weights of {name!r}: pass one state_dict for every model")
-        return replace(self, initial=by_model[name])
+        return replace(self, initial=cast("Mapping[str, Tensor]", by_model[name]))
 
     def precise_enough(self, values: Sequence[float]) -> bool:
         """Whether the mean of so many trials' values (NaN: left out) is as precise as was asked for."""

@@ -101,8 +101,9 @@ def landscape(
         path: a file that keeps what is done, so that an interrupted call goes on; when all is done,
             :meth:`Landscape.from_json` reads it. The eigenvectors lie beside it, in ``path.directions``. One call at a
             time: two processes with one path would overwrite each other's points. A call goes on with the same grid,
-            weights, loss and data, all of which are looked at in a further pass over the data; the code of the model
-            and of a function that is the loss is known by the mean loss at the minimum alone, to 1e-4 of it.
+            weights, loss and data, all of which are looked at in a further pass over the data. A function that is the
+            loss is known by the names, constants and enclosed values of its code; what else it computes, and the
+            model's code, by the mean loss at the minimum alone, to 1e-4 of it.
         progress: show a bar with the time left on a terminal.
 
     Raises:

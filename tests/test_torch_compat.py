@@ -392,6 +392,23 @@ def test_graphs_say_which_types_they_go_through() -> None:
     assert torch_compat.gradient_types((x * 2).grad_fn) == {torch.float32}
 
 
+def test_leaves_are_those_that_a_backward_pass_accumulates_in() -> None:
+    weight, other, fixed = doubles(3).requires_grad_(), doubles(3).requires_grad_(), doubles(3)
+    result = (Cube.apply(weight) * other * other * fixed).sum()
+    leaves = torch_compat.leaves_of(result)
+    assert sorted(map(id, leaves)) == sorted(map(id, [weight, other]))
+    assert torch_compat.leaves_of(fixed.sum()) == []
+
+
+def test_hooks_after_accumulation_are_seen() -> None:
+    weight = torch.nn.Parameter(doubles(3))
+    assert not torch_compat.post_accumulate_hooks(weight)
+    handle = weight.register_post_accumulate_grad_hook(lambda p: None)
+    assert torch_compat.post_accumulate_hooks(weight)
+    handle.remove()
+    assert not torch_compat.post_accumulate_hooks(weight)
+
+
 def test_function_modes_are_counted_and_left() -> None:
     before = torch_compat.function_modes()
     mode = BaseTorchFunctionMode()

@@ -48,6 +48,9 @@ foreach_sub = torch._foreach_sub
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 """How often a tensor has been written to in place: autograd's own counter."""
 
+post_accumulate_hooks: Callable[[Tensor], Any] = attrgetter("_post_accumulate_grad_hooks")
+"""What is to run whenever a backward pass has accumulated in the tensor's ``.grad``; None or empty without any."""
+
 is_view: Callable[[Tensor], bool] = Tensor._is_view
 """Whether autograd sees a tensor as a view of another."""
 
@@ -295,6 +298,11 @@ def graph_of(results: Iterable[Tensor]) -> Iterator[Any]:
             seen.add(node)
             waiting.extend(following for following, _ in node.next_functions)
             yield node
+
+
+def leaves_of(result: Tensor) -> list[Tensor]:
+    """The tensors in whose ``.grad`` the backward pass from ``result`` would accumulate."""
+    return [node.variable for node in graph_of([result]) if node.name() == "torch::autograd::AccumulateGrad"]
 
 
 # Modes.

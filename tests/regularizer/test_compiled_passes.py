@@ -230,3 +230,11 @@ def test_an_exception_in_the_loss_is_reported() -> None:
         FisherTraceRegularizer(mlp(), passes="compiled").backward(
             lambda o, y: F.cross_entropy(o, y, reduction="none"), torch.randn(24, 6), torch.zeros(24).long()
         )
+
+
+def test_what_is_trained_outside_the_model_is_refused_where_it_would_get_no_main_gradient(backend: Any) -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    regularizer = FisherTraceRegularizer(model, main_gradient="sub-batches", passes="compiled")
+    with pytest.raises(FlatminimaError, match=r"Tensor of shape \(3,\).*choose main_gradient='whole-batch'"):
+        regularizer.backward(lambda output, y: F.cross_entropy(output + shift, y), inputs, targets)

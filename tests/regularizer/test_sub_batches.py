@@ -91,6 +91,18 @@ TOGETHER = {name: case for name, case in CASES.items() if name != "sparse-embedd
 }
 
 
+by_way_of_passes = pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"estimator": "hvp"},
+        {"passes": "together"},
+        {"passes": "together", "estimator": "hvp"},
+    ],
+    ids=["one-by-one", "hvp", "together", "together-hvp"],
+)
+
+
 def step(case: Case, passes: str, *, samples: int = 24, **options: Any) -> tuple[dict[str, Tensor | None], ...]:
     """One step's gradients, numbers, buffers and generator."""
     model, inputs, targets = make(case, samples=samples)
@@ -370,6 +382,72 @@ def test_second_derivatives_of_custom_functions_are_refused() -> None:
     with pytest.raises(FlatminimaError, match=r"custom autograd.Function.*choose passes='one-by-one'"):
         FisherTraceRegularizer(model, estimator="hvp", passes="together").backward(F.cross_entropy, inputs, targets)
     assert_same(*(step(Case(lambda: Lambda(OnceDifferentiable.apply)), p) for p in ("together", "one-by-one")))
+
+
+@by_way_of_passes
+@pytest.mark.parametrize("trained", ["in-the-loss", "before-the-model"])
+def test_what_is_trained_outside_the_model_has_a_main_gradient_or_is_refused(trained: str, way: dict[str, Any]) -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    shift, encoder = torch.zeros(3, dtype=torch.float64, requires_grad=True), nn.Linear(6, 6).double()
+    outside = shift if trained == "in-the-loss" else encoder.weight
+
+    def closure(batch: Any) -> Tensor:
+        if trained == "in-the-loss":
+            return F.cross_entropy(model(batch[0]) + shift, batch[1])
+        return F.cross_entropy(model(encoder(batch[0])), batch[1])
+
+    (expected,) = torch.autograd.grad(closure((inputs, targets)), [outside])
+    FisherTraceRegularizer(model, **way).backward_closure(closure, (inputs, targets))
+    torch.testing.assert_close(outside.grad, expected)
+    model.zero_grad()
+    before, message = snapshot(model), rf"no parameter of the model \(.*\({outside.shape[0]},.*whole-batch"
+    with pytest.raises(FlatminimaError, match=message):
+        FisherTraceRegularizer(model, main_gradient="sub-batches", **way).backward_closure(closure, (inputs, targets))
+    assert_same_bits(snapshot(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@by_way_of_passes
+def test_an_encoder_whose_output_is_the_batch_is_outside_too(way: dict[str, Any]) -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    encoder = nn.Linear(6, 6).double()
+    regularizer = FisherTraceRegularizer(model, main_gradient="sub-batches", **way)
+    with pytest.raises(FlatminimaError, match=r"Parameter of shape \(6, 6\).*choose main_gradient='whole-batch'"):
+        regularizer.backward(F.cross_entropy, encoder(inputs), targets)
+
+
+@pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
+def test_leaves_that_a_loss_makes_for_itself_are_nobodys(estimator: Any) -> None:
+    """As losses with derivatives by the inputs do, of physics-informed networks for example."""
+    model, inputs, targets = make(CASES["mlp"])
+
+    def closure(batch: Any) -> Tensor:
+        points, scale = batch[0].requires_grad_(), torch.ones((), dtype=torch.float64, requires_grad=True)
+        outputs = scale * model(points)
+        (slope,) = torch.autograd.grad(outputs.sum(), [points], create_graph=True)
+        return F.cross_entropy(outputs, batch[1]) + slope.square().mean()
+
+    regularizer = FisherTraceRegularizer(model, beta=0.0, main_gradient="sub-batches", estimator=estimator)
+    regularizer.backward_closure(closure, (inputs, targets))
+    found = gradients_of(model)
+    expected = torch.autograd.grad(closure((inputs.clone(), targets)), list(model.parameters()), allow_unused=True)
+    assert_same_gradients(found, dict(zip(found, expected, strict=True)))
+
+
+@by_way_of_passes
+def test_hooks_after_accumulation_run_or_are_refused(way: dict[str, Any]) -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    fired: list[Tensor] = []
+    handle = model[0].weight.register_post_accumulate_grad_hook(fired.append)
+    FisherTraceRegularizer(model, **way).backward(F.cross_entropy, inputs, targets)
+    assert len(fired) == 1
+    model.zero_grad()
+    regularizer = FisherTraceRegularizer(model, main_gradient="sub-batches", **way)
+    with pytest.raises(FlatminimaError, match=r"parameter 0.weight has a hook .*choose main_gradient='whole-batch'"):
+        regularizer.backward(F.cross_entropy, inputs, targets)
+    handle.remove()
+    regularizer.backward(F.cross_entropy, inputs, targets)
+    assert model[0].weight.grad is not None
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from flatminima.regularizer.sub_batches import (
     Indices,
     SingleSampleError,
     SubBatches,
+    TrainedOutside,
     Weights,
     shuffled,
     size_of,
@@ -79,7 +80,8 @@ class PenaltySettings:
             batch: the samples.
             weights: the trainable parameters.
             generators: those that passes may draw from.
-            update_buffers: whether to take the mean of what the sub-batches leave in the buffers.
+            update_buffers: whether the main gradient comes from these passes, so that the mean of what they leave in
+                the buffers is taken, and a loss that trains anything outside the model is refused.
             short: whether the batch is smaller than others: it then has fewer sub-batches where BatchNorm needs it.
             first: whether to look at how passes repeat and round.
 
@@ -162,19 +164,22 @@ class _Run:
         total = sum(map(len, rows))
         penalty = Penalty.zero(self.weights)
         means = _MeanBuffers(self.buffers.own) if self.update_buffers else None
+        outside = TrainedOutside(matters=self.update_buffers)
         passes = self.settings.passes
         for size, indices in passes.rounds(rows):
             samples = partial(self.samples_at, indices)
-            estimate = self._estimate(passes.sub_batches(self.model, self.closure, samples, self.weights, self.buffers))
+            sub_batches = passes.sub_batches(self.model, self.closure, samples, self.weights, self.buffers)
+            estimate = self._estimate(sub_batches, outside)
+            outside.refuse([*self.weights.parameters, *sub_batches.parameters])
             penalty.add(estimate, weight=1 / (count or len(rows)), share=size / total)
             if means is not None:
                 means.add(estimate.buffers, size / total)
         return penalty, means
 
-    def _estimate(self, sub_batches: SubBatches) -> _Estimate:
+    def _estimate(self, sub_batches: SubBatches, outside: TrainedOutside) -> _Estimate:
         if self.settings.estimator == "hvp":
-            return _hessian_vector_product(sub_batches, self.settings.alpha)
-        return _finite_difference(sub_batches, self.settings.alpha, self.generators)
+            return _hessian_vector_product(sub_batches, self.settings.alpha, outside)
+        return _finite_difference(sub_batches, self.settings.alpha, outside, self.generators)
 
 
 def require_finite(loss: Tensor) -> None:
@@ -340,11 +345,14 @@ class _Estimate:
     buffers: list[Tensor]
 
 
-def _finite_difference(sub_batches: SubBatches, alpha: float, generators: Generators) -> _Estimate:
+def _finite_difference(
+    sub_batches: SubBatches, alpha: float, outside: TrainedOutside, generators: Generators
+) -> _Estimate:
     """L(B_i, w) − L(B_i, w − α g_i), and the same difference of gradients (Eq. 6)."""
     weights = sub_batches.weights
     with generators.restored(), sub_batches.scratch_buffers():
         loss = sub_batches.loss()
+        outside.note(loss)
         gradients = sub_batches.gradients(loss)
         buffers = sub_batches.buffers_left()
     here = _dense(gradients, sub_batches.parameters)
@@ -365,11 +373,12 @@ def _finite_difference(sub_batches: SubBatches, alpha: float, generators: Genera
     )
 
 
-def _hessian_vector_product(sub_batches: SubBatches, alpha: float) -> _Estimate:
+def _hessian_vector_product(sub_batches: SubBatches, alpha: float, outside: TrainedOutside) -> _Estimate:
     """The limit of the finite difference for small α: α‖g_i‖² and α H_i g_i, by differentiating g_i once more."""
     weights = sub_batches.weights
     with sub_batches.scratch_buffers(), differentiable_twice():
         loss = sub_batches.loss()
+        outside.note(loss)
         gradients = sub_batches.gradients(loss, create_graph=True)
         products = _times_hessian(gradients, sub_batches)
         buffers = sub_batches.buffers_left()

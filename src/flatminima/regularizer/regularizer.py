@@ -25,7 +25,14 @@ from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
 from flatminima.regularizer.passes import PassesName, passes_for
 from flatminima.regularizer.penalty import Penalty, PenaltySettings, require_finite
 from flatminima.regularizer.steps import PenaltyWatch, RegularizerStep, shares_of
-from flatminima.regularizer.sub_batches import NOT_DIFFERENTIABLE, Closure, Weights, scalar_loss, size_of
+from flatminima.regularizer.sub_batches import (
+    NOT_DIFFERENTIABLE,
+    Closure,
+    Weights,
+    refuse_accumulation_hooks,
+    scalar_loss,
+    size_of,
+)
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
@@ -54,7 +61,8 @@ class FisherTraceRegularizer:
         estimator: ``"finite-difference"`` is the paper's ∇R_α, ``"hvp"`` its limit α · mean_i H_i g_i, exact, and needs
             second derivatives of all operations. Across ReLU's kinks the two differ.
         main_gradient: ``"whole-batch"`` is a pass of its own over B. ``"sub-batches"``, the mean of the g_i, saves it,
-            for losses that are means over independent samples; it is float32, and BatchNorm normalizes sub-batches.
+            for losses that are means over independent samples; it is float32, BatchNorm normalizes sub-batches, and
+            whatever is trained beside the model is refused.
         batch_statistics: what BatchNorm in training mode normalizes with in penalty passes: ``"sub-batch"`` the
             sub-batch's own statistics (the paper), ``"whole-batch"`` those of B at w, for one more forward pass,
             ``"running"`` the running ones.
@@ -244,6 +252,8 @@ class FisherTraceRegularizer:
         self, closure: Closure, batch: Any, weight: float, last: bool, scaler: torch.amp.GradScaler | None
     ) -> Tensor:
         scale = 1.0 if scaler is None else _scale_of(scaler, self.model)
+        if self.main_gradient == "sub-batches" and self.is_due:
+            refuse_accumulation_hooks(self.model)
         penalty = self.penalize(closure, batch)
         if penalty is not None and self.main_gradient == "sub-batches":
             loss = penalty.loss

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError, require
 from flatminima.network import Buffers, batch_size, map_tensors, moved, sound_batchnorm, take, taker, tensors_of
-from flatminima.torch_compat import needs_more_than_one_sample
+from flatminima.torch_compat import TensorWeakRef, leaves_of, needs_more_than_one_sample, post_accumulate_hooks
 
 NOT_DIFFERENTIABLE = "the loss does not depend on a trainable parameter: is gradient recording switched off?"
 
@@ -216,6 +216,59 @@ class OneSubBatch(SubBatches):
     def buffers_left(self) -> list[Tensor]:
         """What the latest pass left in the model's buffers."""
         return [buffer.detach() for buffer in self.buffers.now()]
+
+
+class TrainedOutside:
+    """Notices what the losses of sub-batches train beside the model: a main gradient of these passes lacks it.
+
+    What a loss makes for itself (a leaf to differentiate by, say) is gone after its pass, so references are weak.
+
+    Args:
+        matters: whether these passes are to give the main gradient; if not, nothing is looked at.
+    """
+
+    def __init__(self, *, matters: bool) -> None:
+        self._matters = matters
+        self._leaves: list[Any] = []
+
+    def note(self, loss: Tensor) -> None:
+        """The loss of some sub-batches, with its graph."""
+        if self._matters:
+            self._leaves += [TensorWeakRef(leaf) for leaf in leaves_of(loss)]
+
+    def refuse(self, known: list[Tensor]) -> None:
+        """Look at what is left, once the graphs are freed.
+
+        Args:
+            known: what the passes give gradients of.
+
+        Raises:
+            FlatminimaError: if there is anything else.
+        """
+        found = {id(leaf): leaf for leaf in (reference() for reference in self._leaves) if leaf is not None}
+        for tensor in known:
+            found.pop(id(tensor), None)
+        self._leaves = []
+        if found:
+            shapes = ", ".join(f"{type(leaf).__name__} of shape {tuple(leaf.shape)}" for leaf in [*found.values()][:5])
+            raise FlatminimaError(
+                f"the loss also trains what is no parameter of the model ({shapes}), and main_gradient='sub-batches' "
+                "has no gradient of it: choose main_gradient='whole-batch', or a model that holds it"
+            )
+
+
+def refuse_accumulation_hooks(model: nn.Module) -> None:
+    """Refuse hooks that run when a backward pass has accumulated in ``.grad``, for steps without such a pass.
+
+    Raises:
+        FlatminimaError: by name for a parameter that has one.
+    """
+    for name, parameter in model.named_parameters():
+        require(
+            not post_accumulate_hooks(parameter),
+            f"parameter {name} has a hook for accumulated gradients (register_post_accumulate_grad_hook), which "
+            "main_gradient='sub-batches' would not run: choose main_gradient='whole-batch'",
+        )
 
 
 def gradients_at(tensors: list[Tensor], loss: Tensor, *, create_graph: bool) -> tuple[Tensor | None, ...]:

@@ -178,6 +178,30 @@ def test_a_frozen_base_in_half_precision_is_told_and_its_rounding_counted() -> N
     torch.testing.assert_close(seen.rounding_norm, 5 * 2.0**-7 * (2 * seen.trace / 4).sqrt())
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forward_that_rounds_to_half_precision_itself_is_told_too(compiles: bool) -> None:
+    class Rounding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.body(x)).bfloat16().float())
+
+    torch.manual_seed(SEED)
+    model = Rounding()
+    if compiles:
+        model.compile(backend="aot_eager")
+    regularizer = FisherTraceRegularizer(model, num_sub_batches=4)
+    x, y = data(samples=64)
+    with pytest.warns(CoarseRoundingWarning, match=r"65536 times as coarsely.*Choose estimator='hvp'"):
+        regularizer.backward(F.cross_entropy, x.float(), y)
+    seen = regularizer.last_step
+    assert seen is not None
+    torch.testing.assert_close(seen.rounding_norm, 5 * 2.0**-7 * (2 * seen.trace / 4).sqrt())
+
+
 @pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
 def test_what_is_not_on_the_way_to_the_loss_does_not_round(estimator: Any) -> None:
     torch.manual_seed(SEED)

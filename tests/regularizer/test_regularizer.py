@@ -227,7 +227,7 @@ def test_dropout_masks_differ_from_step_to_step() -> None:
     regularizer = FisherTraceRegularizer(model, num_sub_batches=1)
     for _ in range(2):
         regularizer.backward(loss_fn, torch.ones(64, 4), torch.zeros(64))
-    first, first_moved, _, second, second_moved, _ = masks
+    first, first_moved, _, _, second, second_moved, _ = masks  # the first penalty looks at one pass more
     assert torch.equal(first, first_moved)
     assert torch.equal(second, second_moved)
     assert not torch.equal(first, second)
@@ -262,7 +262,7 @@ def test_recurrent_network_moves_all_its_weights() -> None:
     torch.testing.assert_close(regularizer.last_step.penalty / 1e-6, regularizer.last_step.trace, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("failing_call", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("failing_call", [1, 2, 3, 6, 9, 10])
 @pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])
 def test_everything_is_put_back_after_an_exception(failing_call: int, exception: type[BaseException]) -> None:
     model, inputs, targets = make(CASES["batchnorm"])
@@ -280,7 +280,7 @@ def test_everything_is_put_back_after_an_exception(failing_call: int, exception:
         FisherTraceRegularizer(model, alpha=0.3, num_sub_batches=4).backward(loss_fn, inputs, targets)
 
     after = snapshot(model)
-    if failing_call == 9:  # the main pass: a plain step would have updated the statistics as well
+    if failing_call == 10:  # the main pass: a plain step would have updated the statistics as well
         before, after = ({k: v for k, v in s.items() if "running" not in k and "num" not in k} for s in (before, after))
     assert_same_bits(after, before)
     assert [id(buffer) for buffer in model.buffers()] == own_buffers
@@ -365,6 +365,33 @@ def test_autocast_inside_the_forward_is_refused() -> None:
 
     with pytest.raises(FlatminimaError, match="switches autocast on inside its forward"):
         FisherTraceRegularizer(Autocasting()).backward(F.cross_entropy, torch.randn(8, 6), torch.randint(3, (8,)))
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("options", [{}, {"estimator": "hvp"}, {"passes": "together"}])
+def test_autocast_inside_the_forward_is_refused_wherever_it_begins(by_layer: bool, options: dict[str, Any]) -> None:
+    class Autocasting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.body(x))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = self.head(hidden) if by_layer else F.linear(hidden, self.head.weight)
+            return output.float()
+
+    model = Autocasting()
+    before = snapshot(model)
+    with pytest.raises(FlatminimaError, match="switches autocast on inside its forward, but penalty passes"):
+        FisherTraceRegularizer(model, **options).backward(
+            F.cross_entropy, torch.randn(8, 6), torch.randint(3, (8,))
+        )  # fmt: skip
+    assert_same_bits(snapshot(model), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    FisherTraceRegularizer(model.double(), **options).backward(  # which autocast leaves alone
+        lambda output, y: F.cross_entropy(output.double(), y), torch.randn(8, 6).double(), torch.randint(3, (8,))
+    )
 
 
 def test_training_with_the_penalty_ends_at_a_lower_trace_and_a_similar_loss() -> None:

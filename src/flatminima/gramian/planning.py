@@ -121,6 +121,12 @@ def default_budget(device: torch.device) -> int:
     return int(FREE_SHARE * free_bytes(device))
 
 
+_GRADIENTS_NEED_FLOAT32 = (
+    "where gradients would be rounded to half precision: measure copy.deepcopy(model).double(), which autocast leaves "
+    "alone, or the model inside"
+)
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device."""
     if device.type == "cuda":
@@ -135,7 +141,7 @@ def free_bytes(device: torch.device) -> int:
 
 def pass_bytes(model: nn.Module, inputs: Inputs) -> int:
     """Bytes that a forward and backward pass of these inputs takes beside model and inputs: an estimate."""
-    with explained_errors(model, inputs), torch.enable_grad(), RefusedAutocast():
+    with explained_errors(model, inputs), torch.enable_grad(), RefusedAutocast(_GRADIENTS_NEED_FLOAT32):
         try:
             saved, logits = _saved_bytes(model, inputs)
         except RuntimeError as error:

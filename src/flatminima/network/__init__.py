@@ -28,6 +28,7 @@ from flatminima.network.modes import (
     without_autocast,
 )
 from flatminima.network.precision import (
+    PENALTIES_NEED_FLOAT32,
     RefusedAutocast,
     back_like,
     float32_products,
@@ -49,6 +50,7 @@ from flatminima.network.samples import (
 from flatminima.network.surroundings import undisturbed
 
 __all__ = [
+    "PENALTIES_NEED_FLOAT32",
     "BatchStatistics",
     "Before",
     "Buffers",

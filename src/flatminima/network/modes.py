@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError
 from flatminima.network.batches import device_of
 from flatminima.network.batchnorm import sound_batchnorm
-from flatminima.network.precision import true_precision
+from flatminima.network.precision import PENALTIES_NEED_FLOAT32, true_precision
 from flatminima.torch_compat import foreach_add_, foreach_copy_, hold, own_buffers, own_parameters, without_checkpoints
 
 
@@ -146,7 +146,10 @@ class Buffers:
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Undo Accelerate's autocast wrapper, and notice any other forward that switches autocast back on."""
+    """Undo Accelerate's autocast wrapper, and notice, at small cost, others that switch autocast back on.
+
+    Where a forward does so after its first module, :class:`RefusedAutocast` notices.
+    """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]  # takes no hooks
     innermost = (module for module in modules if own_parameters(module) and not list(module.children()))
     with ExitStack() as stack:
@@ -160,10 +163,7 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 
 def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     if torch.is_autocast_enabled(device_of(module).type):
-        raise FlatminimaError(
-            "the model switches autocast on inside its forward, but penalty passes need float32: "
-            "pass the inner module, and use autocast around the training step"
-        )
+        raise FlatminimaError(f"the model switches autocast on inside its forward, {PENALTIES_NEED_FLOAT32}")
 
 
 @contextmanager

@@ -20,6 +20,11 @@ from flatminima.torch_compat import float32_switches
 WITHOUT_FLOAT64 = frozenset({"mps"})
 """Types of devices that have no float64."""
 
+PENALTIES_NEED_FLOAT32 = (
+    "but penalty passes need float32: pass the inner module, and use autocast around the training step"
+)
+"""What :class:`RefusedAutocast` says of a penalty's passes."""
+
 
 @contextlib.contextmanager
 def true_precision() -> Iterator[None]:
@@ -38,9 +43,16 @@ def true_precision() -> Iterator[None]:
 class RefusedAutocast(TorchFunctionMode):
     """Notices a forward pass that switches autocast on for itself, within :func:`true_precision`.
 
+    Args:
+        so: the message's end: what it would do, and what to do about it.
+
     Raises:
         FlatminimaError: at the first call under autocast with anything that it would round.
     """
+
+    def __init__(self, so: str) -> None:
+        super().__init__()
+        self._so = so
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -49,10 +61,7 @@ class RefusedAutocast(TorchFunctionMode):
             rounded = tensor.is_floating_point() and tensor.dtype != torch.float64
             kind = tensor.device.type
             if rounded and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                raise FlatminimaError(
-                    "the model switches autocast on inside its forward, where gradients would be rounded to half "
-                    "precision: measure copy.deepcopy(model).double(), which autocast leaves alone, or the model inside"
-                )
+                raise FlatminimaError(f"the model switches autocast on inside its forward, {self._so}")
         return func(*args, **(kwargs or {}))
 
 

@@ -1,6 +1,6 @@
 """What is looked at once, after a regularizer's first penalty: whether passes repeat, and how finely they round.
 
-Both cost nothing unless there is a reason to suspect something.
+This takes one forward pass of a sub-batch, and two more where there is a reason to suspect something.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import CoarseRoundingWarning, UnrepeatableForwardWarning, warn
-from flatminima.torch_compat import CustomFunctionNode, gradient_types, graph_of
+from flatminima.network import PENALTIES_NEED_FLOAT32, RefusedAutocast
+from flatminima.torch_compat import CustomFunctionNode, eager_stance, gradient_types, graph_of
 
 _SUSPICIOUS = 0.1
 """The relative distance between R_α and α · trace from which on two passes at the same weights are compared."""
@@ -23,7 +24,31 @@ _INTEGER_EPS = 2.0**-8
 """Half a step of the coarsest common quantization of weights, relative to the largest: 8 bits."""
 
 
-def warn_of_unrepeatable_passes(loss: Callable[[], Tensor], penalty: Tensor, expected: Tensor) -> None:
+def first_look(model: nn.Module, loss: Callable[[], Tensor], penalty: Tensor, limit: Tensor | None) -> float | None:
+    """Refuse autocast inside the passes; of finite differences, warn where these do not repeat or round coarsely.
+
+    Args:
+        model: the network.
+        loss: runs one sub-batch from the same state of all generators and buffers.
+        penalty: R_α.
+        limit: α · trace, which finite differences come close to; None where the penalty is that itself.
+
+    Returns:
+        ε of the coarsest type that the passes go through; None where nothing is a difference.
+
+    Raises:
+        FlatminimaError: if a pass switches autocast on.
+    """
+    seen = _loss_without_autocast(loss)
+    if limit is None:
+        return None
+    eps = _rounding_unit(model, seen, penalty.dtype)
+    _warn_of_coarse_rounding(eps, penalty.dtype)
+    _warn_of_unrepeatable_passes(loss, penalty, limit)
+    return eps
+
+
+def _warn_of_unrepeatable_passes(loss: Callable[[], Tensor], penalty: Tensor, expected: Tensor) -> None:
     """Compare two losses of one sub-batch at the same weights, if the penalty is not what these passes should give.
 
     Args:
@@ -45,27 +70,35 @@ def warn_of_unrepeatable_passes(loss: Callable[[], Tensor], penalty: Tensor, exp
         )
 
 
-def rounding_unit(model: nn.Module, loss: Callable[[], Tensor], own: torch.dtype) -> float:
+def _loss_without_autocast(loss: Callable[[], Tensor]) -> Tensor:
+    """The loss of one sub-batch, with its graph, by a pass that is watched from its first operation to its last.
+
+    Raises:
+        FlatminimaError: if any of them is under autocast, which would round the penalty to half precision.
+    """
+    with eager_stance(), RefusedAutocast(PENALTIES_NEED_FLOAT32):  # a compiled pass shows no operations
+        return loss()
+
+
+def _rounding_unit(model: nn.Module, loss: Tensor, own: torch.dtype) -> float:
     """ε of the coarsest type that the path from the weights to the loss goes through.
 
     Args:
         model: its frozen parameters and its buffers may be coarser than what is trained.
-        loss: runs one sub-batch; it is called only if there is anything coarser.
+        loss: that of one sub-batch, with its graph.
         own: the type of the trained parameters.
     """
     finest = torch.finfo(own).eps
     coarse = {kind for kind in _types_of_weights(model) if _eps(kind) > finest}
-    if not coarse:
-        return finest
-    nodes = list(graph_of([loss()]))
+    nodes = list(graph_of([loss]))
     on_the_way = {kind for node in nodes for kind in gradient_types(node)}
-    if any(isinstance(node, CustomFunctionNode) for node in nodes):  # compiled, or a kernel of its own: it does not say
+    if any(isinstance(node, CustomFunctionNode) for node in nodes):  # a kernel of its own: it does not say
         on_the_way |= coarse
     on_the_way |= {kind for kind in coarse if not kind.is_floating_point}  # these are multiplied out within a kernel
-    return max(finest, *map(_eps, on_the_way))
+    return max([finest, *map(_eps, on_the_way)])
 
 
-def warn_of_coarse_rounding(eps: float, own: torch.dtype) -> None:
+def _warn_of_coarse_rounding(eps: float, own: torch.dtype) -> None:
     """Say what to do where the forward pass rounds more coarsely than the trained parameters."""
     finest = torch.finfo(own).eps
     if eps > max(finest, torch.finfo(torch.float32).eps):

@@ -20,7 +20,7 @@ from flatminima.network import (
     true_precision,
     without_autocast,
 )
-from flatminima.regularizer.checks import rounding_unit, warn_of_coarse_rounding, warn_of_unrepeatable_passes
+from flatminima.regularizer.checks import first_look
 from flatminima.regularizer.distributed import this_process_alone
 from flatminima.regularizer.gradients import norm_of
 from flatminima.regularizer.passes import Passes
@@ -126,10 +126,9 @@ class PenaltySettings:
                         _require_finite_penalty(penalty)
                     penalty, means = run.over(kept, len(rows))
                     _require_finite_penalty(penalty)
-                if first and self.estimator == "finite-difference":
-                    penalty.eps = rounding_unit(model, lambda: loss_at(rows[0]), penalty.trace.dtype)
-                    warn_of_coarse_rounding(penalty.eps, penalty.trace.dtype)
-                    warn_of_unrepeatable_passes(lambda: loss_at(rows[0]), penalty.value, self.alpha * penalty.trace)
+                if first:
+                    limit = None if self.estimator == "hvp" else self.alpha * penalty.trace
+                    penalty.eps = first_look(model, lambda: loss_at(rows[0]), penalty.value, limit)
         penalty.buffers = means
         return penalty
 

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from flatminima.network.precision import float32_products, float32_switches, true_precision
+from flatminima.network.precision import float32_products, float32_switches, outside_autocast, true_precision
 
 
 def test_autocast_is_off_inside_and_back_on_after() -> None:
@@ -13,6 +13,25 @@ def test_autocast_is_off_inside_and_back_on_after() -> None:
         with true_precision():
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_a_backward_pass_outside_autocast_is_the_one_that_pytorch_recommends() -> None:
+    weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return ((x @ weight) @ weight).square().sum()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = loss()
+    (expected,) = torch.autograd.grad(kept, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with outside_autocast():
+            (found,) = torch.autograd.grad(loss(), weight)
+        (rounded,) = torch.autograd.grad(loss(), weight)
+        assert (x @ x).dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    assert not torch.equal(rounded, expected)  # so it makes a difference
 
 
 def test_every_switch_is_exact_inside_and_restored_after_an_error() -> None:

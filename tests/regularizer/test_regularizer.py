@@ -26,6 +26,7 @@ from support.regularizer_cases import (
     Case,
     CountingBackend,
     CountingNoise,
+    Float32Island,
     assert_same_bits,
     assert_same_gradients,
     by_case,
@@ -351,6 +352,20 @@ def test_penalty_is_float32_whatever_the_main_pass_uses() -> None:
     rounded, _ = step(inputs.bfloat16().float(), autocast=True)
     half_inputs, _ = step(inputs.bfloat16(), autocast=True)
     assert torch.equal(rounded.penalty, half_inputs.penalty)
+
+
+def test_a_step_within_autocast_goes_back_through_what_is_float32_in_float32() -> None:
+    """PyTorch recommends the backward pass outside autocast, and here the whole step may be within."""
+    torch.manual_seed(SEED)
+    model, inputs, targets = Float32Island(), torch.randn(24, 6), torch.randint(3, (24,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(model(inputs), targets)
+    expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, [*model.parameters()]), strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        FisherTraceRegularizer(model, beta=0.0).backward(F.cross_entropy, inputs, targets)
+        assert torch.is_autocast_enabled("cpu")
+    found = gradients_of(model)
+    assert [name for name, gradient in expected.items() if not torch.equal(found[name], gradient)] == []
 
 
 def test_autocast_inside_the_forward_is_refused() -> None:

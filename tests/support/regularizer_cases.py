@@ -96,6 +96,19 @@ class CountingNoise(nn.Module):
         return x * self.count
 
 
+class Float32Island(nn.Module):
+    """A head that stays in float32 under the caller's autocast, backwards as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        with torch.autocast("cpu", enabled=False):
+            return self.head(hidden.float())
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 

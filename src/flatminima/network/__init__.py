@@ -34,6 +34,7 @@ from flatminima.network.precision import (
     float32_products,
     float64_device,
     in_float64,
+    outside_autocast,
     true_precision,
 )
 from flatminima.network.requirements import require_module, require_usable, require_values
@@ -82,6 +83,7 @@ __all__ = [
     "map_tensors",
     "model_inputs",
     "moved",
+    "outside_autocast",
     "refusing_kept_graphs",
     "replaced_forward",
     "require_module",

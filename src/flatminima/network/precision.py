@@ -32,11 +32,20 @@ def true_precision() -> Iterator[None]:
 
     Small differences of gradients, and eigenvalues four decades below the largest, are lost in reduced precision.
     """
+    with outside_autocast(), float32_products(tf32=False):
+        yield
+
+
+@contextlib.contextmanager
+def outside_autocast() -> Iterator[None]:
+    """The caller's autocast off. Backward passes belong here: they take the types of the forward pass by themselves.
+
+    Under autocast they would round what the forward pass has kept in float32.
+    """
     with contextlib.ExitStack() as stack:
         for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(float32_products(tf32=False))
         yield
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flatminima.choices import Estimator, MainGradient
 from flatminima.errors import require, require_integer, require_number, require_positive
-from flatminima.network import BatchStatistics, Before, Inputs, device_of, require_usable, run_model
+from flatminima.network import BatchStatistics, Before, Inputs, device_of, outside_autocast, require_usable, run_model
 from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
 from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
 from flatminima.regularizer.passes import PassesName, passes_for
@@ -270,7 +270,8 @@ class FisherTraceRegularizer:
                 require_finite(loss)
                 if penalty is not None:  # before the main gradient, so that the exchange carries both
                     penalty.add_gradient_to_grad(self.present_beta * weight * scale)
-                (main * (weight * scale)).backward()  # type: ignore[no-untyped-call]
+                with outside_autocast():
+                    (main * (weight * scale)).backward()  # type: ignore[no-untyped-call]
         if penalty is not None and self.last_step is not None:
             self._micro_batches.append((weight, self.last_step))
         if last:

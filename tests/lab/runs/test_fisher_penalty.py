@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.runs.fisher_penalty import FisherPenaltyGradient
-from support.regularizer_cases import assert_same_bits, mlp, snapshot, with_norm
+from support.regularizer_cases import Float32Island, assert_same_bits, mlp, snapshot, with_norm
 
 DRAWS = 300
 
@@ -78,6 +78,18 @@ def test_both_passes_drop_the_same_units_and_the_penaltys_is_in_float32() -> Non
         FisherPenaltyGradient(model, weight=1.0).backward(F.cross_entropy, torch.randn(4, 6), torch.arange(4) % 3)
     assert [output.dtype for output in outputs] == [torch.bfloat16, torch.float32]
     assert torch.equal(outputs[0] == 0, outputs[1] == 0)
+
+
+def test_a_step_within_autocast_goes_back_through_what_is_float32_in_float32() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = Float32Island(), torch.randn(16, 6), torch.randint(3, (16,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(inputs), targets)
+    expected = torch.autograd.grad(loss, [*model.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        FisherPenaltyGradient(model, weight=1e-30).backward(F.cross_entropy, inputs, targets)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_its_gradient_is_in_float32_too() -> None:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.runs.unit_residuals import UnitResidualGradient
-from support.regularizer_cases import assert_same_bits, assert_same_gradients, gradients_of, mlp, snapshot, with_norm
+from support.regularizer_cases import (
+    Float32Island,
+    assert_same_bits,
+    assert_same_gradients,
+    gradients_of,
+    mlp,
+    snapshot,
+    with_norm,
+)
 
 
 def loss_fn(logits: Tensor, targets: tuple[Tensor, Any]) -> Tensor:
@@ -101,6 +109,19 @@ def test_running_statistics_are_those_after_one_plain_pass() -> None:
     model.load_state_dict(before)
     UnitResidualGradient(model, alpha=0.1, beta=1.0, num_sub_batches=2).backward(loss_fn, inputs, targets)
     assert_same_bits(snapshot(model), expected)
+
+
+def test_a_step_within_autocast_goes_back_through_what_is_float32_in_float32() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = Float32Island(), torch.randn(16, 6), torch.randint(3, (16,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(inputs), targets)
+    expected = torch.autograd.grad(loss, [*model.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        penalty = UnitResidualGradient(model, alpha=1e-4, beta=0.0, num_sub_batches=2)
+        penalty.backward(lambda logits, given: F.cross_entropy(logits, given[0]), inputs, (targets,))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_the_gradient_is_clipped() -> None:

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatminima.lab.runs.rival import Rival
-from flatminima.network import Buffers, Inputs, restored_generators, run_model, true_precision, without_autocast
+from flatminima.network import (
+    Buffers,
+    Inputs,
+    outside_autocast,
+    restored_generators,
+    run_model,
+    true_precision,
+    without_autocast,
+)
 from flatminima.regularizer import LossFunction, Weights, scalar_loss
 from flatminima.torch_compat import differentiable_twice
 
@@ -55,7 +63,8 @@ class FisherPenaltyGradient(Rival):
         parameters = Weights.of(self.model, None).parameters
         with restored_generators(parameters):
             loss = scalar_loss(lambda batch: loss_fn(run_model(self.model, batch), targets), inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with outside_autocast():
+            loss.backward()  # type: ignore[no-untyped-call]
         self._add_penalty(inputs, parameters)
         self.clip(parameters)
         return loss.detach()

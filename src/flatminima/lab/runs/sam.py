@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from flatminima.lab.runs.rival import Rival
-from flatminima.network import Buffers, Inputs, moved, restored_generators, run_model
+from flatminima.network import Buffers, Inputs, moved, outside_autocast, restored_generators, run_model
 from flatminima.regularizer import LossFunction, Weights, scalar_loss
 from flatminima.torch_compat import foreach_mul
 
@@ -31,8 +31,8 @@ class SharpnessAwareGradient(Rival):
     The interface is that of :class:`~flatminima.FisherTraceRegularizer`.
 
     Both passes see the same dropout mask. Running statistics and other buffers are updated by the first pass alone, and
-    the weights are back to the same bits after every step. Both passes run in the precision around them, so autocast
-    works; float16 with a gradient scaler, gradient accumulation and several processes are not supported.
+    the weights are back to the same bits after every step. Both forward passes run in the precision around them, so
+    autocast works; float16 with a gradient scaler, gradient accumulation and several processes are not supported.
 
     Args:
         model: the network; its trainable parameters are float32 or float64.
@@ -79,10 +79,13 @@ class SharpnessAwareGradient(Rival):
         parameters = Weights.of(self.model, None).parameters
         with restored_generators(parameters):
             here = loss()
-            found = torch.autograd.grad(here, parameters, allow_unused=True, materialize_grads=True)
+            with outside_autocast():
+                found = torch.autograd.grad(here, parameters, allow_unused=True, materialize_grads=True)
         ascent = self._ascent(parameters, [part.to_dense() for part in found])
         with moved(parameters, ascent, 1.0), Buffers(self.model).scratch():
-            (self.share * loss()).backward()  # type: ignore[no-untyped-call]
+            there = loss()
+            with outside_autocast():
+                (self.share * there).backward()  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()
         if self.share != 1.0:
             for parameter, part in zip(parameters, found, strict=True):

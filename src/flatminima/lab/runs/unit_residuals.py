@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flatminima.lab.runs.rival import Rival
 from flatminima.losses import CrossEntropy, logit_gradient
-from flatminima.network import Inputs, run_model
+from flatminima.network import Inputs, outside_autocast, run_model
 from flatminima.regularizer import FisherTraceRegularizer, LossFunction, scalar_loss
 
 
@@ -66,7 +66,8 @@ class UnitResidualGradient(Rival):
             return loss_fn(outputs[0], targets)
 
         loss = scalar_loss(main_loss, inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with outside_autocast():
+            loss.backward()  # type: ignore[no-untyped-call]
         directions = logit_gradient(self._loss, outputs[0].detach(), targets[0]).direction
         penalty = self._regularizer.penalize(self._unit_loss, (inputs, directions))
         assert penalty is not None  # it acts on every step

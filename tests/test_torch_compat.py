@@ -400,13 +400,26 @@ def test_leaves_are_those_that_a_backward_pass_accumulates_in() -> None:
     assert torch_compat.leaves_of(fixed.sum()) == []
 
 
-def test_hooks_after_accumulation_are_seen() -> None:
+@pytest.mark.parametrize(
+    ("hooks", "register", "others"),
+    [
+        (torch_compat.gradient_hooks, Tensor.register_hook, torch_compat.post_accumulate_hooks),
+        (
+            torch_compat.post_accumulate_hooks,
+            Tensor.register_post_accumulate_grad_hook,
+            torch_compat.gradient_hooks,
+        ),
+    ],
+    ids=["gradients", "accumulation"],
+)
+def test_hooks_of_a_tensor_are_seen_while_they_are_there(hooks: Any, register: Any, others: Any) -> None:
     weight = torch.nn.Parameter(doubles(3))
-    assert not torch_compat.post_accumulate_hooks(weight)
-    handle = weight.register_post_accumulate_grad_hook(lambda p: None)
-    assert torch_compat.post_accumulate_hooks(weight)
+    assert not hooks(weight)
+    handle = register(weight, lambda _: None)
+    assert hooks(weight)
+    assert not others(weight)
     handle.remove()
-    assert not torch_compat.post_accumulate_hooks(weight)
+    assert not hooks(weight)
 
 
 def test_function_modes_are_counted_and_left() -> None:

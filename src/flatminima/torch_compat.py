@@ -48,6 +48,9 @@ foreach_sub = torch._foreach_sub
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 """How often a tensor has been written to in place: autograd's own counter."""
 
+gradient_hooks: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
+"""What is to see, and may change, every gradient of the tensor (``register_hook``); None or empty without any."""
+
 post_accumulate_hooks: Callable[[Tensor], Any] = attrgetter("_post_accumulate_grad_hooks")
 """What is to run whenever a backward pass has accumulated in the tensor's ``.grad``; None or empty without any."""
 

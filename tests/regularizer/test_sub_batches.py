@@ -377,6 +377,23 @@ def test_weights_that_cannot_be_swapped_are_refused(only_there: bool) -> None:
     assert FisherTraceRegularizer(model).penalize(closure, (inputs, targets)) is not None
 
 
+def test_hooks_on_gradients_run_or_are_refused_whenever_they_come() -> None:
+    """The copies of a parameter do not have its hooks, and the penalty's gradient would silently lack their effect."""
+    model, inputs, targets = make(CASES["mlp"])
+    together = FisherTraceRegularizer(model, passes="together")
+    together.backward(F.cross_entropy, inputs, targets)
+    model.zero_grad()
+    handle = model[2].weight.register_hook(torch.zeros_like)
+    with pytest.raises(FlatminimaError, match=r"parameter 2.weight has a hook.*choose passes='one-by-one'"):
+        together.backward(F.cross_entropy, inputs, targets)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    FisherTraceRegularizer(model).backward(F.cross_entropy, inputs, targets)
+    assert not model[2].weight.grad.any()
+    handle.remove()
+    together.backward(F.cross_entropy, inputs, targets)
+    assert model[2].weight.grad.any()
+
+
 def test_second_derivatives_of_custom_functions_are_refused() -> None:
     """``vmap`` hides that one is marked once_differentiable, and its second derivative would silently be zero."""
     model, inputs, targets = make(Case(lambda: Lambda(OnceDifferentiable.apply)))

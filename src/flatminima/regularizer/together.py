@@ -27,6 +27,7 @@ from flatminima.torch_compat import (
     dynamo_error,
     eager_stance,
     foreach_add,
+    gradient_hooks,
     graph_of,
     own_buffers,
     own_parameters,
@@ -50,6 +51,12 @@ class SubBatchesTogether(SubBatches):
     losses: LossesTogether
 
     def __post_init__(self) -> None:
+        for name, parameter in zip(self.weights.names, self.weights.parameters, strict=True):
+            require(
+                not gradient_hooks(parameter),
+                f"parameter {name} has a hook on its gradient (register_hook), which its copies for sub-batches would "
+                "not run: choose passes='one-by-one'",
+            )
         batch = self.samples()
         self.count = batch_size(batch)
         copies = [_copies(parameter.detach(), self.count) for parameter in self.weights.parameters]

@@ -164,13 +164,14 @@ def test_split_is_a_random_partition_into_near_equal_parts(
 
     regularizer = FisherTraceRegularizer(model, num_sub_batches=num_sub_batches)
     regularizer.backward(loss_fn, inputs, torch.arange(samples))
-    *penalty_batches, main_batch = seen
+    *penalty_batches, looked_at, main_batch = seen
+    assert looked_at == penalty_batches[0]  # once more after the first penalty
     assert penalty_batches[::2] == penalty_batches[1::2]
     assert [len(batch) for batch in penalty_batches[::2]] == sizes
     assert sorted(itertools.chain(*penalty_batches[::2])) == main_batch == list(range(samples))
     if samples == 10:
         regularizer.backward(loss_fn, inputs, torch.arange(samples))
-        assert seen[len(sizes) * 2 + 1 :: 2][: len(sizes)] != penalty_batches[::2]
+        assert seen[len(sizes) * 2 + 2 :: 2][: len(sizes)] != penalty_batches[::2]
 
 
 def test_small_alpha_gives_the_hessian_vector_product() -> None:

@@ -153,7 +153,7 @@ def test_batches_of_several_loaders_are_split_side_by_side() -> None:
     trainer = quiet_trainer(callback, max_steps=1)
     trainer.fit(module, lightning.utilities.CombinedLoader(loaders, "min_size"))
 
-    pieces = parts[::2]  # of each piece two passes
+    pieces = parts[:-1:2]  # of each piece two passes, and the last looks at the first once more
     assert [(len(piece["a"][0]), len(piece["b"][0])) for piece in pieces] == [(2, 6)] * 4
     for name, size in (("a", 8), ("b", 24)):
         rows = torch.cat([piece[name][0] for piece in pieces])
@@ -217,6 +217,17 @@ def test_refuses_what_lightning_owns_and_manual_optimization() -> None:
     module.automatic_optimization = False
     with pytest.raises(FlatminimaError, match="Module optimizes manually"):
         fit(module, integration.FisherTraceCallback())
+
+
+@pytest.mark.parametrize("beta", [0.0, 20.0])
+def test_refuses_an_optimizer_that_evaluates_elsewhere_than_the_penalty(beta: float) -> None:
+    class SecondOrder(module_type()):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), max_iter=3)
+
+    with pytest.raises(FlatminimaError, match=r"evaluates its closure more than once a step \(as LBFGS does\)"):
+        fit(SecondOrder(), integration.FisherTraceCallback(beta=beta))
+    fit(SecondOrder(), integration.FisherTraceCallback(start_step=1000))
 
 
 @pytest.mark.parametrize("never_logs", [{"log_every_n_steps": 0}, {"barebones": True}])

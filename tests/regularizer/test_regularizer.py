@@ -555,6 +555,26 @@ def run_steps(regularizer: FisherTraceRegularizer, model: nn.Module, inputs: Any
                 parameter -= 0.1 * parameter.grad
 
 
+def test_every_evaluation_of_a_closure_counts_unless_the_loop_says_which_step_it_is() -> None:
+    model, inputs, targets = make(CASES["mlp"])
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    regularizer = FisherTraceRegularizer(model, every=2, start_step=3)
+    evaluations = 0
+
+    def closure(step: int | None = None) -> Tensor:
+        nonlocal evaluations
+        optimizer.zero_grad()
+        if step is not None:
+            regularizer.step = step
+        evaluations += 1
+        return regularizer.backward(F.cross_entropy, inputs, targets)
+
+    optimizer.step(closure)
+    assert 1 < evaluations == regularizer.step
+    optimizer.step(lambda: closure(step=7))
+    assert regularizer.step == 8
+
+
 def test_schedule_is_that_of_plain_and_penalized_steps() -> None:
     """From step 3 on, every second step, β doubled, rising over 4 steps: β · 2 · (1/4, 3/4, 1, ...) at 3, 5, 7, ..."""
     model, inputs, targets = make(CASES["mlp"])

@@ -50,8 +50,8 @@ class FisherTraceCallback(Callback):
 
     Raises:
         FlatminimaError: for arguments out of range (when training starts), manual optimization, a ``training_step``
-            that takes a ``dataloader_iter``, FSDP1 (``FSDPStrategy``), tensor parallelism, or sharding that leaves
-            trainable parameters whole.
+            that takes a ``dataloader_iter``, an optimizer that evaluates its closure more than once a step, FSDP1
+            (``FSDPStrategy``), tensor parallelism, or sharding that leaves trainable parameters whole.
     """
 
     def __init__(self, *, log: bool = True, **options: Any) -> None:
@@ -59,6 +59,7 @@ class FisherTraceCallback(Callback):
         self.regularizer: FisherTraceRegularizer | None = None
         self._log = log
         self._penalty: Penalty | None = None
+        self._is_added = False  # to the gradient of this batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the module."""
@@ -76,6 +77,7 @@ class FisherTraceCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Compute the penalty; Lightning zeroes ``.grad`` later on."""
         assert self.regularizer is not None
+        self._is_added = False
         self.regularizer.step = trainer.global_step
         several = isinstance(trainer.train_dataloader, (dict, list, tuple))
         split = _several(batch, self.regularizer.num_sub_batches) if several else batch
@@ -87,6 +89,13 @@ class FisherTraceCallback(Callback):
         """Add the penalty's gradient."""
         if self._penalty is None or self.regularizer is None:
             return
+        if self._is_added:
+            raise FlatminimaError(
+                "the optimizer evaluates its closure more than once a step (as LBFGS does), at weights that the "
+                "penalty was not computed at: choose another optimizer, or optimize manually and call "
+                "FisherTraceRegularizer.backward in the closure"
+            )
+        self._is_added = True
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale: Any = 1.0 if scaler is None else scaler.scale(torch.ones_like(self._penalty.value))
         self._penalty.add_gradient_to_grad(self.regularizer.present_beta / trainer.accumulate_grad_batches * scale)

@@ -49,6 +49,8 @@ class FisherTraceRegularizer:
 
     The penalty's passes run in float32, whatever the main pass uses, on copies of the buffers, and both passes of a
     sub-batch see one dropout mask. Weights are back to the same bits after every step, also when ``loss_fn`` raises.
+    Optimizers that evaluate a closure several times a step (LBFGS) may call ``backward`` in it; every evaluation draws
+    sub-batches of its own and counts as a step in ``every``, ``start_step`` and ``warmup_steps``.
     Models may be compiled, in ``DistributedDataParallel`` or under FSDP2 (``fully_shard``); compile the model, not the
     training step. ``docs/ideas/regularizer.md`` has all of this at length.
 

@@ -179,7 +179,8 @@ class FisherTraceRegularizer:
         """Add ∇[L + βR_α] to ``.grad``, as ``loss.backward()`` adds ∇L, then clip ``.grad``.
 
         Gradient accumulation: with K micro-batches per optimizer step, call this for each with ``weight=1/K``, and with
-        ``last=False`` for all but the last. Every micro-batch is split into M sub-batches.
+        ``last=False`` for all but the last. Every micro-batch is split into M sub-batches. After an error or an
+        interruption (Ctrl-C) begin the step anew, with ``zero_grad``.
 
         Args:
             loss_fn: ``loss_fn(model_output, targets)`` → scalar, a mean over the samples.

@@ -328,6 +328,24 @@ def test_the_store_of_a_process_group_is_the_one_its_processes_share() -> None:
 
 
 @needs_distributed
+def test_ddp_hands_on_buffers_where_its_forward_would() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.BatchNorm1d(2))
+        calls = dist.distributed_c10d._get_default_group()._get_sequence_number_for_group
+        exchanges = []
+        for is_due in (True, False):
+            model.require_forward_param_sync = is_due
+            before = calls()
+            torch_compat.hand_on_buffers(model)
+            exchanges.append(calls() - before)
+        assert exchanges[0] > 0
+        assert exchanges[1] == 0
+    finally:
+        dist.destroy_process_group()
+
+
+@needs_distributed
 def test_fsdp2_gathers_by_a_function_that_is_watched() -> None:
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 

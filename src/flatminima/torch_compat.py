@@ -390,6 +390,15 @@ def process_group_store(group: Any) -> Any:
     return dist.distributed_c10d._get_process_group_store(group)
 
 
+def hand_on_buffers(model: Any) -> None:
+    """What ``DistributedDataParallel`` does with buffers before its forward pass, if it is due.
+
+    By default that is to copy those of the first process to all, after every exchange of gradients.
+    """
+    if model._check_sync_bufs_pre_fwd():
+        model._sync_buffers()
+
+
 def has_reshard_switches(module: Any) -> bool:
     """Whether an FSDP2 module can be told not to reshard after its forward pass, which older versions cannot."""
     return hasattr(module, "set_reshard_after_forward")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,16 @@ from flatminima.errors import FlatminimaError
 from flatminima.regularizer.regularizer import FisherTraceRegularizer
 from flatminima.torch_compat import has_reshard_switches
 from support.collectives import counted_collectives, run_in_processes
-from support.regularizer_cases import CASES, SEED, assert_same_bits, assert_same_gradients, gradients_of, make, snapshot
+from support.regularizer_cases import (
+    CASES,
+    SEED,
+    assert_same,
+    assert_same_bits,
+    assert_same_gradients,
+    gradients_of,
+    make,
+    snapshot,
+)
 
 PROCESSES = 2
 OPTIONS: dict[str, Any] = {"alpha": 0.05, "beta": 3.0, "max_grad_norm": 0.5}
@@ -85,6 +95,8 @@ def in_each_process(rank: int, folder: str) -> None:
         regularizer.backward(F.cross_entropy, inputs[part], targets[part], weight=1 / 3, last=k == 2)
     results["accumulated"] = (gradients_of(model), exchanges(), regularizer.diagnostics()["grad_norm"])
 
+    results["ways of DDP"] = [as_ddp_trains(rank, ours=ours) for ours in (False, True)]
+
     model, inputs, targets = make(CASES["batchnorm"], samples=13)  # 7 and 6 sub-batches of one
     model.eval()
     wrapped = DistributedDataParallel(model)
@@ -107,6 +119,41 @@ def in_each_process(rank: int, folder: str) -> None:
         results["sharded"] = under_fsdp(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+class UsedByTheFirst(nn.Module):
+    """Has a layer that only the first process's loss uses, one that none uses, one that DDP ignores, and BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.ours, self.unused, self.ignored = nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Any) -> Any:
+        output = self.head(torch.tanh(self.norm(self.layer(x)))) + self.ignored(x)
+        return output + self.ours(x) if dist.get_rank() == 0 else output
+
+
+def as_ddp_trains(rank: int, *, ours: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Gradients after two plain steps of two micro-batches, and the buffers after each micro-batch; by DDP or by us."""
+    torch.manual_seed(SEED)
+    model = UsedByTheFirst().double()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["ignored.weight", "ignored.bias"])
+    inputs, targets = torch.randn(2, 4, 6, 6).double()[rank], torch.randint(3, (2, 4, 6))[rank]
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    regularizer = FisherTraceRegularizer(wrapped, num_sub_batches=1, beta=0.0, main_gradient="sub-batches")
+    buffers = []
+    for i, last in enumerate((False, True, False, True)):
+        if ours:
+            regularizer.backward(F.cross_entropy, inputs[i], targets[i], weight=0.5, last=last)
+        else:
+            with contextlib.nullcontext() if last else wrapped.no_sync():
+                (F.cross_entropy(wrapped(inputs[i]), targets[i]) * 0.5).backward()
+        buffers.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+        gradients = gradients_of(model)
+        if last:
+            model.zero_grad()
+    return gradients, buffers
 
 
 def can_train_sharded() -> bool:
@@ -346,6 +393,19 @@ def test_errors_with_shared_weights(sharded_processes: list[dict[str, Any]], nam
 def test_uneven_batches_of_shared_weights_end(sharded_processes: list[dict[str, Any]]) -> None:
     first, second = (found["uneven"] for found in sharded_processes)
     assert_same_gradients(first, second)
+
+
+def test_a_gradient_of_sub_batches_leaves_what_ddp_leaves(processes: list[dict[str, Any]]) -> None:
+    """No gradient where no process has one, this process's own where DDP ignores it; buffers of the first process."""
+    for found in processes:
+        (gradients, buffers), (ours, our_buffers) = found["ways of DDP"]
+        assert gradients["unused.weight"] is None
+        assert gradients["ours.weight"] is not None
+        assert_same_gradients(ours, gradients)
+        assert_same(our_buffers, buffers)
+    (_, first), (_, second) = (found["ways of DDP"][0] for found in processes)
+    assert not torch.equal(first[-1]["norm.running_mean"], second[-1]["norm.running_mean"])
+    assert not torch.equal(*(found["ways of DDP"][0][0]["ignored.weight"] for found in processes))
 
 
 def test_uneven_batches_end(processes: list[dict[str, Any]]) -> None:

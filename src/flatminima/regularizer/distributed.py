@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatminima.errors import FlatminimaError
 from flatminima.network import replaced_forward
 from flatminima.parallel import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
-from flatminima.torch_compat import BatchNorm, has_reshard_switches
+from flatminima.torch_compat import BatchNorm, hand_on_buffers, has_reshard_switches
 
 
 @contextmanager
@@ -88,8 +88,26 @@ def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[Any]:
     return nullcontext() if wanted or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
+@contextmanager
+def in_place_of_main_forward(model: nn.Module, *, exchanged: bool) -> Iterator[None]:
+    """Hand on the first process's buffers where DDP's forward, which else does it, does not run.
+
+    Args:
+        model: the model; nothing is done for one that is not DDP's.
+        exchanged: whether gradients are exchanged next. DDP hands buffers on before the first forward after that.
+    """
+    if isinstance(model, DistributedDataParallel):
+        hand_on_buffers(model)
+    yield
+    if isinstance(model, DistributedDataParallel):
+        model.require_forward_param_sync = exchanged
+
+
 def average_gradients(model: nn.Module, parameters: dict[str, Tensor]) -> None:
     """The exchange of gradients where the main pass, which else does it, did not run.
+
+    As after DDP's own, a parameter without a gradient on any process has none, and one that DDP was told to ignore
+    keeps its process's own.
 
     Args:
         model: the model; nothing is done for one that is neither DDP's nor FSDP2's.
@@ -99,12 +117,17 @@ def average_gradients(model: nn.Module, parameters: dict[str, Tensor]) -> None:
         _reduce_to_shards(model, parameters)
     if not isinstance(model, DistributedDataParallel):
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters.values()]
-    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    ignored = {f"module.{name}" for name in model.parameters_to_ignore}
+    exchanged = [parameter for name, parameter in parameters.items() if name not in ignored]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in exchanged]
+    having = torch.tensor([p.grad is not None for p in exchanged], device="cpu").to(gradients[0])
+    joined = torch.cat([*(gradient.flatten() for gradient in gradients), having])  # one exchange for both
     dist.all_reduce(joined, group=model.process_group)
     joined /= dist.get_world_size(model.process_group)
-    parts = torch.split(joined, [gradient.numel() for gradient in gradients])
-    for parameter, gradient, part in zip(parameters.values(), gradients, parts, strict=True):
+    *parts, having = torch.split(joined, [*(gradient.numel() for gradient in gradients), len(exchanged)])
+    for i, (parameter, gradient, part) in enumerate(zip(exchanged, gradients, parts, strict=True)):
+        if parameter.grad is None and not having[i]:
+            continue
         is_sparse = parameter.grad is not None and parameter.grad.is_sparse
         parameter.grad = part.view_as(gradient).to_sparse(1) if is_sparse else gradient.copy_(part.view_as(gradient))
 

@@ -12,6 +12,7 @@ and no derivative passes through g_i, so its gradient is a finite difference of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import torch
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from flatminima.choices import Estimator, MainGradient
 from flatminima.errors import require, require_integer, require_number, require_positive
 from flatminima.network import BatchStatistics, Before, Inputs, device_of, outside_autocast, require_usable, run_model
-from flatminima.regularizer.distributed import average_gradients, exchange, gathered_weights, refuse_other_sharding
+from flatminima.regularizer.distributed import (
+    average_gradients,
+    exchange,
+    gathered_weights,
+    in_place_of_main_forward,
+    refuse_other_sharding,
+)
 from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
 from flatminima.regularizer.passes import PassesName, passes_for
 from flatminima.regularizer.penalty import Penalty, PenaltySettings, require_finite
@@ -255,10 +262,12 @@ class FisherTraceRegularizer:
         self, closure: Closure, batch: Any, weight: float, last: bool, scaler: torch.amp.GradScaler | None
     ) -> Tensor:
         scale = 1.0 if scaler is None else _scale_of(scaler, self.model)
-        if self.main_gradient == "sub-batches" and self.is_due:
+        is_main = self.is_due and self.main_gradient == "sub-batches"
+        if is_main:
             refuse_accumulation_hooks(self.model)
-        penalty = self.penalize(closure, batch)
-        if penalty is not None and self.main_gradient == "sub-batches":
+        with in_place_of_main_forward(self.model, exchanged=last) if is_main else nullcontext():
+            penalty = self.penalize(closure, batch)
+        if penalty is not None and is_main:
             loss = penalty.loss
             require(any(penalty.used), NOT_DIFFERENTIABLE)
             penalty.add_gradient_to_grad(self.present_beta * weight * scale)

@@ -95,6 +95,18 @@ def in_each_process(rank: int, folder: str) -> None:
         regularizer.backward(F.cross_entropy, inputs[part], targets[part], weight=1 / 3, last=k == 2)
     results["accumulated"] = (gradients_of(model), exchanges(), regularizer.diagnostics()["grad_norm"])
 
+    for main_gradient in ("whole-batch", "sub-batches"):
+        model, inputs, targets = make(CASES["mlp"], samples=12)
+        wrapped = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+        regularizer = FisherTraceRegularizer(wrapped, num_sub_batches=3, main_gradient=main_gradient, **OPTIONS)
+        for k in range(2):
+            part = slice(rank * 6 + 3 * k, rank * 6 + 3 * k + 3)
+            regularizer.backward(F.cross_entropy, inputs[part], targets[part], weight=1 / 2, last=k == 1)
+        results[f"compiled {main_gradient}"] = (gradients_of(model), 0, regularizer.diagnostics()["grad_norm"])
+    calls = count_collectives()
+    regularizer.penalize(lambda batch, m=wrapped: F.cross_entropy(m(batch[0]), batch[1]), (inputs, targets))
+    results["collectives of the compiled penalty"] = calls()
+
     results["ways of DDP"] = [as_ddp_trains(rank, ours=ours) for ours in (False, True)]
 
     model, inputs, targets = make(CASES["batchnorm"], samples=13)  # 7 and 6 sub-batches of one
@@ -331,6 +343,13 @@ def test_two_processes_are_one_with_the_joined_batch(
         assert exchanges == (0 if name == "sub-batches" else 1)
 
 
+@pytest.mark.parametrize("main_gradient", ["whole-batch", "sub-batches"])
+def test_a_model_compiled_around_ddp_is_trained_as_ddp_is(processes: list[dict[str, Any]], main_gradient: str) -> None:
+    """Two micro-batches of three sub-batches of one sample each; the penalty's passes exchange nothing."""
+    assert_joined(processes, f"compiled {main_gradient}", "mlp", {})
+    assert [found["collectives of the compiled penalty"] for found in processes] == [0] * PROCESSES
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_two_processes_that_share_the_weights_are_one_with_the_joined_batch(
     sharded_processes: list[dict[str, Any]], name: str
@@ -358,11 +377,11 @@ def test_layers_may_share_their_weights_without_an_outermost_module(sharded_proc
     assert_joined(sharded_processes, "layers on their own", "mlp", {})
 
 
-def assert_joined(sharded_processes: list[dict[str, Any]], name: str, case: str, options: dict[str, Any]) -> None:
+def assert_joined(processes: list[dict[str, Any]], name: str, case: str, options: dict[str, Any]) -> None:
     model, inputs, targets = make(CASES[case], samples=12)
     regularizer = FisherTraceRegularizer(model, num_sub_batches=12, **OPTIONS, **options)
     regularizer.backward(F.cross_entropy, inputs, targets)
-    for gradients, _, grad_norm in (found[name] for found in sharded_processes):
+    for gradients, _, grad_norm in (found[name] for found in processes):
         assert_same_gradients(gradients, gradients_of(model))
         assert grad_norm == pytest.approx(regularizer.diagnostics()["grad_norm"])
 

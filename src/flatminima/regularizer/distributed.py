@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flatminima.errors import FlatminimaError
 from flatminima.network import replaced_forward
 from flatminima.parallel import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
-from flatminima.torch_compat import BatchNorm, hand_on_buffers, has_reshard_switches
+from flatminima.torch_compat import BatchNorm, hand_on_buffers, has_reshard_switches, uncompiled
 
 
 @contextmanager
@@ -29,11 +29,18 @@ def this_process_alone(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(replaced_forward(module, module.module.__call__))
+            parallel = data_parallel(module)
+            if parallel is not None:  # compiled around DDP, the exchanges are in the graph: it is not run at all
+                stack.enter_context(replaced_forward(module, parallel.module.__call__))
             elif isinstance(module, nn.SyncBatchNorm):
                 stack.enter_context(replaced_forward(module, BatchNorm.forward.__get__(module)))
         yield
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """The model as DDP's, compiled around it (``torch.compile(DistributedDataParallel(...))``) or not; None if not."""
+    inner = uncompiled(model)
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 @contextmanager
@@ -85,7 +92,8 @@ def exchange(model: nn.Module, *, wanted: bool) -> AbstractContextManager[Any]:
     """Let the main pass exchange gradients between processes, or not."""
     for module in fsdp_modules(model):
         module.set_requires_gradient_sync(wanted, recurse=False)
-    return nullcontext() if wanted or not isinstance(model, DistributedDataParallel) else model.no_sync()
+    parallel = data_parallel(model)
+    return nullcontext() if wanted or parallel is None else parallel.no_sync()
 
 
 @contextmanager
@@ -96,11 +104,12 @@ def in_place_of_main_forward(model: nn.Module, *, exchanged: bool) -> Iterator[N
         model: the model; nothing is done for one that is not DDP's.
         exchanged: whether gradients are exchanged next. DDP hands buffers on before the first forward after that.
     """
-    if isinstance(model, DistributedDataParallel):
-        hand_on_buffers(model)
+    parallel = data_parallel(model)
+    if parallel is not None:
+        hand_on_buffers(parallel)
     yield
-    if isinstance(model, DistributedDataParallel):
-        model.require_forward_param_sync = exchanged
+    if parallel is not None:
+        parallel.require_forward_param_sync = exchanged
 
 
 def average_gradients(model: nn.Module, parameters: dict[str, Tensor]) -> None:
@@ -115,15 +124,16 @@ def average_gradients(model: nn.Module, parameters: dict[str, Tensor]) -> None:
     """
     if fsdp_modules(model):
         _reduce_to_shards(model, parameters)
-    if not isinstance(model, DistributedDataParallel):
+    parallel = data_parallel(model)
+    if parallel is None:
         return
-    ignored = {f"module.{name}" for name in model.parameters_to_ignore}
-    exchanged = [parameter for name, parameter in parameters.items() if name not in ignored]
+    ignored = {id(p) for name, p in parallel.module.named_parameters() if name in parallel.parameters_to_ignore}
+    exchanged = [parameter for parameter in parameters.values() if id(parameter) not in ignored]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in exchanged]
     having = torch.tensor([p.grad is not None for p in exchanged], device="cpu").to(gradients[0])
     joined = torch.cat([*(gradient.flatten() for gradient in gradients), having])  # one exchange for both
-    dist.all_reduce(joined, group=model.process_group)
-    joined /= dist.get_world_size(model.process_group)
+    dist.all_reduce(joined, group=parallel.process_group)
+    joined /= dist.get_world_size(parallel.process_group)
     *parts, having = torch.split(joined, [*(gradient.numel() for gradient in gradients), len(exchanged)])
     for i, (parameter, gradient, part) in enumerate(zip(exchanged, gradients, parts, strict=True)):
         if parameter.grad is None and not having[i]:

@@ -14,7 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError, require
 from flatminima.network import Buffers, batch_size, map_tensors, moved, sound_batchnorm, take, taker, tensors_of
-from flatminima.torch_compat import TensorWeakRef, leaves_of, needs_more_than_one_sample, post_accumulate_hooks
+from flatminima.torch_compat import (
+    TensorWeakRef,
+    leaves_of,
+    needs_more_than_one_sample,
+    post_accumulate_hooks,
+    uncompiled,
+)
 
 NOT_DIFFERENTIABLE = "the loss does not depend on a trainable parameter: is gradient recording switched off?"
 
@@ -110,14 +116,15 @@ class Weights:
         Raises:
             FlatminimaError: if there are none, they are in half precision, or the model is in DataParallel.
         """
-        outermost, *inner = model.modules()
+        outermost = uncompiled(model)
+        inner = [module for module in model.modules() if module not in (model, outermost)]
         require(
             not any(isinstance(module, nn.DataParallel) for module in (outermost, *inner)),
             "DataParallel is not supported: use DistributedDataParallel, or train on one device with the inner module",
         )
         require(
             not any(isinstance(module, DistributedDataParallel) for module in inner),
-            "DistributedDataParallel must be the outermost module: wrap the whole model",
+            "DistributedDataParallel must be the outermost module (but for torch.compile): wrap the whole model",
         )
         trainable: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         require(

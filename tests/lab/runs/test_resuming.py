@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,6 +68,49 @@ def test_stop_is_given_the_validation_error_and_changes_nothing_by_asking(tmp_pa
     train(shorter, tmp_path)
     history = RunFolder.of(tmp_path, shorter).read_history()
     assert [error for _, _, error in given[1:]] == [record.validation_error for record in history[:2]]
+
+
+OWN_DRAWS = """
+import random
+import numpy as np
+import torch
+
+class Drawing(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, num_classes)
+        self.layer.weight.data.mul_(random.random()).add_(float(np.random.normal()))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.layer(x * (random.random() + np.random.normal()) if self.training else x)
+"""
+
+
+def global_states() -> tuple[Any, ...]:
+    """Where Python's and numpy's generators stand."""
+    return random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002 (that one is meant)
+
+
+def test_a_network_of_ones_own_may_draw_from_any_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python's and numpy's as from torch's: a run is the same again, and where it was interrupted."""
+    (tmp_path / "drawing_networks.py").write_text(OWN_DRAWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    regularized = replace(EVERYTHING, model="drawing_networks:Drawing", augmentation="no-aug", precision="32-true")
+    for name, spec in {"plain": replace(PLAIN, model="drawing_networks:Drawing"), "regularized": regularized}.items():
+        found = []
+        for number, way in enumerate(("whole", "again", "parts")):
+            root = tmp_path / name / way
+            if way == "parts":
+                with pytest.raises(TrainingStopped):
+                    train(spec, root, stop=lambda epoch, of, error: epoch == 1)
+            random.seed(number)
+            np.random.seed(number)  # noqa: NPY002 (that one is meant)
+            before = global_states()
+            train(spec, root)
+            assert global_states() == before  # the caller's random numbers are not touched
+            found.append(bits(root, spec))
+        assert found[1:] == found[:1] * 2
 
 
 def test_another_seed_gives_another_run(tmp_path: Path, uninterrupted: Path) -> None:

@@ -31,7 +31,7 @@ from flatminima.lab.runs.sets import code_of_model, digest_of_images, initial_ne
 from flatminima.lab.schema import RECORD, parse, plain
 from flatminima.lab.storage import digest_of
 from flatminima.measures import Characterization, Comparison, compare, comparison_of, measure
-from flatminima.network import float64_device
+from flatminima.network import float64_device, restored_generators
 from flatminima.progress import track, track_parts
 
 _FROM_INITIAL = "distance_from_initialization"
@@ -125,7 +125,7 @@ def measure_run(path: Path, how: Measuring, *, device: str = "auto", progress: b
 
 
 def _new_answer(folder: RunFolder, how: Measuring, asked: dict[str, Any], device: str, progress: bool) -> KeptMeasures:
-    with torch.random.fork_rng([]):  # building a network draws its weights
+    with restored_generators(()):  # building a network draws its weights
         spec, model, clean, _ = load_run(folder.path)
         initial = initial_network(spec, clean).state_dict()
     with folder.watched() as note, recorded_warnings() as recorded:

@@ -20,7 +20,7 @@ from flatminima.errors import NonFiniteError
 from flatminima.lab.data import ImageSet, augment
 from flatminima.lab.networks import assign_weights
 from flatminima.lab.runs.records import EpochRecord, EpochSums, ResumePoint, RunResult
-from flatminima.lab.runs.sets import TrainingSets, code_of_model, initial_network
+from flatminima.lab.runs.sets import TrainingSets, code_of_model, initial_network, seed_python_and_numpy
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec, derived_seed
 from flatminima.lab.runs.ways import way_of
 from flatminima.measures import evaluate
@@ -113,15 +113,16 @@ class Session:
         self.iteration += 1
 
     def _seed(self, seed: int) -> None:
-        """Seed what the update draws from.
+        """Seed what the update draws from, anew for each, so that a resumed run draws the same.
 
-        On a CPU that one generator: ``torch.manual_seed`` would note down the stack for every other kind of device
-        that is not there, at a third of a small network's update, and keep the notes.
+        Of torch's, on a CPU that one generator: ``torch.manual_seed`` would note down the stack for every other kind of
+        device that is not there, at a third of a small network's update, and keep the notes.
         """
         if self.fabric.device.type == "cpu":
             torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)
+        seed_python_and_numpy(seed)
 
     def read(self) -> None:
         """Add what the updates have observed since the last reading to the epoch's sums.

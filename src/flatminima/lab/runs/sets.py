@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -58,14 +60,22 @@ def load_sets(spec: RunSpec, *, cache_dir: Path | None = None) -> TrainingSets:
 
 
 def initial_network(spec: RunSpec, images: ImageSet) -> nn.Module:
-    """The network as the run begins, on the CPU; its weights follow from the spec's seed, which torch is given.
+    """The network as the run begins, on the CPU; its weights follow from the spec's seed, given to all generators.
 
     Args:
         spec: the run's.
         images: some of its images.
     """
-    torch.manual_seed(derived_seed(spec.seed, "weights", 0))
+    seed = derived_seed(spec.seed, "weights", 0)
+    torch.manual_seed(seed)
+    seed_python_and_numpy(seed)
     return new_network(spec.model, images)
+
+
+def seed_python_and_numpy(seed: int) -> None:
+    """Seed the global generators that are not torch's: a user's own network may draw from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (that one is meant; it takes no larger seeds)
 
 
 def code_of_model(model: str) -> dict[str, str]:

@@ -35,7 +35,7 @@ from flatminima.lab.runs.session import Session, processes_of
 from flatminima.lab.runs.sets import TrainingSets, has_changed_code, load_sets
 from flatminima.lab.runs.spec import RegularizerSpec, RunSpec
 from flatminima.lab.runs.ways import name_of
-from flatminima.network import float32_products
+from flatminima.network import float32_products, restored_generators
 from flatminima.parallel import Processes
 from flatminima.progress import ProgressBar, silent
 
@@ -305,7 +305,10 @@ def _describe(environment: object) -> str:
 def _reproducible(*, tf32: bool) -> Iterator[None]:
     """Leave the caller's random state and settings alone, ask cuDNN for deterministic kernels, and choose float32's."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices), float32_products(tf32=tf32), contextlib.ExitStack() as restored:
+    with contextlib.ExitStack() as restored:
+        restored.enter_context(restored_generators(()))  # Python's and numpy's, too
+        restored.enter_context(torch.random.fork_rng(devices))
+        restored.enter_context(float32_products(tf32=tf32))
         for name, value in {"enabled": True, "benchmark": False, "deterministic": True}.items():
             restored.callback(setattr, torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
             setattr(torch.backends.cudnn, name, value)

@@ -9,8 +9,9 @@ from flatminima.gramian.factored import (
     log_determinant_parts,
     numerical_rank,
 )
+from flatminima.gramian.memory import default_budget
 from flatminima.gramian.parts import trainable_parameters, trainable_parts
-from flatminima.gramian.planning import Plan, default_budget
+from flatminima.gramian.planning import Plan
 from flatminima.gramian.products import times_own_transpose, times_transposes
 
 __all__ = [

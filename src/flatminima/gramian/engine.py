@@ -27,10 +27,10 @@ from flatminima.gramian.autograd import (
 )
 from flatminima.gramian.checks import Checks, Reference
 from flatminima.gramian.factored import FactoredGram
+from flatminima.gramian.memory import default_budget
 from flatminima.gramian.parts import Part, common_dtype, trainable_parts
 from flatminima.gramian.planning import (
     Plan,
-    default_budget,
     first_dimension,
     make_plan,
     pass_bytes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,6 @@ from flatminima.errors import FlatminimaError
 from flatminima.network import Inputs, RefusedAutocast, call_model, explained_errors, tensors_of
 from flatminima.parallel import is_sharded
 from flatminima.torch_compat import hides_what_is_saved
-
-FREE_SHARE = 0.5
-"""The part of the free memory that is used if the user names no budget."""
 
 EFFICIENT_CHUNK = 8
 """Samples in a pass below which it takes notably longer per sample. Beyond, memory is better spent on rows of J."""
@@ -116,27 +112,10 @@ def make_plan(
     return min(plans, key=lambda plan: len(plan.passes))
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes that are used where the user names no budget."""
-    return int(FREE_SHARE * free_bytes(device))
-
-
 _GRADIENTS_NEED_FLOAT32 = (
     "where gradients would be rounded to half precision: measure copy.deepcopy(model).double(), which autocast leaves "
     "alone, or the model inside"
 )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 8 * 2**30  # where the system does not tell: what a laptop has to spare
 
 
 def pass_bytes(model: nn.Module, inputs: Inputs) -> int:

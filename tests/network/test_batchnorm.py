@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from flatminima.gramian import factored_gram
 from flatminima.network import batch_statistics, chunk_statistics, sound_batchnorm
 
 torch.manual_seed(0)
@@ -102,3 +105,21 @@ def test_gradients_of_one_sample_are_right_inside(name: str) -> None:
 @pytest.mark.xfail(strict=True, reason="PyTorch's own fault (2.13): once mended, sound_batchnorm can go")
 def test_pytorchs_own_gradients_of_one_sample_are_right(name: str) -> None:
     assert off_by_one_sample(NORMALIZATIONS[name]) < 1e-12
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo backend")
+def test_synchronized_batchnorm_takes_a_chunks_statistics_from_this_process_alone() -> None:
+    """It would join them with those of other processes' trials; on a CPU it raises where it tries to."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4).double(), torch.arange(12) % 3
+    plain = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    assert isinstance(synchronized[1], nn.SyncBatchNorm)
+    expected = factored_gram(plain, x, y, batchnorm=4).matrix()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert torch.equal(factored_gram(synchronized, x, y, batchnorm=4).matrix(), expected)
+        with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
+            synchronized(x)  # as before
+    finally:
+        dist.destroy_process_group()

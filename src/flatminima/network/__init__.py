@@ -7,13 +7,20 @@ from flatminima.network.batches import (
     call_model_without_graph,
     device_of,
     map_tensors,
+    replaced_forward,
     run_model,
     take,
     taker,
     tensors_of,
     to_device,
 )
-from flatminima.network.batchnorm import BatchStatistics, batch_statistics, chunk_statistics, sound_batchnorm
+from flatminima.network.batchnorm import (
+    BatchStatistics,
+    batch_statistics,
+    chunk_statistics,
+    sound_batchnorm,
+    this_process_statistics,
+)
 from flatminima.network.digests import Digest, add_tensor
 from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
@@ -24,7 +31,6 @@ from flatminima.network.modes import (
     evaluating,
     frozen,
     moved,
-    replaced_forward,
     without_autocast,
 )
 from flatminima.network.precision import (
@@ -97,6 +103,7 @@ __all__ = [
     "take",
     "taker",
     "tensors_of",
+    "this_process_statistics",
     "to_device",
     "true_precision",
     "undisturbed",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flatminima.errors import require
+from flatminima.network.batches import replaced_forward
 from flatminima.torch_compat import BatchNorm, hold, own_buffers, scripted_batch_norms
 
 BatchStatistics = Literal["sub-batch", "whole-batch", "running"]
@@ -53,12 +54,25 @@ class _GradientsOfTheirOwn(TorchFunctionMode):
 
 @contextmanager
 def chunk_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm layers of a model in evaluation mode normalize by what they are run on; running statistics stay."""
+    """BatchNorm layers of a model in evaluation mode normalize by what they are run on; running statistics stay.
+
+    What this process runs them on: SyncBatchNorm would join it with what others run, another trial's samples.
+    """
     _refuse_scripted(model)
     layers = _layers(model)
-    with _restored(layers):
+    with _restored(layers), this_process_statistics(model):
         for layer in layers.values():
             layer.training, layer.track_running_stats = True, False
+        yield
+
+
+@contextmanager
+def this_process_statistics(model: nn.Module) -> Iterator[None]:
+    """SyncBatchNorm normalizes as BatchNorm does, by what this process runs it on, and exchanges nothing."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                stack.enter_context(replaced_forward(module, BatchNorm.forward.__get__(module)))
         yield
 
 

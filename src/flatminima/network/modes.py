@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flatminima.errors import FlatminimaError
-from flatminima.network.batches import device_of
+from flatminima.network.batches import device_of, replaced_forward
 from flatminima.network.batchnorm import sound_batchnorm
 from flatminima.network.precision import PENALTIES_NEED_FLOAT32, true_precision
 from flatminima.torch_compat import foreach_add_, foreach_copy_, hold, own_buffers, own_parameters, without_checkpoints
@@ -164,17 +164,3 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 def _refuse_autocast(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     if torch.is_autocast_enabled(device_of(module).type):
         raise FlatminimaError(f"the model switches autocast on inside its forward, {PENALTIES_NEED_FLOAT32}")
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module(...)`` call ``forward`` instead of its own."""
-    before = module.__dict__.get("forward")
-    try:
-        module.__dict__["forward"] = forward
-        yield
-    finally:
-        if before is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = before

@@ -1,5 +1,6 @@
 """Several processes: what they exchange, and models whose parameters they share."""
 
+from flatminima.parallel.ddp import data_parallel, without_exchanges
 from flatminima.parallel.fsdp import (
     fsdp_modules,
     gathered_parameters,
@@ -15,6 +16,7 @@ from flatminima.parallel.processes import Processes
 
 __all__ = [
     "Processes",
+    "data_parallel",
     "fsdp_modules",
     "gathered_parameters",
     "is_sharded",
@@ -24,4 +26,5 @@ __all__ = [
     "shard_of",
     "shared",
     "whole",
+    "without_exchanges",
 ]

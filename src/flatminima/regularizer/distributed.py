@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from flatminima.errors import FlatminimaError
-from flatminima.network import replaced_forward
-from flatminima.parallel import fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
-from flatminima.torch_compat import BatchNorm, hand_on_buffers, has_reshard_switches, uncompiled
+from flatminima.network import replaced_forward, this_process_statistics
+from flatminima.parallel import data_parallel, fsdp_modules, is_sharded, outermost_fsdp_modules, processes_of
+from flatminima.torch_compat import hand_on_buffers, has_reshard_switches
 
 
 @contextmanager
@@ -28,19 +27,12 @@ def this_process_alone(model: nn.Module) -> Iterator[None]:
     So processes may split uneven batches into different numbers of sub-batches without waiting for each other forever.
     """
     with ExitStack() as stack:
+        stack.enter_context(this_process_statistics(model))
         for module in model.modules():
             parallel = data_parallel(module)
             if parallel is not None:  # compiled around DDP, the exchanges are in the graph: it is not run at all
                 stack.enter_context(replaced_forward(module, parallel.module.__call__))
-            elif isinstance(module, nn.SyncBatchNorm):
-                stack.enter_context(replaced_forward(module, BatchNorm.forward.__get__(module)))
         yield
-
-
-def data_parallel(model: nn.Module) -> DistributedDataParallel | None:
-    """The model as DDP's, compiled around it (``torch.compile(DistributedDataParallel(...))``) or not; None if not."""
-    inner = uncompiled(model)
-    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 @contextmanager

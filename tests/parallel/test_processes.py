@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -285,3 +286,45 @@ def test_alone_an_action_is_done_and_its_error_raised() -> None:
     assert Processes().first(lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
         Processes().first(lambda: 1 // 0)
+
+
+def measured_on_the_first_alone(rank: int, world: int, port: int, folder: str) -> None:
+    """What the first process measures of DDP's models while the others do not."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    models = [nn.parallel.DistributedDataParallel(with_running_statistics()[0]) for _ in range(2)]
+    if rank == 0:
+        for model in (models[0], torch.compile(models[1], backend="eager")):
+            torch.save(measured(model), f"{folder}/{type(model).__name__}.pt")
+        Path(folder, "done").touch()
+    while not Path(folder, "done").exists():
+        time.sleep(0.1)
+    dist.destroy_process_group()
+
+
+def with_running_statistics() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    _, data = network_and_data()
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double(), data
+
+
+def measured(model: nn.Module) -> dict[str, Any]:
+    """Without what took how long."""
+    _, data = network_and_data()
+    line = fm.landscape(model, data, dimensions=1, steps=3, progress=False)
+    return {
+        "measure": fm.measure(model, data, **OPTIONS).log_det_fisher.per_trial,
+        "compare": fm.compare({"a": model, "b": model}, data, **OPTIONS)["a"].log_det_fisher.per_trial,
+        "landscape": line.losses,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::flatminima.errors.NotAMinimumWarning")
+def test_one_process_alone_may_measure_a_model_in_ddp(tmp_path: Path) -> None:
+    """DDP's forward hands on the buffers: the first process would wait for the others in vain."""
+    run_in_processes(measured_on_the_first_alone, 2, 2, free_port(), str(tmp_path), within=ENDS_WITHIN)
+    expected = measured(with_running_statistics()[0])
+    for name in ("DistributedDataParallel", "OptimizedModule"):
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        for function, values in expected.items():
+            assert found[function] == pytest.approx(values), (name, function)

@@ -53,7 +53,7 @@ from flatminima.network import (
     undisturbed,
     undone_if_interrupted,
 )
-from flatminima.parallel import is_sharded
+from flatminima.parallel import is_sharded, without_exchanges
 from flatminima.progress import ProgressBar
 
 MOST_POINTS = 1_000_000
@@ -130,6 +130,7 @@ def landscape(
     require_flag("progress", progress)
     steps, seed = int(steps), int(seed)  # numpy's are integers, too
     _require_path(path)
+    model = without_exchanges(model)
     _require_movable(model)
     inner = unwrapped(model)  # by whose names checkpoints and other models call the weights
     models = [inner, *(unwrapped(other) for other in others if isinstance(other, nn.Module))]

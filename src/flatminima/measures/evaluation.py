@@ -26,7 +26,7 @@ from flatminima.network import (
     true_precision,
     undisturbed,
 )
-from flatminima.parallel import Processes, shared
+from flatminima.parallel import Processes, shared, without_exchanges
 from flatminima.progress import track
 
 EVALUATION_BATCH = 500
@@ -89,7 +89,7 @@ class Evaluating:
     """The evaluation of one model as it grows, batch by batch; arguments and errors as of :func:`evaluate`."""
 
     def __init__(self, model: nn.Module, samples: Samples, loss: Loss) -> None:
-        self._model, self._samples, self._loss = model, samples, loss
+        self._model, self._samples, self._loss = without_exchanges(model), samples, loss
         self._losses = torch.empty(len(samples), dtype=torch.float64, device="cpu")
         self._correct, self._classified = 0, False
         self._processes = Processes()

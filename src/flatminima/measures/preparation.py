@@ -32,7 +32,7 @@ from flatminima.network import (
     true_precision,
     undisturbed,
 )
-from flatminima.parallel import Processes, processes_of, shared
+from flatminima.parallel import Processes, processes_of, shared, without_exchanges
 from flatminima.progress import ProgressBar, track
 from flatminima.sampling import draw_subsets
 from flatminima.torch_compat import without_checkpoints
@@ -115,6 +115,7 @@ class _Planned:
 
 
 def _planned(model: nn.Module, samples: Samples, options: MeasureOptions) -> _Planned:
+    model = without_exchanges(model)
     processes = processes_of(unwrapped(model))
     require(
         processes.size == 1 or not options.distributed,

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +179,54 @@ def test_fia_refuses(wrong: dict[str, Any], message: str) -> None:
     valid = {name: value for name, value in VALID.items() if name != "delta"}
     with pytest.raises(FlatminimaError, match=message):
         fia_criterion(**valid | wrong)
+
+
+NO_NUMBERS: list[Any] = ["20", [20], None, True, 1j, torch.tensor([20.0, 3.0])]
+FUNCTIONS: list[tuple[Callable[..., float], dict[str, Any]]] = [
+    (pac_bayes_bound, VALID),
+    (fia_criterion, {name: value for name, value in VALID.items() if name != "delta"}),
+    (gamma_from_subsets, {"gamma_hat": -3.0, "num_parameters": 20, "subset_size": 5, "rows_per_sample": 2}),
+]
+COUNTS = ("num_parameters", "num_samples", "subset_size", "rows_per_sample")
+
+
+@pytest.mark.parametrize(
+    ("function", "valid", "name"),
+    [(function, valid, name) for function, valid in FUNCTIONS for name in valid],
+)
+def test_theory_refuses_what_is_no_number(function: Callable[..., float], valid: dict[str, Any], name: str) -> None:
+    function(**valid)
+    kind = "an integer" if name in COUNTS else "a number"
+    for wrong in NO_NUMBERS:
+        with pytest.raises(FlatminimaError, match=f"{name} must be {kind}, got "):
+            function(**valid | {name: wrong})
+    for wrong in (math.nan, math.inf, -math.inf, *([] if name in COUNTS else [10**400])):
+        with pytest.raises(FlatminimaError, match=f"{name} must "):
+            function(**valid | {name: wrong})
+
+
+@pytest.mark.parametrize(("function", "valid"), FUNCTIONS)
+def test_theory_counts_with_numpys_numbers_as_with_pythons(
+    function: Callable[..., float], valid: dict[str, Any]
+) -> None:
+    """Twice a sample count of 32 bits could overflow, and floats of 16 round."""
+    large = valid | {name: 2**31 - 1 for name in valid if name in ("num_samples", "num_parameters")}
+    numpys = {
+        name: np.int32(value) if name in COUNTS else np.float16(value) if name == "log_volume" else np.float64(value)
+        for name, value in large.items()
+    }
+    assert function(**numpys) == function(**large)
+
+
+@pytest.mark.parametrize("wrong", ["results.json", {"log_det_fisher": -3.0}, -3.0, None])
+def test_theory_of_a_minimum_refuses_what_was_not_measured(wrong: Any) -> None:
+    for function in (
+        gamma_of,
+        functools.partial(pac_bayes_bound_of, log_volume=0.0, delta=0.1),
+        functools.partial(fia_criterion_of, log_volume=0.0),
+    ):
+        with pytest.raises(FlatminimaError, match="take what measure returned, a Characterization, got"):
+            function(wrong)
 
 
 def test_gamma_is_exact_when_the_subset_is_the_imagined_training_set() -> None:

@@ -125,7 +125,15 @@ def require(condition: bool, message: str) -> None:
 
 def require_integer(name: str, value: object) -> None:
     """Raise :class:`FlatminimaError` for an option that is no integer; numpy's are, True and False are not."""
-    require(hasattr(value, "__index__") and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+    require(_is_integer(value) and not isinstance(value, bool), f"{name} must be an integer, got {value!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:  # arrays and tensors have the method, of any shape and type
+        return False
+    return True
 
 
 def require_number(name: str, value: object, *, optional: bool = False) -> None:
@@ -136,12 +144,13 @@ def require_number(name: str, value: object, *, optional: bool = False) -> None:
 
 def require_positive(name: str, value: Any, *, or_zero: bool = False) -> None:
     """Raise :class:`FlatminimaError` for an option that is no finite number above (or at) zero."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and _is_finite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and is_finite(value)
     what = "zero or a positive number" if or_zero else "a positive number"
     require(number and (value > 0 or (or_zero and value == 0)), f"{name} must be {what}, got {value!r}")
 
 
-def _is_finite(value: numbers.Real) -> bool:
+def is_finite(value: numbers.Real) -> bool:
+    """Whether a float can hold the number."""
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond what a float holds

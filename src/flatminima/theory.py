@@ -13,9 +13,11 @@ The functions ``*_of`` take both steps for a :class:`~flatminima.Characterizatio
 from __future__ import annotations
 
 import math
+import operator
 import sys
+from typing import Any
 
-from flatminima.errors import require
+from flatminima.errors import is_finite, require, require_integer, require_number
 from flatminima.losses import brief_form, form_in_words
 from flatminima.measures import Characterization
 
@@ -46,10 +48,13 @@ def gamma_from_subsets(gamma_hat: float, *, num_parameters: int, subset_size: in
         rows_per_sample: r.
 
     Raises:
-        FlatminimaError: if γ̂ is not finite or a count is out of range.
+        FlatminimaError: if γ̂ is no finite number, or a count no integer or out of range.
     """
-    require(math.isfinite(gamma_hat), f"gamma_hat must be finite, got {gamma_hat}: was a subset's ξ singular?")
-    require(rows_per_sample >= 1, f"rows_per_sample must be at least 1, got {rows_per_sample}")
+    gamma_hat = _finite("gamma_hat", gamma_hat, ": was a subset's ξ singular?")
+    num_parameters = _count("num_parameters", num_parameters, at_least=1)
+    rows_per_sample = _count("rows_per_sample", rows_per_sample, at_least=1)
+    require_integer("subset_size", subset_size)
+    subset_size = operator.index(subset_size)
     largest = num_parameters // rows_per_sample
     require(
         1 <= subset_size <= largest,
@@ -67,8 +72,13 @@ def gamma_of(characterization: Characterization) -> float:
     Raises:
         FlatminimaError: if γ̂ was measured of anything but the plain cross entropy in the network's own parameters and
             in eval mode (logit normalization, scale invariance, another loss, batch statistics): its determinant is
-            then not one of I(w0), and does not belong with the training loss.
+            then not one of I(w0), and does not belong with the training loss. And for what ``measure`` did not return.
     """
+    require(
+        isinstance(characterization, Characterization),
+        f"the *_of functions take what measure returned, a Characterization, got {type(characterization).__name__}; "
+        "for numbers of your own there are those without _of",
+    )
     settings = characterization.settings
     plain = {"loss": "cross_entropy", "batchnorm": "eval", "logit_normalization": None, "scale_invariant": False}
     for name, value in plain.items():
@@ -123,10 +133,14 @@ def pac_bayes_bound(
         The bound in nats per sample; ``inf`` only where it exceeds the largest float (about 1.8e308).
 
     Raises:
-        FlatminimaError: for an argument out of its range.
+        FlatminimaError: for an argument of another type or out of its range.
     """
-    _require_minimum(log_det_fisher, num_parameters, train_loss, log_volume)
-    require(num_samples >= 2, f"num_samples must be at least 2, got {num_samples}")
+    log_det_fisher = _finite("log_det_fisher", log_det_fisher, ": was I(w0) singular?")
+    num_parameters = _count("num_parameters", num_parameters, at_least=1)
+    num_samples = _count("num_samples", num_samples, at_least=2)
+    train_loss = _loss(train_loss)
+    log_volume = _finite("log_volume", log_volume)
+    require_number("delta", delta)
     require(0 < delta <= 1, f"delta must lie in (0, 1], got {delta}")
 
     log_a = (
@@ -188,10 +202,13 @@ def fia_criterion(
         The description length of data and model in nats; lower is better.
 
     Raises:
-        FlatminimaError: for an argument out of its range.
+        FlatminimaError: for an argument of another type or out of its range.
     """
-    _require_minimum(log_det_fisher, num_parameters, train_loss, log_volume)
-    require(num_samples >= 1, f"num_samples must be at least 1, got {num_samples}")
+    log_det_fisher = _finite("log_det_fisher", log_det_fisher, ": was I(w0) singular?")
+    num_parameters = _count("num_parameters", num_parameters, at_least=1)
+    num_samples = _count("num_samples", num_samples, at_least=1)
+    train_loss = _loss(train_loss)
+    log_volume = _finite("log_volume", log_volume)
     negative_log_likelihood = num_samples * (train_loss + math.log(num_samples))
     return (
         negative_log_likelihood
@@ -223,8 +240,21 @@ def fia_criterion_of(characterization: Characterization, *, log_volume: float) -
     )
 
 
-def _require_minimum(log_det_fisher: float, num_parameters: int, train_loss: float, log_volume: float) -> None:
-    require(math.isfinite(log_det_fisher), f"log_det_fisher must be finite (full rank), got {log_det_fisher}")
-    require(math.isfinite(log_volume), f"log_volume must be finite, got {log_volume}")
-    require(num_parameters >= 1, f"num_parameters must be at least 1, got {num_parameters}")
-    require(math.isfinite(train_loss) and train_loss >= 0, f"train_loss must be finite and ≥ 0, got {train_loss}")
+def _finite(name: str, value: Any, hint: str = "") -> float:
+    """The number as a float; numpy's would be counted on with in their own precision."""
+    require_number(name, value)
+    require(is_finite(value), f"{name} must be finite, got {value}{hint}")
+    return float(value)
+
+
+def _count(name: str, value: Any, *, at_least: int) -> int:
+    """The count as an integer of Python's, which cannot overflow as numpy's can."""
+    require_integer(name, value)
+    require(operator.index(value) >= at_least, f"{name} must be at least {at_least}, got {value}")
+    return operator.index(value)
+
+
+def _loss(value: Any) -> float:
+    require_number("train_loss", value)
+    require(is_finite(value) and value >= 0, f"train_loss must be finite and ≥ 0, got {value}")
+    return float(value)

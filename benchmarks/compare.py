@@ -42,9 +42,14 @@ def models_of(network: str, count: int) -> Models:
     models = {}
     for seed in range(count):
         torch.manual_seed(seed)
-        models[f"seed {seed}"] = build_model(network)
-        models[f"seed {seed}"].train()(torch.randn(100, 3, 32, 32))  # BatchNorm's statistics
+        models[name_of(seed)] = build_model(network)
+        models[name_of(seed)].train()(torch.randn(100, 3, 32, 32))  # BatchNorm's statistics
     return models
+
+
+def name_of(seed: int) -> str:
+    """That of the network with these random weights."""
+    return f"seed {seed}"
 
 
 def shares_of(models: Models, count: int) -> list[Models]:
@@ -191,7 +196,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = harness.parse(parser)
     console = Console(width=120)
-    record: dict[str, Any] = {"environment": harness.environment(options), "networks": {}}
+    record: dict[str, Any] = {
+        "environment": harness.environment(options),
+        "models": [name_of(seed) for seed in range(options.models)],
+        "cores": options.threads,
+        **{name: getattr(options, name) for name in ("images", "subset_size", "trials", "rounds")},
+        "networks": {},
+    }
     with tempfile.TemporaryDirectory() as meeting:
         options.meeting = Path(meeting)
         for network in options.networks:

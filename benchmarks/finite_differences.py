@@ -161,9 +161,12 @@ def main() -> None:
     options = harness.parse(parser)
     torch.set_num_threads(options.threads)
     stages = {"at initialization": 0, "after 60 steps": 60}
-    results = {stage: {name: sweep(name, steps) for name in ACTIVATIONS} for stage, steps in stages.items()}
+    results: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {stage: {} for stage in stages}
     record = {"environment": harness.environment(options), "sub_batches": SUB_BATCHES, "stages": results}
-    path = harness.write_json(options.output or "finite_differences", record)
+    for stage, steps in stages.items():
+        for name in ACTIVATIONS:
+            results[stage][name] = sweep(name, steps)
+            path = harness.write_json(options.output or "finite_differences", record)
     draw(results, str(path.with_suffix(".png")))
     for stage, by_activation in results.items():
         for activation, by_precision in by_activation.items():

@@ -91,8 +91,10 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading in ("network", "task") else "right")
     record: dict[str, Any] = {"environment": harness.environment(options), "networks": {}}
     for network in options.networks:
-        record["networks"][network] = {task: compared(task, network, options) for task in TASKS}
-        for task, found in record["networks"][network].items():
+        record["networks"][network] = {}
+        for task in TASKS:
+            found = record["networks"][network][task] = compared(task, network, options)
+            path = harness.write_json(options.output or "heap", record)
             if "error" in found:
                 table.add_row(network, task, found["error"])
                 continue
@@ -102,7 +104,6 @@ def main() -> None:
             peaks = (f"{one['peak_bytes'] / 2**20:,.0f}" for one in (kept, as_it_is))
             spread = f"{ratio['min']:.2f} – {ratio['max']:.2f}"
             table.add_row(network, task, f"{ratio['median']:.2f}", spread, *counts, *peaks)
-    path = harness.write_json(options.output or "heap", record)
     console = Console(width=120)
     console.print(table)
     console.print(f"written to {path}")

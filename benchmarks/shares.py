@@ -69,7 +69,7 @@ def main() -> None:
         record["networks"][network] = found
         cells = (f"{100 * found[kind]['median']:.0f} %" for kind in KINDS) if "error" not in found else [found["error"]]
         table.add_row(network, *cells)
-    path = harness.write_json(options.output or "shares", record)
+        path = harness.write_json(options.output or "shares", record)
     console = Console(width=120)
     console.print(table)
     console.print(f"written to {path}")

@@ -192,6 +192,7 @@ def main() -> None:
         seconds = harness.in_own_process(times, *arguments, **harness.limits(options))
         result = seconds if "error" in seconds else summary(seconds)
         record["results"][network] = result
+        path = harness.write_json(options.output or "training", record)
         print(f"\n{network} on {record['environment']['device']}, {options.images} images an epoch")
         if "error" in result:
             print(f"  fails: {result['error']}")
@@ -200,7 +201,7 @@ def main() -> None:
             ratio = row["ratio"]
             spread = f"({ratio['min']:.2f} – {ratio['max']:.2f})"
             print(f"  {name:30} {row['seconds']['median']:8.3f} s  {ratio['median']:5.2f} {spread}", flush=True)
-    print(f"written to {harness.write_json(options.output or 'training', record)}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

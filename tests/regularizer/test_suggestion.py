@@ -155,8 +155,11 @@ def test_alpha_is_the_papers_where_the_loss_is_straight_and_sharply_computed() -
 
 
 def scaled(factor: float) -> Any:
-    """A loss whose penalty has ``factor`` times the usual curvature, next to the gradient."""
-    return lambda outputs, targets: factor * F.cross_entropy(outputs, targets)
+    """A loss whose penalty has ``factor`` times the usual curvature, next to the gradient.
+
+    Of float64 logits, as a small cross entropy of others rounds by itself.
+    """
+    return lambda outputs, targets: factor * F.cross_entropy(outputs.double(), targets)
 
 
 def test_alpha_is_larger_where_the_difference_rounds() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flatminima.errors import CoarseRoundingWarning, UnrepeatableForwardWarning, warn
 from flatminima.network import PENALTIES_NEED_FLOAT32, RefusedAutocast
+from flatminima.regularizer.steps import Rounding
 from flatminima.torch_compat import CustomFunctionNode, eager_stance, gradient_types, graph_of
 
 _SUSPICIOUS = 0.1
@@ -20,11 +21,14 @@ _SUSPICIOUS = 0.1
 _EQUAL = 100
 """How far two losses of the same computation may be apart, in ε: devices add up in no fixed order."""
 
+_CROSS_ENTROPIES = ("LogSoftmaxBackward0", "BinaryCrossEntropyWithLogitsBackward0", "BinaryCrossEntropyBackward0")
+"""Operations whose gradient at the logits is, in the end, a probability less a label."""
+
 _INTEGER_EPS = 2.0**-8
 """Half a step of the coarsest common quantization of weights, relative to the largest: 8 bits."""
 
 
-def first_look(model: nn.Module, loss: Callable[[], Tensor], penalty: Tensor, limit: Tensor | None) -> float | None:
+def first_look(model: nn.Module, loss: Callable[[], Tensor], penalty: Tensor, limit: Tensor | None) -> Rounding:
     """Refuse autocast inside the passes; of finite differences, warn where these do not repeat or round coarsely.
 
     Args:
@@ -34,18 +38,18 @@ def first_look(model: nn.Module, loss: Callable[[], Tensor], penalty: Tensor, li
         limit: α · trace, which finite differences come close to; None where the penalty is that itself.
 
     Returns:
-        ε of the coarsest type that the passes go through; None where nothing is a difference.
+        How coarsely the passes round; not at all where nothing is a difference.
 
     Raises:
         FlatminimaError: if a pass switches autocast on.
     """
     seen = _loss_without_autocast(loss)
     if limit is None:
-        return None
-    eps = _rounding_unit(model, seen, penalty.dtype)
-    _warn_of_coarse_rounding(eps, penalty.dtype)
+        return Rounding(0.0, 0.0)
+    rounding = _rounding(model, seen, penalty.dtype)
+    _warn_of_coarse_rounding(rounding.eps, penalty.dtype)
     _warn_of_unrepeatable_passes(loss, penalty, limit)
-    return eps
+    return rounding
 
 
 def _warn_of_unrepeatable_passes(loss: Callable[[], Tensor], penalty: Tensor, expected: Tensor) -> None:
@@ -80,8 +84,8 @@ def _loss_without_autocast(loss: Callable[[], Tensor]) -> Tensor:
         return loss()
 
 
-def _rounding_unit(model: nn.Module, loss: Tensor, own: torch.dtype) -> float:
-    """ε of the coarsest type that the path from the weights to the loss goes through.
+def _rounding(model: nn.Module, loss: Tensor, own: torch.dtype) -> Rounding:
+    """How coarsely the path from the weights to the loss rounds.
 
     Args:
         model: its frozen parameters and its buffers may be coarser than what is trained.
@@ -95,7 +99,8 @@ def _rounding_unit(model: nn.Module, loss: Tensor, own: torch.dtype) -> float:
     if any(isinstance(node, CustomFunctionNode) for node in nodes):  # a kernel of its own: it does not say
         on_the_way |= coarse
     on_the_way |= {kind for kind in coarse if not kind.is_floating_point}  # these are multiplied out within a kernel
-    return max([finest, *map(_eps, on_the_way)])
+    residuals = {kind for node in nodes if node.name() in _CROSS_ENTROPIES for kind in gradient_types(node)}
+    return Rounding(max([finest, *map(_eps, on_the_way)]), max(map(_eps, residuals), default=0.0))
 
 
 def _warn_of_coarse_rounding(eps: float, own: torch.dtype) -> None:

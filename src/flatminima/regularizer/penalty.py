@@ -24,6 +24,7 @@ from flatminima.regularizer.checks import first_look
 from flatminima.regularizer.distributed import this_process_alone
 from flatminima.regularizer.gradients import norm_of
 from flatminima.regularizer.passes import Passes
+from flatminima.regularizer.steps import Rounding
 from flatminima.regularizer.sub_batches import (
     Closure,
     Indices,
@@ -128,7 +129,7 @@ class PenaltySettings:
                     _require_finite_penalty(penalty)
                 if first:
                     limit = None if self.estimator == "hvp" else self.alpha * penalty.trace
-                    penalty.eps = first_look(model, lambda: loss_at(rows[0]), penalty.value, limit)
+                    penalty.rounding = first_look(model, lambda: loss_at(rows[0]), penalty.value, limit)
         penalty.buffers = means
         return penalty
 
@@ -210,7 +211,7 @@ class Penalty:
         used: whether any sub-batch's loss uses the parameter.
         num_sub_batches: how many sub-batches there were.
         sparse: whether the parameter's gradients are sparse; those that join ``.grad`` then are as well.
-        eps: ε of the coarsest type that the passes went through, if that was looked at.
+        rounding: how coarsely the passes round, if that was looked at.
         buffers: what the passes would leave in the model's buffers, if that is to be written to them.
     """
 
@@ -223,7 +224,7 @@ class Penalty:
     weights: Weights
     sparse: list[bool]
     num_sub_batches: int = 0
-    eps: float | None = None
+    rounding: Rounding | None = None
     buffers: _MeanBuffers | None = None
 
     @classmethod

@@ -31,7 +31,7 @@ from flatminima.regularizer.distributed import (
 from flatminima.regularizer.gradients import Gradients, GradientsLeft, norm_of
 from flatminima.regularizer.passes import PassesName, passes_for
 from flatminima.regularizer.penalty import Penalty, PenaltySettings, require_finite
-from flatminima.regularizer.steps import PenaltyWatch, RegularizerStep, shares_of
+from flatminima.regularizer.steps import PenaltyWatch, RegularizerStep, Rounding, shares_of
 from flatminima.regularizer.sub_batches import (
     NOT_DIFFERENTIABLE,
     Closure,
@@ -43,8 +43,6 @@ from flatminima.regularizer.sub_batches import (
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(model_output, targets)`` → scalar, a mean over the samples (``reduction="mean"``)."""
-
-_GRADIENT_ERROR = 5  # the relative rounding error of a gradient, in ε: benchmarks/finite_differences.py
 
 
 class FisherTraceRegularizer:
@@ -167,7 +165,7 @@ class FisherTraceRegularizer:
         self._clipped_steps: int | Tensor = 0
         self._micro_batches: list[tuple[float, RegularizerStep]] = []  # the micro-batches of the step in progress
         self._last_beta = 0.0
-        self._eps: float | None = None  # of the coarsest type in the passes, found at the first penalty
+        self._rounding: Rounding | None = None  # found at the first penalty
         self._largest_batch = 0
         self._left = GradientsLeft()
         self._watch = PenaltyWatch()
@@ -323,10 +321,9 @@ class FisherTraceRegularizer:
                     before.generators,
                     update_buffers=update_buffers,
                     short=resumed or size < self._largest_batch,
-                    first=self._eps is None,
+                    first=self._rounding is None,
                 )
-            if self._eps is None:
-                self._eps = penalty.eps or torch.finfo(penalty.trace.dtype).eps
+            self._rounding = penalty.rounding or self._rounding
             self.last_step, self._last_beta = self._step_of(penalty), self.present_beta
             self._largest_batch = max(self._largest_batch, size)
             if penalty.buffers is not None:
@@ -396,13 +393,15 @@ class FisherTraceRegularizer:
         self._watch = PenaltyWatch()
 
     def _step_of(self, penalty: Penalty) -> RegularizerStep:
-        gradient_error = 0.0 if self.estimator == "hvp" else _GRADIENT_ERROR * (self._eps or 0.0)
+        assert self._rounding is not None  # the first penalty has looked
+        exact = self.estimator == "hvp"
+        error = penalty.loss.new_zeros(()) if exact else self._rounding.of_gradient(penalty.loss)
         return RegularizerStep(
             trace=penalty.trace,
             penalty=penalty.value,
             penalty_gradient_norm=norm_of(penalty.gradient),
             main_gradient_norm=norm_of(penalty.main_gradient),
-            rounding_norm=gradient_error * (2 * penalty.trace / penalty.num_sub_batches).sqrt(),
+            rounding_norm=error * (2 * penalty.trace / penalty.num_sub_batches).sqrt(),
         )
 
     def _end_step(self, scale: float | Tensor) -> None:

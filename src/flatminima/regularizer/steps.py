@@ -18,8 +18,38 @@ IDLE = 1e-3
 NOISY = 0.3
 """A penalty's gradient of which more than this is rounding is noise."""
 
+_GRADIENT_ERROR = 5
+"""The relative rounding error of a gradient, in ε: benchmarks/finite_differences.py."""
+
+_RESIDUAL_ERROR = 0.5
+"""The rounding error of a cross entropy's gradient at the logits, p − y, relative to 1, in ε."""
+
 WINDOW = 20
 """Penalties to a look at them: medians, as a single odd step says nothing, and the device waits no more often."""
+
+
+class Rounding(NamedTuple):
+    """How coarsely the passes of a penalty round.
+
+    Attributes:
+        eps: ε of the coarsest type that they go through.
+        residual_eps: ε of the type in which a cross entropy takes its logits; zero of other losses.
+    """
+
+    eps: float
+    residual_eps: float
+
+    def of_gradient(self, loss: Tensor) -> Tensor:
+        """The relative error of a gradient, to an order of magnitude and at most 1.
+
+        A cross entropy's gradient at the logits is a probability less a label. Of a sample that fits, both are nearly
+        the same: the difference is about the loss, and its error that of numbers about 1.
+
+        Args:
+            loss: the mean loss, a scalar; one that is scaled counts as one that is as small.
+        """
+        residual = self.residual_eps / loss.abs().clamp_min(torch.finfo(loss.dtype).tiny)
+        return (_GRADIENT_ERROR * self.eps + _RESIDUAL_ERROR * residual).clamp_max(1.0)
 
 
 @dataclass(frozen=True)
@@ -36,9 +66,10 @@ class RegularizerStep:
         penalty_gradient_norm: ‖∇R_α‖₂, without β.
         main_gradient_norm: ‖mean_i g_i‖₂, the norm of the main gradient as the sub-batches see it.
         rounding_norm: the 2-norm of the rounding error in ∇R_α, to an order of magnitude: each gradient g is taken to
-            be off by 5 ε‖g‖, and so the mean of M differences by 5 ε √(2 · trace / M). ε is that of the coarsest type
-            that the passes go through, a frozen base's too; measured errors were 1 ε‖g‖ (small MLP) to 25 ε‖g‖
-            (convolutional network late in training). Zero for ``"hvp"``.
+            be off by δ‖g‖ (:meth:`Rounding.of_gradient`), and so the mean of M differences by δ √(2 · trace / M). δ is
+            5 ε, where ε is that of the coarsest type that the passes go through, a frozen base's too; and 0.5 ε / loss
+            besides for a cross entropy, with the ε of its logits. Where another loss is small (squared errors near
+            zero), this is too little. Zero for ``"hvp"``.
         grad_norm: global 2-norm of ``.grad`` after the step and before clipping; None where a framework owns the main
             pass.
     """
@@ -108,8 +139,9 @@ class PenaltyWatch:
             self._warn(
                 f"{100 * share:.0f} % of the penalty's gradient is rounding error (median over {WINDOW} penalties, "
                 f"alpha={alpha:g}): the penalty is mostly noise. Choose estimator='hvp', which does not round so; or, "
-                "where activations are smooth, raise alpha and lower beta by the same factor, as alpha * beta is the "
-                "weight of the trace (with ReLU a larger alpha crosses more kinks)",
+                "where a cross entropy is small, give it float64 logits (loss(output.double(), targets)); or, where "
+                "activations are smooth, raise alpha and lower beta by the same factor, as alpha * beta is the weight "
+                "of the trace (with ReLU a larger alpha crosses more kinks)",
                 NoisyPenaltyWarning,
             )
         elif self._may_never_act and ratio < IDLE:

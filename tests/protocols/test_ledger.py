@@ -221,3 +221,18 @@ def test_without_its_extra_the_package_says_what_to_install(monkeypatch: pytest.
     with pytest.raises(ModuleNotFoundError) as refused:
         importlib.import_module("flatminima.protocols")
     assert str(refused.value) == "flatminima.protocols needs pandas: pip install 'flatminima[protocols]'"
+
+
+def test_a_word_for_missing_beside_numbers_is_a_level_that_is_told(tmp_path: Path) -> None:
+    rows = [(decay, seed, 0.1 * seed, seed) for decay in ("1e-4", "1e-3", "NA") for seed in range(4)]
+    path = tmp_path / "ledger.csv"
+    path.write_text("decay,seed,error,x\n" + "".join(f"{a},{b},{c},{d}\n" for a, b, c, d in rows))
+    with pytest.warns(LedgerWarning, match="column 'decay': row 9 has 'NA', which is taken for a level"):
+        ledger = Ledger.read(path, error="error", hyper_parameters=["decay"], measures=["x"], seed="seed")
+    assert len(ledger.all.error) == 12
+
+
+def test_columns_of_one_name_that_nobody_asks_for_are_no_matter() -> None:
+    frame = pd.DataFrame([[0.1, 1, 1, "a", {}], [0.2, 2, 2, "b", {}]], columns=["error", "lr", "x", "note", "note"])
+    ledger = Ledger.of(frame, error="error", hyper_parameters=["lr"], measures=["x"])
+    assert len(ledger.all.error) == 2

@@ -166,6 +166,8 @@ class Ledger:
         places = [*hyper_parameters, *([seed] if seed else [])]
         for name in places:
             _require_levels(frame, name)
+        for name in hyper_parameters:
+            _say_level_among_numbers(frame, name)
         known = np.isfinite(numbers[target]) & frame[places].notna().all(axis=1).to_numpy()
         if seed is not None:
             known &= ~frame[seed].map(_is_missing).to_numpy(dtype=bool)
@@ -274,6 +276,22 @@ def _require_levels(frame: pd.DataFrame, name: str) -> None:
         )
 
 
+def _say_level_among_numbers(frame: pd.DataFrame, name: str) -> None:
+    """A cell that may stand for an unknown number, and is taken for a level; ``none`` is said on purpose."""
+    others = [cell for cell in frame[name] if not _is_missing(cell)]
+    doubtful = [
+        row
+        for row, cell in enumerate(frame[name])
+        if isinstance(cell, str) and _is_missing(cell) and cell.strip().lower() not in ("", "none")
+    ]
+    if doubtful and others and None not in map(_number, others):
+        warn(
+            f"column {name!r}: {_cell(frame, name, doubtful[0])}, which is taken for a level beside the numbers; leave "
+            "the cell empty where the value is not known",
+            LedgerWarning,
+        )
+
+
 def _has_hash(cell: Any) -> bool:
     try:
         hash(cell)
@@ -366,8 +384,8 @@ def _say_missing(known: NDArray[np.bool_], numbers: dict[str, NDArray[np.float64
 
 
 def _say_copies(kept: pd.DataFrame, hyper_parameters: list[str], seed: str | None) -> None:
-    texts = {name: kept[name].map(repr) for name in kept.columns if kept[name].dtype == object}  # dicts have no hash
-    copies = kept.assign(**texts).duplicated().to_numpy()
+    hashable = kept.apply(lambda column: column.map(repr) if column.dtype == object else column)  # dicts are not
+    copies = hashable.duplicated().to_numpy()
     if copies.any():
         warn(f"{_rows(kept.index[copies])}: exactly as an earlier row; is a minimum counted twice?", LedgerWarning)
     elif seed is not None and (again := kept.duplicated([*hyper_parameters, seed]).to_numpy()).any():

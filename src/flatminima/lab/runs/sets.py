@@ -20,6 +20,7 @@ from flatminima.lab.runs.records import RunResult
 from flatminima.lab.runs.spec import RunSpec, derived_seed
 from flatminima.lab.storage import bytes_of, digest_of
 from flatminima.lab.user_code import found_by_name
+from flatminima.network import restored_generators
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def load_run(path: Path | str, *, cache_dir: Path | None = None) -> tuple[RunSpe
     sets = load_sets(spec, cache_dir=cache_dir)
     if sets.digest() != result.data_digest:
         raise FlatminimaError(f"the data {spec.source!r} have changed since {folder.path} was trained; train it again")
-    model = new_network(spec.model, sets.train)
+    with restored_generators(()):
+        model = initial_network(spec, sets.train)  # a user's own may draw more than weights: what it connects, say
     if has_changed_code(spec, result):
         warn(f"the code of model {spec.model} has changed since {folder.path} was trained", ChangedCodeWarning)
     assign_weights(model, folder.read_checkpoint(), source=folder.checkpoint)

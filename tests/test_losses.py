@@ -486,6 +486,29 @@ def test_what_a_loss_holds_in_float32_is_taken_in_float64_as_the_logits(loss, ta
         assert loss.weight.dtype == torch.float32
 
 
+class InFloat32(Weighted):
+    """Casts the logits to its own type."""
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.float(), targets, weight=self.weight, reduction="none")
+
+
+def cast(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, weight=weight, reduction="none")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "build",
+    [InFloat32, lambda: functools.partial(cast, weight=WEIGHT), lambda: torch.jit.script(InFloat32())],
+    ids=["module", "partial", "scripted"],
+)
+def test_a_loss_may_cast_the_logits_to_what_it_holds(build) -> None:
+    logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    expected = logit_gradient(CrossEntropy(weight=WEIGHT), logits, targets)
+    torch.testing.assert_close(logit_gradient(build(), logits, targets).loss, expected.loss, rtol=1e-5, atol=1e-6)
+
+
 def test_a_function_whose_own_weights_are_float32_is_refused_in_one_line() -> None:
     def weighted(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, targets, weight=WEIGHT, reduction="none")

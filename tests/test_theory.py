@@ -407,3 +407,12 @@ def test_theory_refuses_other_determinants(options: dict[str, Any], message: str
     ):
         with pytest.raises(FlatminimaError, match=message):
             function(c)
+
+
+@pytest.mark.parametrize("loss", [np.array(0.1), torch.tensor(0.1, dtype=torch.float64), np.float64(0.1)])
+def test_numbers_may_come_in_arrays_and_tensors_without_dimensions(loss: Any) -> None:
+    options = {"log_det_fisher": 1.0, "num_parameters": 10, "log_volume": 0.0}
+    plain = fia_criterion(train_loss=0.1, num_samples=100, **options)
+    assert fia_criterion(train_loss=loss, num_samples=np.int64(100), **options) == plain
+    with pytest.raises(FlatminimaError, match="num_samples is larger than any float"):
+        fia_criterion(train_loss=0.1, num_samples=10**400, **options)

@@ -242,19 +242,27 @@ def fia_criterion_of(characterization: Characterization, *, log_volume: float) -
 
 def _finite(name: str, value: Any, hint: str = "") -> float:
     """The number as a float; numpy's would be counted on with in their own precision."""
+    value = _of_one_entry(value)
     require_number(name, value)
     require(is_finite(value), f"{name} must be finite, got {value}{hint}")
     return float(value)
+
+
+def _of_one_entry(value: Any) -> Any:
+    """What a tensor or array without dimensions holds; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def _count(name: str, value: Any, *, at_least: int) -> int:
     """The count as an integer of Python's, which cannot overflow as numpy's can."""
     require_integer(name, value)
     require(operator.index(value) >= at_least, f"{name} must be at least {at_least}, got {value}")
+    require(operator.index(value) <= sys.float_info.max, f"{name} is larger than any float")
     return operator.index(value)
 
 
 def _loss(value: Any) -> float:
+    value = _of_one_entry(value)
     require_number("train_loss", value)
     require(is_finite(value) and value >= 0, f"train_loss must be finite and ≥ 0, got {value}")
     return float(value)

@@ -24,7 +24,7 @@ SYSTEMS: dict[str, tuple[dict[str, str], float]] = {
         | {
             "sys/fs/cgroup/outer/job/memory.max": f"{6 * GIB}\n",
             "sys/fs/cgroup/outer/job/memory.current": f"{3 * GIB}\n",
-            "sys/fs/cgroup/outer/job/memory.stat": f"anon {2 * GIB}\nfile {GIB}\ninactive_file {GIB}\n",
+            "sys/fs/cgroup/outer/job/memory.stat": f"file {GIB}\nactive_file {GIB // 2}\ninactive_file {GIB // 2}\n",
         },
         4,
     ),

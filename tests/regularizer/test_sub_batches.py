@@ -402,6 +402,22 @@ def test_second_derivatives_of_custom_functions_are_refused() -> None:
     assert_same(*(step(Case(lambda: Lambda(OnceDifferentiable.apply)), p) for p in ("together", "one-by-one")))
 
 
+@pytest.mark.parametrize("estimator", ["finite-difference", "hvp"])
+def test_leaves_of_a_pass_that_live_on_are_not_trained(estimator: Any) -> None:
+    """A frozen embedding's output that is to be differentiated by, say, and is kept."""
+    model, inputs, targets = make(CASES["mlp"])
+    kept = []
+
+    def closure(batch: Any) -> Tensor:
+        kept.append(batch[0].clone().requires_grad_())
+        return F.cross_entropy(model(kept[-1]), batch[1])
+
+    regularizer = FisherTraceRegularizer(model, main_gradient="sub-batches", estimator=estimator)
+    regularizer.backward_closure(closure, (inputs, targets))
+    assert len(kept) > 2
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 @by_way_of_passes
 @pytest.mark.parametrize("trained", ["in-the-loss", "before-the-model"])
 def test_what_is_trained_outside_the_model_has_a_main_gradient_or_is_refused(trained: str, way: dict[str, Any]) -> None:

@@ -42,10 +42,10 @@ def _left_by_groups(root: Path) -> Iterator[int]:
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            mount, limit, usage, cached = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+            mount, limit, usage, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
             mount, limit, usage = "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
+            prefix = "total_"
         else:
             continue
         path = Path(group.strip().lstrip("/"))
@@ -53,7 +53,9 @@ def _left_by_groups(root: Path) -> Iterator[int]:
             allowed, used = _number(folder / limit), _number(folder / usage)
             if allowed is not None:
                 # files in the page cache give way, and so count as free, as in MemAvailable
-                yield allowed - (used or 0) + _numbers(folder / "memory.stat").get(cached, 0)
+                numbers = _numbers(folder / "memory.stat")
+                cached = sum(numbers.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
+                yield allowed - (used or 0) + cached
 
 
 def _lines(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ def fingerprint(settings: Any, loss: Loss, weights: Iterable[Mapping[str, Tensor
     A loss is known as :func:`~flatminima.losses.form_in_words` knows it. What code computes is not known: neither a
     function's nor the model's.
     """
-    digest = hashlib.sha256(json.dumps([settings, form_in_words(loss), len(samples)]).encode())
+    digest = hashlib.sha256(json.dumps([settings, form_in_words(loss, learned=True), len(samples)]).encode())
     for named in weights:
         for name, tensor in named.items():
             digest.update(name.encode())

@@ -58,8 +58,7 @@ def mean_loss(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
 
     Takes and raises what :func:`logit_gradient` does.
     """
-    form = per_sample_form(loss)
-    form = form.form if isinstance(form, _OneOutput) else form
+    form = single_output(per_sample_form(loss))
     return differentiable_losses(form, in_float64(logits), targets.to(float64_device(logits.device))).mean()
 
 
@@ -130,10 +129,13 @@ def is_single_label(loss: Loss, logits: Tensor) -> bool:
 
 def label_entropy(loss: Loss) -> CrossEntropy | None:
     """The cross entropy that a loss is, if it is one."""
-    form = per_sample_form(loss)
-    if isinstance(form, _OneOutput):
-        form = form.form
+    form = single_output(per_sample_form(loss))
     return form if isinstance(form, CrossEntropy) else None
+
+
+def single_output(form: FactoredLoss | PerSampleLoss) -> FactoredLoss | PerSampleLoss:
+    """Of a loss with reduction="none" that of samples with one value each; any other as it is."""
+    return form.form if isinstance(form, _OneOutput) else form
 
 
 @dataclass(frozen=True)

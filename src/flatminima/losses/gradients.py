@@ -115,7 +115,7 @@ def _by_autograd(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> LogitG
 
 def _values(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> Tensor:
     """(N,): what the callable returns, for a single sample also as a scalar."""
-    losses: Tensor = _called(loss, logits, _in_double(targets))
+    losses: Tensor = _called(loss, logits, targets)
     shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if len(logits) == 1 and shape == ():
         return losses.reshape(1)
@@ -128,23 +128,32 @@ def _values(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _called(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> Any:
-    """What the callable returns; a module's and a ``functools.partial``'s own tensors are in float64 as the logits."""
+    """What the callable returns, with what it holds as that is; with that and the targets in float64 if it must be."""
     try:
-        if isinstance(loss, nn.Module):
-            state = itertools.chain(loss.named_parameters(), loss.named_buffers())
-            others = {name: tensor.double() for name, tensor in state if _in_double(tensor) is not tensor}
-            return functional_call(loss, others, (logits, targets)) if others else loss(logits, targets)
-        if isinstance(loss, functools.partial):
-            keywords = {name: _in_double(value) for name, value in loss.keywords.items()}
-            return loss.func(*map(_in_double, loss.args), logits, targets, **keywords)
         return loss(logits, targets)
     except RuntimeError as error:
         if not _OF_TYPES.search(str(error)):
             raise
-        raise FlatminimaError(
-            f"the loss cannot take logits in float64, in which its gradients are formed: {first_line(error)}; "
-            "convert in it what it holds, such as class weights: weight.to(logits)"
-        ) from error
+        try:
+            return _called_in_double(loss, logits, targets)
+        except RuntimeError:
+            raise FlatminimaError(
+                f"the loss cannot take logits in float64, in which its gradients are formed: {first_line(error)}; "
+                "convert in it what it holds, such as class weights: weight.to(logits)"
+            ) from error
+
+
+def _called_in_double(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> Any:
+    """As the logits are: the targets, and a module's and a ``functools.partial``'s own tensors."""
+    targets = _in_double(targets)
+    if isinstance(loss, nn.Module) and not isinstance(loss, torch.jit.ScriptModule):
+        state = itertools.chain(loss.named_parameters(), loss.named_buffers())
+        others = {name: tensor.double() for name, tensor in state if _in_double(tensor) is not tensor}
+        return functional_call(loss, others, (logits, targets))
+    if isinstance(loss, functools.partial):
+        keywords = {name: _in_double(value) for name, value in loss.keywords.items()}
+        return loss.func(*map(_in_double, loss.args), logits, targets, **keywords)
+    return loss(logits, targets)
 
 
 def _in_double(value: Any) -> Any:

@@ -2,40 +2,52 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import enum
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from numbers import Number
-from types import CellType, CodeType
+from types import CellType, CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flatminima.losses.forms import Loss, per_sample_form
-from flatminima.network import Digest, add_tensor
+from flatminima.losses.forms import Loss, per_sample_form, single_output
+from flatminima.network import add_tensor
 
 _ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 """What functions and plain objects print that another process gives otherwise."""
 
 _DIGITS = 16
 
+_SIMPLE = (Number, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 
-def form_in_words(loss: Loss) -> str:
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that say nothing of a loss: the mode, hooks, and what holds its tensors."""
+
+
+def form_in_words(loss: Loss, *, learned: bool = False) -> str:
     """A loss's per-sample form as it and its public attributes print, the same in every process.
 
-    A module ends with a digest of its parameters and buffers; a function with one of the names and constants in its
-    code, its defaults, and the values that it encloses. What code computes is not known beyond that.
+    What that does not show ends it as a digest: tensors, other attributes, what a ``functools.partial`` or a method is
+    bound to; of a function the names and constants in its code, its defaults, and what it encloses. Of modules and
+    other objects that it encloses the kind alone counts, as training may change them. What code computes is not known
+    beyond that.
+
+    Args:
+        loss: one that measures take.
+        learned: whether the values of its tensors that require gradients count, or their shapes alone.
 
     Raises:
         FlatminimaError: for what is no loss.
     """
-    form = per_sample_form(loss)
+    form = single_output(per_sample_form(loss))
     held = _held(form)
-    return f"{_printed(form)} {_digest(held)}" if held else _printed(form)
+    return f"{_printed(form)} {_Hashes(learned).of(held).hex()[:_DIGITS]}" if held else _printed(form)
 
 
 def brief_form(words: str) -> str:
@@ -49,24 +61,50 @@ def brief_forms(first: str, second: str) -> tuple[str, str]:
     return brief if brief[0] != brief[1] else (first, second)
 
 
-def _printed(value: Any) -> str:
-    attributes = getattr(value, "__dict__", {})
-    public = {name: item for name, item in attributes.items() if not name.startswith("_")}
-    return _ADDRESS.sub("", f"{value!r} {public}")
+def _printed(form: Any) -> str:
+    public = {
+        name: value for name, value in _attributes(form).items() if isinstance(value, _SIMPLE) and name[:1] != "_"
+    }
+    return _ADDRESS.sub("", f"{form!r} {public}")
 
 
-def _held(value: Any) -> list[Any]:
-    """What a callable has beside what it prints."""
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, nn.Module):
-        return [*value.named_parameters(), *value.named_buffers()]
-    function = getattr(value, "__func__", value)
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, CodeType):
-        return []
-    enclosed = [_content(cell) for cell in function.__closure__ or ()]
-    return [*_named_in(code, function.__doc__), function.__defaults__, function.__kwdefaults__, enclosed]
+def _attributes(value: Any) -> dict[str, Any]:
+    return {name: item for name, item in getattr(value, "__dict__", {}).items() if name not in _OF_EVERY_MODULE}
+
+
+def _held(form: Any) -> list[Any]:
+    """What a loss has beside what it prints."""
+    if isinstance(form, functools.partial):
+        return [form.func, form.args, form.keywords]
+    if isinstance(form, MethodType):
+        return [form.__func__, _settings(form.__self__)]
+    if isinstance(form, FunctionType):
+        enclosed = [_content(cell) for cell in form.__closure__ or ()]
+        return [_named_in(form.__code__, form.__doc__), form.__defaults__, form.__kwdefaults__, enclosed]
+    if isinstance(form, nn.Module):
+        inner = [_settings(module) for module in form.children()]
+        return [part for part in (_state(form), _hidden(form), inner) if part]
+    return _hidden(form)
+
+
+def _hidden(value: Any) -> list[Any]:
+    attributes = _attributes(value).items()
+    return [(name, item) for name, item in attributes if name[:1] == "_" or not isinstance(item, _SIMPLE)]
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _settings(value: Any) -> list[Any]:
+    """Of an object that a loss is bound to or made of: its kind and what is written in it, not what it may learn."""
+    simple = [(name, item) for name, item in _attributes(value).items() if isinstance(item, (*_SIMPLE, Tensor))]
+    return [type(value).__qualname__, *([] if isinstance(value, nn.Module) and not _is_small(value) else simple)]
+
+
+def _is_small(module: nn.Module) -> bool:
+    """Whether a module holds nothing that is trained: then it is a part of a loss, and no network."""
+    return not any(True for _ in module.parameters())
 
 
 def _content(cell: CellType) -> Any:
@@ -76,38 +114,60 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-def _named_in(code: CodeType, doc: str | None = None) -> list[Any]:
-    constants = [constant for constant in code.co_consts if constant is not None and constant != doc]
-    return [code.co_names, [_named_in(each) if isinstance(each, CodeType) else each for each in constants]]
+def _named_in(code: CodeType, doc: str | None = None) -> set[Any]:
+    """Names and constants of a function and those within it, in no order: that depends on Python's version."""
+    found: set[Any] = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= _named_in(constant)
+        elif constant is not None and constant != doc and "<locals>" not in str(constant):
+            found.add((type(constant).__name__, constant))
+    return found
 
 
-def _digest(values: list[Any]) -> str:
-    digest = hashlib.sha256()
-    _add(digest, values, ())
-    return digest.hexdigest()[:_DIGITS]
+class _Hashes:
+    """Digests of values, the same in every process; of what could print otherwise in another, its type's."""
 
+    def __init__(self, learned: bool) -> None:
+        self._learned = learned
+        self._found: dict[int, bytes] = {}
+        self._held: list[Any] = []  # as ids are those of what lives
 
-def _add(digest: Digest, value: Any, within: tuple[Any, ...]) -> None:
-    """Go on with a value; with its type alone if another process could print it otherwise."""
-    if any(value is outer for outer in within):  # a function that encloses itself
-        return
-    inside = (*within, value)
-    if isinstance(value, Tensor):
-        add_tensor(digest, value)
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"({len(value)}".encode())
-        for item in value:
-            _add(digest, item, inside)
-    elif isinstance(value, Mapping):
-        _add(digest, list(value.items()), inside)
-    elif isinstance(value, (set, frozenset)):
-        digest.update(repr(sorted(map(repr, value))).encode())
-    elif value is None or isinstance(value, (Number, str, torch.dtype, torch.device)):
-        digest.update(f"{value!r},".encode())
-    elif callable(value) or dataclasses.is_dataclass(value):
-        digest.update(_printed(value).encode())
-        _add(digest, _held(value), inside)
-    else:
-        digest.update(type(value).__qualname__.encode())
-        with suppress(TypeError):  # all but arrays and bytes
-            digest.update(memoryview(value).tobytes())
+    def of(self, value: Any) -> bytes:
+        """The digest, found once for a value that is met again; a value within itself counts as such."""
+        if id(value) not in self._found:
+            self._held.append(value)
+            self._found[id(value)] = b"within itself"
+            self._found[id(value)] = hashlib.sha256(self._bytes_of(value)).digest()
+        return self._found[id(value)]
+
+    def _bytes_of(self, value: Any) -> bytes:
+        kind = type(value).__qualname__.encode()
+        if isinstance(value, Tensor):
+            return kind + self._tensor(value)
+        if isinstance(value, _SIMPLE):
+            return kind + repr(value).encode()
+        if isinstance(value, (list, tuple)):
+            return kind + b"".join(map(self.of, value))
+        if isinstance(value, Mapping):
+            return kind + self._in_no_order(value.items())
+        if isinstance(value, (set, frozenset)):
+            return kind + self._in_no_order(value)
+        if isinstance(value, (FunctionType, MethodType, functools.partial)):
+            return kind + self.of(_held(value))
+        if dataclasses.is_dataclass(value) or isinstance(value, (SimpleNamespace, argparse.Namespace)):
+            return kind + self.of(_settings(value))
+        if hasattr(value, "tobytes") and not getattr(getattr(value, "dtype", None), "hasobject", True):
+            return kind + f"{value.dtype} {value.shape}".encode() + bytes(value.tobytes())  # numpy's
+        return kind
+
+    def _in_no_order(self, values: Iterable[Any]) -> bytes:
+        return b"".join(sorted(map(self.of, values)))
+
+    def _tensor(self, tensor: Tensor) -> bytes:
+        shape = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode()
+        if (tensor.requires_grad and not self._learned) or tensor.is_meta or tensor.is_nested:
+            return shape
+        digest = hashlib.sha256(shape)
+        add_tensor(digest, tensor if tensor.layout == torch.strided else tensor.detach().to_dense())
+        return digest.digest()

@@ -170,10 +170,10 @@ class _Run:
             samples = partial(self.samples_at, indices)
             sub_batches = passes.sub_batches(self.model, self.closure, samples, self.weights, self.buffers)
             estimate = self._estimate(sub_batches, outside)
-            outside.refuse([*self.weights.parameters, *sub_batches.parameters])
             penalty.add(estimate, weight=1 / (count or len(rows)), share=size / total)
             if means is not None:
                 means.add(estimate.buffers, size / total)
+        outside.refuse([*self.weights.parameters, *sub_batches.parameters])
         return penalty, means
 
     def _estimate(self, sub_batches: SubBatches, outside: TrainedOutside) -> _Estimate:

@@ -46,7 +46,8 @@ class Rounding(NamedTuple):
         the same: the difference is about the loss, and its error that of numbers about 1.
 
         Args:
-            loss: the mean loss, a scalar; one that is scaled counts as one that is as small.
+            loss: the mean loss, a scalar, taken for the cross entropy's own. One that is scaled, or less a baseline,
+                counts as one that is as small; what is added to it hides how small it is.
         """
         residual = self.residual_eps / loss.abs().clamp_min(torch.finfo(loss.dtype).tiny)
         return (_GRADIENT_ERROR * self.eps + _RESIDUAL_ERROR * residual).clamp_max(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -228,7 +229,8 @@ class OneSubBatch(SubBatches):
 class TrainedOutside:
     """Notices what the losses of sub-batches train beside the model: a main gradient of these passes lacks it.
 
-    What a loss makes for itself (a leaf to differentiate by, say) is gone after its pass, so references are weak.
+    What a loss makes for itself (a leaf to differentiate by, say) may live on for a while, but is another tensor in
+    every pass: a parameter, or what all passes have in common, is trained. References are weak, as most are gone.
 
     Args:
         matters: whether these passes are to give the main gradient; if not, nothing is looked at.
@@ -236,15 +238,15 @@ class TrainedOutside:
 
     def __init__(self, *, matters: bool) -> None:
         self._matters = matters
-        self._leaves: list[Any] = []
+        self._passes: list[list[Any]] = []
 
     def note(self, loss: Tensor) -> None:
         """The loss of some sub-batches, with its graph."""
         if self._matters:
-            self._leaves += [TensorWeakRef(leaf) for leaf in leaves_of(loss)]
+            self._passes.append([TensorWeakRef(leaf) for leaf in leaves_of(loss)])
 
     def refuse(self, known: list[Tensor]) -> None:
-        """Look at what is left, once the graphs are freed.
+        """Look at what is left of all passes, once their graphs are freed.
 
         Args:
             known: what the passes give gradients of.
@@ -252,12 +254,16 @@ class TrainedOutside:
         Raises:
             FlatminimaError: if there is anything else.
         """
-        found = {id(leaf): leaf for leaf in (reference() for reference in self._leaves) if leaf is not None}
-        for tensor in known:
-            found.pop(id(tensor), None)
-        self._leaves = []
+        others, own = Counter[int](), {id(tensor) for tensor in known}
+        alive = {}
+        for references in self._passes:
+            here = {id(leaf): leaf for leaf in (reference() for reference in references) if leaf is not None}
+            alive.update(here)
+            others.update(here.keys() - own)
+        often = min(2, len(self._passes))
+        found = [alive[key] for key, count in others.items() if count >= often or isinstance(alive[key], nn.Parameter)]
         if found:
-            shapes = ", ".join(f"{type(leaf).__name__} of shape {tuple(leaf.shape)}" for leaf in [*found.values()][:5])
+            shapes = ", ".join(f"{type(leaf).__name__} of shape {tuple(leaf.shape)}" for leaf in found[:5])
             raise FlatminimaError(
                 f"the loss also trains what is no parameter of the model ({shapes}), and main_gradient='sub-batches' "
                 "has no gradient of it: choose main_gradient='whole-batch', or a model that holds it"

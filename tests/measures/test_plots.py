@@ -123,8 +123,8 @@ def test_shades_differ_in_grey() -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "flatminima.measures.plots")
-    monkeypatch.delitem(sys.modules, "flatminima.pictures")
+    monkeypatch.delitem(sys.modules, "flatminima.measures.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "flatminima.pictures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(FlatminimaError, match=r"a picture needs matplotlib: pip install 'flatminima\[plot\]'"):
         characterization().plot()

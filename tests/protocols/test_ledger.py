@@ -217,7 +217,7 @@ def test_copies_of_a_row_are_counted_and_said() -> None:
 
 def test_without_its_extra_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    monkeypatch.delitem(sys.modules, "flatminima.protocols")
+    monkeypatch.delitem(sys.modules, "flatminima.protocols", raising=False)
     with pytest.raises(ModuleNotFoundError) as refused:
         importlib.import_module("flatminima.protocols")
     assert str(refused.value) == "flatminima.protocols needs pandas: pip install 'flatminima[protocols]'"

@@ -67,7 +67,7 @@ class RegularizerStep:
         penalty_gradient_norm: ‖∇R_α‖₂, without β.
         main_gradient_norm: ‖mean_i g_i‖₂, the norm of the main gradient as the sub-batches see it.
         rounding_norm: the 2-norm of the rounding error in ∇R_α, to an order of magnitude: each gradient g is taken to
-            be off by δ‖g‖ (:meth:`Rounding.of_gradient`), and so the mean of M differences by δ √(2 · trace / M). δ is
+            be off by δ‖g‖, and so the mean of M differences by δ √(2 · trace / M). δ is
             5 ε, where ε is that of the coarsest type that the passes go through, a frozen base's too; and 0.5 ε / loss
             besides for a cross entropy, with the ε of its logits. Where another loss is small (squared errors near
             zero), this is too little. Zero for ``"hvp"``.

@@ -52,7 +52,7 @@ class Files:
 
     Attributes:
         shown: a line for every file that is written.
-        unwritten: why one could not be; the first, of several.
+        unwritten: why others could not be.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,8 @@ class Files:
         try:
             write(path)
         except FlatminimaError as error:
-            self.unwritten = self.unwritten or error
+            before = [] if self.unwritten is None else [str(self.unwritten)]
+            self.unwritten = FlatminimaError("; ".join([*before, str(error)]))
             return
         self._written[name] = path
         self.shown.append(Text(f"\n{path} {says}"))

@@ -135,11 +135,10 @@ def pac_bayes_bound(
     Raises:
         FlatminimaError: for an argument of another type or out of its range.
     """
-    log_det_fisher = _finite("log_det_fisher", log_det_fisher, ": was I(w0) singular?")
-    num_parameters = _count("num_parameters", num_parameters, at_least=1)
+    log_det_fisher, num_parameters, train_loss, log_volume = _minimum(
+        log_det_fisher, num_parameters, train_loss, log_volume
+    )
     num_samples = _count("num_samples", num_samples, at_least=2)
-    train_loss = _loss(train_loss)
-    log_volume = _finite("log_volume", log_volume)
     require_number("delta", delta)
     require(0 < delta <= 1, f"delta must lie in (0, 1], got {delta}")
 
@@ -204,11 +203,10 @@ def fia_criterion(
     Raises:
         FlatminimaError: for an argument of another type or out of its range.
     """
-    log_det_fisher = _finite("log_det_fisher", log_det_fisher, ": was I(w0) singular?")
-    num_parameters = _count("num_parameters", num_parameters, at_least=1)
+    log_det_fisher, num_parameters, train_loss, log_volume = _minimum(
+        log_det_fisher, num_parameters, train_loss, log_volume
+    )
     num_samples = _count("num_samples", num_samples, at_least=1)
-    train_loss = _loss(train_loss)
-    log_volume = _finite("log_volume", log_volume)
     negative_log_likelihood = num_samples * (train_loss + math.log(num_samples))
     return (
         negative_log_likelihood
@@ -237,6 +235,16 @@ def fia_criterion_of(characterization: Characterization, *, log_volume: float) -
         num_samples=characterization.num_samples,
         train_loss=characterization.train_loss,
         log_volume=log_volume,
+    )
+
+
+def _minimum(log_det: Any, num_parameters: Any, train_loss: Any, log_volume: Any) -> tuple[float, int, float, float]:
+    """What is known of a minimum, as Python's numbers."""
+    return (
+        _finite("log_det_fisher", log_det, ": was I(w0) singular?"),
+        _count("num_parameters", num_parameters, at_least=1),
+        _loss(train_loss),
+        _finite("log_volume", log_volume),
     )
 
 

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from flatminima.errors import (
     FlatminimaError,
@@ -35,7 +35,7 @@ from flatminima.errors import (
 from flatminima.files import require_writable, write_file
 from flatminima.losses import brief_forms, form_in_words
 from flatminima.measures import Characterization, MeasureOptions, PlainOptions, measure, selected
-from flatminima.network import Data, add_tensor, without_autocast
+from flatminima.network import Data, add_state, without_autocast
 from flatminima.parallel import Processes
 
 if TYPE_CHECKING:  # an extra
@@ -294,10 +294,7 @@ def _deciding(options: MeasureOptions) -> dict[str, Any]:
 
 def _digest(weights: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        if isinstance(tensor, Tensor):  # a module's extra state may be anything
-            add_tensor(digest, tensor)
+    add_state(digest, weights)
     return digest.hexdigest()[:16]
 
 

@@ -109,6 +109,19 @@ class Float32Island(nn.Module):
             return self.head(hidden.float())
 
 
+def assert_goes_back_outside_autocast(step: Callable[[nn.Module, Tensor, Tensor], object]) -> None:
+    """A step within autocast whose penalty does nothing leaves the gradients of the pattern that PyTorch recommends."""
+    torch.manual_seed(0)
+    model, inputs, targets = Float32Island(), torch.randn(16, 6), torch.randint(3, (16,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(inputs), targets)
+    expected = torch.autograd.grad(loss, [*model.parameters()])
+    with torch.autocast("cpu", torch.bfloat16):
+        step(model, inputs, targets)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 

@@ -52,12 +52,11 @@ class Files:
 
     Attributes:
         shown: a line for every file that is written.
-        unwritten: why others could not be.
     """
 
     def __init__(self) -> None:
         self.shown: list[Text] = []
-        self.unwritten: FlatminimaError | None = None
+        self._unwritten: list[str] = []
         self._written: dict[str, Path | None] = {}
 
     def write(self, name: str, path: Path | None, says: str, write: Callable[[Path], object]) -> None:
@@ -74,11 +73,15 @@ class Files:
         try:
             write(path)
         except FlatminimaError as error:
-            before = [] if self.unwritten is None else [str(self.unwritten)]
-            self.unwritten = FlatminimaError("; ".join([*before, str(error)]))
+            self._unwritten.append(str(error))
             return
         self._written[name] = path
         self.shown.append(Text(f"\n{path} {says}"))
+
+    @property
+    def unwritten(self) -> FlatminimaError | None:
+        """Why files could not be written, if any could not."""
+        return FlatminimaError("; ".join(self._unwritten)) if self._unwritten else None
 
     def named_in(self, body: dict[str, Any]) -> dict[str, Any]:
         """The JSON of the command, with the files that are written."""

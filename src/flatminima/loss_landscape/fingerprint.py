@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from flatminima.losses import Loss, form_in_words
-from flatminima.network import Samples, add_tensor, index_batches, tensors_of
+from flatminima.network import Samples, add_state, add_tensor, index_batches, tensors_of
 
 _SAMPLES_AT_ONCE = 500
 """As in evaluations."""
@@ -24,9 +24,7 @@ def fingerprint(settings: Any, loss: Loss, weights: Iterable[Mapping[str, Tensor
     """
     digest = hashlib.sha256(json.dumps([settings, form_in_words(loss, learned=True), len(samples)]).encode())
     for named in weights:
-        for name, tensor in named.items():
-            digest.update(name.encode())
-            add_tensor(digest, tensor)
+        add_state(digest, named)
     for indices in index_batches(len(samples), _SAMPLES_AT_ONCE):
         for tensor in tensors_of(samples.fetch(indices)):
             add_tensor(digest, tensor)

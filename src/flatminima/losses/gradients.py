@@ -148,8 +148,7 @@ def _called_in_double(loss: PerSampleLoss, logits: Tensor, targets: Tensor) -> A
     targets = _in_double(targets)
     if isinstance(loss, nn.Module) and not isinstance(loss, torch.jit.ScriptModule):
         state = itertools.chain(loss.named_parameters(), loss.named_buffers())
-        others = {name: tensor.double() for name, tensor in state if _in_double(tensor) is not tensor}
-        return functional_call(loss, others, (logits, targets))
+        return functional_call(loss, {name: _in_double(tensor) for name, tensor in state}, (logits, targets))
     if isinstance(loss, functools.partial):
         keywords = {name: _in_double(value) for name, value in loss.keywords.items()}
         return loss.func(*map(_in_double, loss.args), logits, targets, **keywords)

@@ -83,7 +83,8 @@ def _held(form: Any) -> list[Any]:
         return [_named_in(form.__code__, form.__doc__), form.__defaults__, form.__kwdefaults__, enclosed]
     if isinstance(form, nn.Module):
         inner = [_settings(module) for module in form.children()]
-        return [part for part in (_state(form), _hidden(form), inner) if part]
+        tensors = [*form.named_parameters(), *form.named_buffers()]
+        return [part for part in (tensors, _hidden(form), inner) if part]
     return _hidden(form)
 
 
@@ -92,19 +93,12 @@ def _hidden(value: Any) -> list[Any]:
     return [(name, item) for name, item in attributes if name[:1] == "_" or not isinstance(item, _SIMPLE)]
 
 
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
 def _settings(value: Any) -> list[Any]:
-    """Of an object that a loss is bound to or made of: its kind and what is written in it, not what it may learn."""
-    simple = [(name, item) for name, item in _attributes(value).items() if isinstance(item, (*_SIMPLE, Tensor))]
-    return [type(value).__qualname__, *([] if isinstance(value, nn.Module) and not _is_small(value) else simple)]
-
-
-def _is_small(module: nn.Module) -> bool:
-    """Whether a module holds nothing that is trained: then it is a part of a loss, and no network."""
-    return not any(True for _ in module.parameters())
+    """Of an object that a loss is bound to or made of: its kind, and unless it is a network what is written in it."""
+    kind = type(value).__qualname__
+    if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
+        return [kind]
+    return [kind, *((name, item) for name, item in _attributes(value).items() if isinstance(item, (*_SIMPLE, Tensor)))]
 
 
 def _content(cell: CellType) -> Any:

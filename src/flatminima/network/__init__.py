@@ -21,7 +21,7 @@ from flatminima.network.batchnorm import (
     sound_batchnorm,
     this_process_statistics,
 )
-from flatminima.network.digests import Digest, add_tensor
+from flatminima.network.digests import add_state, add_tensor
 from flatminima.network.generators import Generators, restored_generators
 from flatminima.network.interruption import Before, undone_if_interrupted
 from flatminima.network.kept import depended_on, listed, refusing_kept_graphs, warn_unused
@@ -62,12 +62,12 @@ __all__ = [
     "Before",
     "Buffers",
     "Data",
-    "Digest",
     "Generators",
     "Inputs",
     "RefusedAutocast",
     "Samples",
     "SamplesOfModel",
+    "add_state",
     "add_tensor",
     "back_like",
     "batch_size",

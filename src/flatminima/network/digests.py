@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -22,3 +23,11 @@ def add_tensor(digest: Digest, tensor: Tensor) -> None:
     digest.update(f"{held.dtype} {tuple(held.shape)}".encode())
     if held.numel():
         digest.update((ctypes.c_char * held.nbytes).from_address(held.data_ptr()))
+
+
+def add_state(digest: Digest, state: Mapping[str, Any]) -> None:
+    """Go on with names and their tensors; of what is no tensor (a module's extra state may be anything) the name."""
+    for name, value in state.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            add_tensor(digest, value)

@@ -38,17 +38,16 @@ def first_look(model: nn.Module, loss: Callable[[], Tensor], penalty: Tensor, li
         limit: α · trace, which finite differences come close to; None where the penalty is that itself.
 
     Returns:
-        How coarsely the passes round; not at all where nothing is a difference.
+        How coarsely the passes round.
 
     Raises:
         FlatminimaError: if a pass switches autocast on.
     """
     seen = _loss_without_autocast(loss)
-    if limit is None:
-        return Rounding(0.0, 0.0)
     rounding = _rounding(model, seen, penalty.dtype)
-    _warn_of_coarse_rounding(rounding.eps, penalty.dtype)
-    _warn_of_unrepeatable_passes(loss, penalty, limit)
+    if limit is not None:
+        _warn_of_coarse_rounding(rounding.eps, penalty.dtype)
+        _warn_of_unrepeatable_passes(loss, penalty, limit)
     return rounding
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian
 
 from flatminima.errors import FlatminimaError
 from flatminima.lab.runs.fisher_penalty import FisherPenaltyGradient
-from support.regularizer_cases import Float32Island, assert_same_bits, mlp, snapshot, with_norm
+from support.regularizer_cases import assert_goes_back_outside_autocast, assert_same_bits, mlp, snapshot, with_norm
 
 DRAWS = 300
 
@@ -81,15 +81,9 @@ def test_both_passes_drop_the_same_units_and_the_penaltys_is_in_float32() -> Non
 
 
 def test_a_step_within_autocast_goes_back_through_what_is_float32_in_float32() -> None:
-    torch.manual_seed(0)
-    model, inputs, targets = Float32Island(), torch.randn(16, 6), torch.randint(3, (16,))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = F.cross_entropy(model(inputs), targets)
-    expected = torch.autograd.grad(loss, [*model.parameters()])
-    with torch.autocast("cpu", torch.bfloat16):
-        FisherPenaltyGradient(model, weight=1e-30).backward(F.cross_entropy, inputs, targets)
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        assert torch.equal(parameter.grad, gradient)
+    assert_goes_back_outside_autocast(
+        lambda model, x, y: FisherPenaltyGradient(model, weight=1e-30).backward(F.cross_entropy, x, y)
+    )
 
 
 def test_its_gradient_is_in_float32_too() -> None:

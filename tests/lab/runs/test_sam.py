@@ -13,7 +13,7 @@ from flatminima.lab.runs.sam import SharpnessAwareGradient
 from flatminima.network.batches import run_model
 from support.regularizer_cases import (
     Case,
-    Float32Island,
+    assert_goes_back_outside_autocast,
     assert_same_bits,
     assert_same_gradients,
     by_case,
@@ -137,15 +137,9 @@ def test_under_autocast_the_second_pass_sees_the_moved_weights() -> None:
 
 
 def test_a_step_within_autocast_goes_back_through_what_is_float32_in_float32() -> None:
-    torch.manual_seed(0)
-    model, inputs, targets = Float32Island(), torch.randn(16, 6), torch.randint(3, (16,))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = F.cross_entropy(model(inputs), targets)
-    expected = torch.autograd.grad(loss, [*model.parameters()])
-    with torch.autocast("cpu", torch.bfloat16):
-        SharpnessAwareGradient(model, rho=1e-12).backward(F.cross_entropy, inputs, targets)
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        assert torch.equal(parameter.grad, gradient)
+    assert_goes_back_outside_autocast(
+        lambda model, x, y: SharpnessAwareGradient(model, rho=1e-12).backward(F.cross_entropy, x, y)
+    )
 
 
 def test_both_passes_drop_the_same_units() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatminima.errors import FlatminimaError
 from flatminima.lab.runs.unit_residuals import UnitResidualGradient
 from support.regularizer_cases import (
-    Float32Island,
+    assert_goes_back_outside_autocast,
     assert_same_bits,
     assert_same_gradients,
     gradients_of,
@@ -112,16 +112,11 @@ def test_running_statistics_are_those_after_one_plain_pass() -> None:
 
 
 def test_a_step_within_autocast_goes_back_through_what_is_float32_in_float32() -> None:
-    torch.manual_seed(0)
-    model, inputs, targets = Float32Island(), torch.randn(16, 6), torch.randint(3, (16,))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = F.cross_entropy(model(inputs), targets)
-    expected = torch.autograd.grad(loss, [*model.parameters()])
-    with torch.autocast("cpu", torch.bfloat16):
+    def step(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         penalty = UnitResidualGradient(model, alpha=1e-4, beta=0.0, num_sub_batches=2)
         penalty.backward(lambda logits, given: F.cross_entropy(logits, given[0]), inputs, (targets,))
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        assert torch.equal(parameter.grad, gradient)
+
+    assert_goes_back_outside_autocast(step)
 
 
 def test_the_gradient_is_clipped() -> None:
